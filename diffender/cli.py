@@ -1,0 +1,65 @@
+"""Command lines from dataclasses: one field, one flag. Bad input ends in one line and exit code 2."""
+
+import argparse
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from diffender.errors import InputError
+
+Options = TypeVar("Options")
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field with its help text, and its allowed values or range (both ends included)."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; argparse would print its usage first."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
+    """Options from the command line; hyphens and underscores mean the same."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        assert f.default is not MISSING, f"option {f.name} needs a default"
+        flags = {f"--{f.name.replace('_', '-')}": None, f"--{f.name}": None}
+        text = f"{f.metadata['help']} (default: {f.default})"
+        if hints[f.name] is bool:
+            parser.add_argument(
+                *flags, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text
+            )
+        else:
+            hint = hints[f.name]
+            kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
+            choices = f.metadata["choices"]
+            parser.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
+    args = parser.parse_args(argv)
+    for f in fields(cls):
+        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            parser.error(f"--{f.name.replace('_', '-')} is {value}; allowed is {allowed}")
+    return cls(**vars(args))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call main and exit: 0, or 2 with one line where the input is at fault."""
+    try:
+        main()
+    except InputError as e:
+        print(f"{sys.argv[0]}: {e}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,126 @@
+"""Pictures with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
+
+import csv
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from diffender.errors import InputError
+from diffender.models.classifiers import Classifier, ClassifierConfig
+from diffender.noise import generator
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+class Item(NamedTuple):
+    id: str  # path within the data set, without its suffix
+    path: Path
+    label: int
+
+
+class Batch(NamedTuple):
+    ids: list[str]
+    x: Tensor  # (B, 3, S, S) in [0, 1]
+    y: Tensor  # (B,)
+    hashes: list[str]  # of the files, so that two uses of a picture can be told
+
+
+def list_items(data: str) -> list[Item]:
+    """`samples`, a folder of wnid folders, or a csv file with the columns file and label (0-based class index)."""
+    if data == "samples":
+        return sample_items()
+    path = Path(data)
+    if path.is_file() and path.suffix == ".csv":
+        items = csv_items(path)
+    elif path.is_dir():
+        items = folder_items(path)
+    else:
+        raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
+    if not items:
+        raise InputError(f"no pictures in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+    return items
+
+
+def sample_items() -> list[Item]:
+    """The 20 ImageNet photographs that the foolbox package carries, label in the name."""
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or not spec.origin:
+        raise InputError("the sample photographs come with the package foolbox; pip install -r requirements.txt")
+    paths = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    return [Item(p.stem, p, int(p.stem.split("_")[2])) for p in paths]
+
+
+def csv_items(table: Path) -> list[Item]:
+    with table.open(encoding="utf-8", newline="") as f:
+        reader = csv.DictReader(f)
+        if not {"file", "label"} <= set(reader.fieldnames or ()):
+            raise InputError(f"{table} has the columns {reader.fieldnames}; wanted are file and label")
+        rows = list(reader)
+    items = []
+    for number, row in enumerate(rows, start=2):
+        if not (row["label"] or "").isdecimal() or int(row["label"]) > 999:
+            raise InputError(f"{table}, line {number}: label {row['label']!r}; labels are class indices from 0 to 999")
+        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], int(row["label"])))
+    return items
+
+
+def folder_items(root: Path) -> list[Item]:
+    """root/<wnid>/* or root/<wnid>_*: the class is the wnid's rank among all 1000, however few of them are there."""
+    from timm.data import ImageNetInfo
+
+    rank = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    pictures = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
+    wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in pictures]
+    unknown = sorted(set(wnids) - set(rank))
+    if unknown:
+        raise InputError(f"{root} has pictures under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
+    ids = [str(p.relative_to(root).with_suffix("")) for p in pictures]
+    return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, pictures, wnids, strict=True)]
+
+
+def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
+    """Decode, resize the short side, crop the middle: float32 (3, S, S) in [0, 1], as this classifier was trained."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({e})"
+        raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+    scale = cfg.resize / min(image.size)
+    size = [max(cfg.resize, round(side * scale)) for side in image.size]
+    image = image.resize(size, getattr(Image.Resampling, cfg.interpolation.upper()))
+    left, top = ((n - cfg.size) // 2 for n in size)
+    return pil_to_tensor(image.crop((left, top, left + cfg.size, top + cfg.size))).float() / 255
+
+
+def correct_subset(
+    items: list[Item], classifier: Classifier, count: int, seed: int, exclude: frozenset[str] = frozenset()
+) -> Batch:
+    """The first `count` pictures of a seeded permutation that the undefended classifier gets right.
+
+    Pictures whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
+    """
+    order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
+    ids, images, labels, hashes = [], [], [], []
+    for i in order:
+        if len(ids) == count:
+            break
+        item = items[i]
+        x = load_image(item.path, classifier.cfg)
+        digest = hashlib.sha256(item.path.read_bytes()).hexdigest()[:16]
+        if digest not in exclude and classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
+            ids.append(item.id)
+            images.append(x)
+            labels.append(item.label)
+            hashes.append(digest)
+    if not ids:
+        raise InputError(
+            "the classifier gets none of these pictures right; check the labels and the classifier's weights"
+        )
+    return Batch(ids, torch.stack(images), torch.tensor(labels), hashes)

@@ -1,0 +1,113 @@
+"""Verdicts on a batch of pictures, and their summary. Knows victims and attacks by what they can do, not by name."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffender.attacks.patch import Attacked, Victim, to_8bit
+from diffender.metrics import auc, mask_scores, wilson
+from diffender.pipeline import Defended, Purified
+from diffender.report import save_stages, stretch
+
+Attack = Callable[..., Attacked]
+
+
+def verdict(target: Defended, x: Tensor, ids: Sequence[str], seed: int, purpose: str) -> tuple[Purified, list[int]]:
+    """One purification with noise that no attack has seen, and the classes that the classifier then sees."""
+    out = target.defense(x, target.sample_noise(ids, seed, f"verdict {purpose}"))
+    return out, target.classifier(out.image).argmax(dim=1).tolist()
+
+
+def evaluate_batch(
+    undefended: Victim,
+    target: Defended,
+    attack_undefended: Attack | None,
+    attack_target: Attack | None,
+    ids: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    seed: int,
+    pictures: Path,
+) -> list[dict]:
+    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each, pictures saved."""
+    x = to_8bit(x)
+    labels = y.tolist()
+    clean, clean_seen = verdict(target, x, ids, seed, "clean")
+    records = [
+        {"id": i, "file": i.replace("/", "__"), "label": label, "undefended_clean": seen, "defended_clean": defended,
+         "clean_area": area}
+        for i, label, seen, defended, area in zip(
+            ids, labels, undefended(x, None).argmax(dim=1).tolist(), clean_seen,
+            clean.mask.mean(dim=(1, 2, 3)).tolist(), strict=True,
+        )
+    ]  # fmt: skip
+    last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
+    if attack_target is not None:
+        base = attack_undefended(undefended, x, y, ids, seed)
+        adaptive = attack_target(target, x, y, ids, seed, init=base.patch)
+        _, transfer_seen = verdict(target, base.image, ids, seed, "transfer")
+        out, adaptive_seen = verdict(target, adaptive.image, ids, seed, "adaptive")
+        scores = mask_scores(out.mask, adaptive.mask)
+        truth = F.interpolate(adaptive.mask, out.heatmap.shape[-2:], mode="area")
+        columns = {
+            "undefended_base": undefended(base.image, None).argmax(dim=1).tolist(),
+            "undefended_attacked": undefended(adaptive.image, None).argmax(dim=1).tolist(),
+            "defended_transfer": transfer_seen,
+            "defended_attacked": adaptive_seen,
+            "recall": scores.recall.tolist(),
+            "precision": scores.precision.tolist(),
+            "iou": scores.iou.tolist(),
+            "auc": [auc(h.flatten(), t.flatten()) for h, t in zip(out.heatmap, truth, strict=True)],
+        }
+        for b, record in enumerate(records):
+            record |= {name: column[b] for name, column in columns.items()}
+        last = {
+            "clean": x,
+            "attacked": adaptive.image,
+            "heatmap": out.heatmap,
+            "mask": out.mask,
+            "restored": out.image,
+        }
+    for b, record in enumerate(records):
+        stages = {stage: image[b].detach().cpu() for stage, image in last.items()}
+        stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
+        save_stages(pictures, record["file"], stages)
+    return records
+
+
+def proportion(flags: Sequence[bool]) -> dict:
+    """Counts, share and Wilson interval of a list of outcomes."""
+    low, high = wilson(sum(flags), len(flags))
+    return {
+        "right": sum(flags),
+        "n": len(flags),
+        "accuracy": sum(flags) / len(flags),
+        "low": low,
+        "high": high,
+    }
+
+
+def summarize(records: Sequence[dict], defense: str, adaptive: str) -> dict:
+    """Rows of the table and mean mask scores. `defense` and `adaptive` name the defence and its attack's settings."""
+
+    def right(*keys: str) -> dict:
+        return proportion([all(r[key] == r["label"] for key in keys) for r in records])
+
+    rows = [{"name": "undefended", "clean": right("undefended_clean")}]
+    rows.append({"name": defense, "clean": right("defended_clean")})
+    if "defended_attacked" not in records[0]:
+        return {"rows": rows}
+    rows[0]["robust"] = right("undefended_base")
+    rows[1]["robust"] = right("defended_transfer", "defended_attacked")
+    rows[1]["name"] += ", strongest attack on each picture"
+    rows += [
+        {
+            "name": f"{defense}, patches made on the undefended classifier",
+            "robust": right("defended_transfer"),
+        },
+        {"name": f"{defense}, adaptive: {adaptive}", "robust": right("defended_attacked")},
+    ]
+    mask = {k: sum(r[k] for r in records) / len(records) for k in ("recall", "precision", "iou", "auc", "clean_area")}
+    return {"rows": rows, "mask": mask | {"n": len(records)}}

@@ -1,0 +1,50 @@
+"""Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6), sum (Eq. 7)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TuningLoss(NamedTuple):
+    """The terms of Eq. 7 and their sum, scalars."""
+
+    mask: Tensor
+    l1: Tensor
+    feature: Tensor
+    total: Tensor
+
+
+def mask_cross_entropy(logits: Tensor, mask: Tensor, printed: bool = False) -> Tensor:
+    """Eq. 4: cross-entropy of the soft mask sigmoid(logits) against the true mask, mean over pixels.
+
+    logits (B, 1, h, w): the standardised difference less its threshold. mask (B, 1, H, W) in {0, 1}, brought to h, w
+    by area. As printed, Eq. 4 has the positive term alone and is smallest for a mask of ones: `printed=True`.
+    """
+    target = F.interpolate(mask, logits.shape[-2:], mode="area")
+    if printed:
+        return -(target * F.logsigmoid(logits)).mean()
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def restoration_l1(restored: Tensor, clean: Tensor) -> Tensor:
+    """Eq. 5 as a mean over pixels: |x_r - x|."""
+    return (restored - clean).abs().mean()
+
+
+def feature_distance(features_r: Sequence[Tensor], features_c: Sequence[Tensor]) -> Tensor:
+    """Eq. 6 with w_l = 1, mean over layers and images: squared distance of channel-normalised features.
+
+    Each layer lies in [0, 4]. Both arguments list (B, C_l, H_l, W_l) maps; see `Classifier.features`.
+    """
+    layers = [
+        (F.normalize(r, dim=1, eps=1e-10) - F.normalize(c, dim=1, eps=1e-10)).square().sum(dim=1).mean()
+        for r, c in zip(features_r, features_c, strict=True)
+    ]
+    return sum(layers) / len(layers)
+
+
+def tuning_loss(mask: Tensor, l1: Tensor, feature: Tensor) -> TuningLoss:
+    """Eq. 7: the plain sum."""
+    return TuningLoss(mask, l1, feature, mask + l1 + feature)

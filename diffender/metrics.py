@@ -1,0 +1,38 @@
+"""What is measured: accuracies with their intervals, and how well the mask covers the patch."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class MaskScores(NamedTuple):
+    """Of each picture, (B,): recall is the covered share of the patch, precision the patched share of the mask."""
+
+    recall: Tensor
+    precision: Tensor
+    iou: Tensor
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mask_scores(mask: Tensor, truth: Tensor) -> MaskScores:
+    """mask and truth (B, 1, H, W) in {0, 1}. An empty mask has precision 0 here, an empty truth recall 0."""
+    both, found, true = ((m.flatten(1)).sum(dim=1) for m in (mask * truth, mask, truth))
+    return MaskScores(both / true.clamp_min(1), both / found.clamp_min(1), both / (found + true - both).clamp_min(1))
+
+
+def auc(score: Tensor, truth: Tensor) -> float:
+    """Probability that a random pixel of the patch scores above a random one outside; 0.5 is chance. 1-D tensors."""
+    order = score.argsort()
+    ranks = order.argsort().double() + 1
+    pos = int((truth > 0.5).sum())
+    neg = len(truth) - pos
+    return ((ranks[truth > 0.5].sum() - pos * (pos + 1) / 2) / (pos * neg)).item()

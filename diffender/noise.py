@@ -1,0 +1,48 @@
+"""Every random tensor of one pass of the defence, as an argument.
+
+Noise is derived from (seed, image id, purpose, k) alone. So batch size, order, resume and number of processes do not
+change a result, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+
+class Noise(NamedTuple):
+    """Standard normal tensors for B images; h, w is the latent grid."""
+
+    image: Tensor  # (B, 4, h, w): posterior of the picture, for localisation
+    draws: Tensor  # (B, m, 4, h, w): forward noise of the m draws of Eq. 2
+    draws_empty: Tensor  # (B, m, 4, h, w): second of each pair, used by the empty-prompt variant only
+    masked: Tensor  # (B, 4, h, w): posterior of the masked picture
+    start: Tensor  # (B, 4, h, w): where DDIM starts
+    steps: Tensor  # (B, T, 4, h, w): noise of the DDIM steps; T = 0 for eta 0
+
+
+def generator(*key: int | str) -> Generator:
+    """A CPU generator for this key: equal keys give equal numbers, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_noise(
+    shape: tuple[int, int, int],
+    draws: int,
+    steps: int,
+    seed: int,
+    image_ids: Sequence[str],
+    purpose: str,
+    k: int = 0,
+) -> Noise:
+    """The k-th noise of these images for this purpose; `shape` is that of one latent, (4, h, w)."""
+
+    def one(image_id: str) -> list[Tensor]:
+        g = generator(seed, image_id, purpose, k)
+        counts = ((), (draws,), (draws,), (), (), (steps,))
+        return [torch.randn(*count, *shape, generator=g) for count in counts]
+
+    return Noise(*map(torch.stack, zip(*(one(i) for i in image_ids), strict=True)))

@@ -1,0 +1,49 @@
+"""Tensor operations that several stages share."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard`, to the bit, with the gradient of `soft` (Bengio et al. 2013): one place for STE and BPDA."""
+    return hard.detach() + (soft - soft.detach())
+
+
+def binarize(x: Tensor, threshold: float) -> Tensor:
+    """1 where x > threshold, else 0; the backward pass is the identity (paper B.3)."""
+    return straight_through((x > threshold).to(x.dtype), x)
+
+
+def gaussian_blur(x: Tensor, kernel: int = 3, sigma: float = 1.0) -> Tensor:
+    """Separable Gaussian smoothing of (B, C, H, W), reflecting at the border."""
+    offsets = torch.arange(kernel, dtype=x.dtype, device=x.device) - kernel // 2
+    w = torch.exp(-(offsets**2) / (2 * sigma**2))
+    w = (w / w.sum()).expand(x.shape[1], 1, 1, -1)
+    x = F.pad(x, (kernel // 2,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(x, w, groups=x.shape[1]), w.mT, groups=x.shape[1])
+
+
+def dilate(x: Tensor, kernel: int = 3) -> Tensor:
+    """Grey-scale dilation of (B, C, H, W) by a square."""
+    return F.max_pool2d(x, kernel, stride=1, padding=kernel // 2)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with antialiasing; the identity where the size is right already."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def recompute(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """function(*args), its activations recomputed in the backward pass instead of kept.
+
+    Memory then does not grow with the number of calls. The function must draw no random numbers.
+    """
+    if torch.is_grad_enabled() and any(a.requires_grad for a in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)

@@ -1,0 +1,145 @@
+"""The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffender.diffusion import LatentDiffusion
+from diffender.errors import InputError
+from diffender.localize import difference_map, refine_mask, standardize
+from diffender.models.classifiers import Classifier
+from diffender.noise import Noise, sample_noise
+from diffender.ops import recompute, resize, straight_through
+from diffender.prompts import Contexts
+from diffender.restore import composite, inpaint
+from diffender.schedule import noise_timestep
+
+GRADIENTS = ("full", "bpda", "bpda-mask")
+
+
+@dataclass(frozen=True)
+class DIFFenderConfig:
+    noise_ratio: float = 0.5  # t* of localisation
+    draws: int = 3  # m of Eq. 2
+    theta: float = 2.0  # standard deviations of the difference map
+    steps: int = 20  # DDIM steps of restoration
+    guidance: float = 7.5
+    eta: float = 0.0
+    restore: bool = True  # False: the paper's NR ablation, the mask filled with grey
+    composite: bool = True  # False: the raw decode everywhere, as stock pipelines return it
+
+
+class Localized(NamedTuple):
+    mask: Tensor  # (B, 1, H, W) in {0, 1}, 1 = patch
+    heatmap: Tensor  # (B, 1, h, w), not negative: the difference map of Eq. 2 on the latent grid
+    z_score: Tensor  # (B, 1, h, w): the heat map standardised; the mask is where it exceeds theta
+
+
+class Purified(NamedTuple):
+    image: Tensor  # (B, 3, H, W) in [0, 1] (unclamped without composite)
+    mask: Tensor
+    heatmap: Tensor
+    z_score: Tensor
+
+
+class DIFFender(nn.Module):
+    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise."""
+
+    def __init__(self, model: LatentDiffusion, contexts: Contexts, cfg: DIFFenderConfig | None = None):
+        super().__init__()
+        self.model = model
+        self.contexts = contexts
+        self.cfg = cfg or DIFFenderConfig()
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise:
+        """The k-th noise of these images for this purpose, on the model's device."""
+        steps = self.cfg.steps if self.cfg.eta > 0 else 0
+        noise = sample_noise(self.model.cfg.latent_shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
+        return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
+
+    def localize(self, x: Tensor, noise: Noise, contexts: Contexts | None = None) -> Localized:
+        """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
+        contexts = contexts or self.contexts
+        size = (self.model.cfg.image_size,) * 2
+        z0 = recompute(self.model.vae.encode, resize(x, size), noise.image)
+        heatmap = difference_map(
+            self.model, z0, contexts.locate, contexts.empty, noise.draws, noise.draws_empty,
+            self.model.blank_conditioning(size), noise_timestep(self.cfg.noise_ratio), self.cfg.guidance,
+        )  # fmt: skip
+        z_score = standardize(heatmap)
+        return Localized(refine_mask(z_score, self.cfg.theta, x.shape[-2:]), heatmap, z_score)
+
+    def restore(self, x: Tensor, mask: Tensor, noise: Noise, contexts: Contexts | None = None) -> Tensor:
+        """A whole new picture (B, 3, H, W) whose inside of the mask does not know what was there."""
+        if not self.cfg.restore:
+            return torch.full_like(x, 0.5)
+        contexts = contexts or self.contexts
+        size = (self.model.cfg.image_size,) * 2
+        small = resize(mask, size)
+        small = straight_through((small > 0.5).to(small.dtype), small) if small.shape != mask.shape else small
+        x_hat = inpaint(
+            self.model, resize(x, size), small, contexts.restore, contexts.empty, noise.masked, noise.start,
+            noise.steps, self.cfg.steps, self.cfg.guidance, self.cfg.eta,
+        )  # fmt: skip
+        return resize(x_hat, x.shape[-2:])
+
+    def forward(self, x: Tensor, noise: Noise, gradient: str = "full") -> Purified:
+        """The purified picture and how it came about. `gradient` chooses the backward pass, never the value:
+
+        full       exact through localisation and restoration (thresholds straight through)
+        bpda       the identity for the whole defence (Athalye et al. 2018)
+        bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
+        """
+        check_images(x)
+        if gradient == "bpda":
+            out = self(x.detach(), noise)
+            return out._replace(image=straight_through(out.image, x))
+        found = self.localize(x, noise)
+        if gradient == "bpda-mask":
+            x_hat = self.restore(x.detach(), found.mask.detach(), noise)
+        elif gradient == "full":
+            x_hat = self.restore(x, found.mask, noise)
+        else:
+            raise InputError(f"unknown gradient {gradient!r}; choose one of {', '.join(GRADIENTS)}")
+        return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
+
+
+class Defended(nn.Module):
+    """A victim, f(x, noise) -> logits: the classifier behind the defence."""
+
+    def __init__(self, defense: DIFFender, classifier: Classifier, gradient: str = "full"):
+        super().__init__()
+        self.defense, self.classifier, self.gradient = defense, classifier, gradient
+        self.sample_noise = defense.sample_noise
+
+    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+        return self.classifier(self.defense(x, noise, self.gradient).image)
+
+
+class Undefended(nn.Module):
+    """The same signature without a defence and without noise."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> None:
+        return None
+
+    def forward(self, x: Tensor, noise: None = None) -> Tensor:
+        return self.classifier(x)
+
+
+def check_images(x: Tensor) -> None:
+    """Raises InputError unless x is (B, 3, H, W) in [0, 1], within rounding."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"images of shape {tuple(x.shape)}; they are (B, 3, H, W)")
+    low, high = x.detach().aminmax()
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise InputError(
+            f"images with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255, leave normalisation to "
+            "the classifier"
+        )

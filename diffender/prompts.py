@@ -1,0 +1,96 @@
+"""The two prompts of DIFFender, Sec. 3.3 and Eq. 3: empty, hand-written, or 16 learned context vectors each."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+from diffender.diffusion import LatentDiffusion
+from diffender.errors import InputError
+from diffender.models.text import END, POSITIONS, START, TextTransformer
+from diffender.weights import EMBEDDED, read_header, save_atomic
+
+SHIPPED = EMBEDDED / "prompts.safetensors"
+MANUAL = ("adversarial", "clean")  # prompt_L, prompt_R of the paper's MP variant
+
+
+class Contexts(NamedTuple):
+    """What the UNet is told: (1, 77, D) each. `locate` is None for the empty-prompt variant (EP)."""
+
+    locate: Tensor | None
+    restore: Tensor
+    empty: Tensor
+
+
+class PromptPair(nn.Module):
+    """[V]_1 ... [V]_n for localisation and for restoration; between start and end token, padded as any prompt."""
+
+    def __init__(self, n_ctx: int, dim: int, g: Generator | None = None):
+        super().__init__()
+        if not 1 <= n_ctx <= POSITIONS - 2:
+            raise InputError(f"n_ctx is {n_ctx}; a prompt holds 1 to {POSITIONS - 2} context vectors")
+        self.ctx_locate = nn.Parameter(0.02 * torch.randn(n_ctx, dim, generator=g))
+        self.ctx_restore = nn.Parameter(0.02 * torch.randn(n_ctx, dim, generator=g))
+
+    def initialize_from(self, text: TextTransformer, words: tuple[str, str]) -> None:
+        """Start both prompts from the embeddings of these words, repeated to fill the n vectors."""
+        for ctx, word in zip((self.ctx_locate, self.ctx_restore), words, strict=True):
+            tokens = text.tokenize([word])[0]
+            tokens = tokens[1 : int((tokens == END).nonzero()[0])]
+            fill = tokens[torch.arange(len(ctx)) % len(tokens)]
+            ctx.data.copy_(text.embed(fill.to(ctx.device)))
+
+    def forward(self, model: LatentDiffusion) -> Contexts:
+        locate, restore = (learned_context(model.text, ctx) for ctx in (self.ctx_locate, self.ctx_restore))
+        return Contexts(locate, restore, model.encode_text([""]))
+
+
+def learned_context(text: TextTransformer, ctx: Tensor) -> Tensor:
+    """Context vectors (n, D) in the place of words: their context, (1, 77, D)."""
+    pad = [text.cfg.pad_token] * (POSITIONS - 2 - len(ctx))
+    frame = text.embed(torch.tensor([START, END, *pad], device=ctx.device))
+    return text(torch.cat([frame[:1], ctx, frame[1:]])[None])
+
+
+def empty_contexts(model: LatentDiffusion) -> Contexts:
+    """The paper's EP variant: no words at all."""
+    empty = model.encode_text([""])
+    return Contexts(None, empty, empty)
+
+
+def manual_contexts(model: LatentDiffusion, words: tuple[str, str] = MANUAL) -> Contexts:
+    """The paper's MP variant: hand-written words for localisation and restoration."""
+    locate, restore, empty = model.encode_text([*words, ""]).split(1)
+    return Contexts(locate, restore, empty)
+
+
+def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
+    save_atomic(dict(prompts.named_parameters()), path, header)
+
+
+def load_prompts(path: Path, dim: int) -> PromptPair:
+    """Learned prompts of width `dim`; raises InputError for a file of another kind or of another model."""
+    read_header(path)
+    state = load_file(path)
+    if sorted(state) != ["ctx_locate", "ctx_restore"]:
+        raise InputError(f"{path} holds {sorted(state)[:5]}; prompts are two tensors, ctx_locate and ctx_restore")
+    n_ctx, width = state["ctx_locate"].shape
+    if width != dim or state["ctx_restore"].shape != (n_ctx, width):
+        raise InputError(
+            f"{path} holds prompts of width {width}; this model's are {dim} wide: tune new ones (train.py)"
+        )
+    prompts = PromptPair(n_ctx, width)
+    prompts.load_state_dict(state)
+    return prompts
+
+
+def contexts_for(kind: str, model: LatentDiffusion, path: Path = SHIPPED) -> Contexts:
+    """Contexts by name: empty, manual, or tuned (the vectors at `path`)."""
+    if kind == "tuned":
+        return load_prompts(path, model.cfg.text.width)(model)
+    kinds = {"empty": empty_contexts, "manual": manual_contexts}
+    if kind not in kinds:
+        raise InputError(f"unknown prompt {kind!r}; choose empty, manual or tuned")
+    return kinds[kind](model)

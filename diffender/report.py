@@ -1,0 +1,79 @@
+"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
+
+
+def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
+    """One PNG a stage: name_clean.png, name_attacked.png, ... from (C, H, W) in [0, 1]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, image in stages.items():
+        to_pil_image((image.clamp(0, 1) * 255).round().byte()).save(folder / f"{name}_{stage}.png")
+
+
+def stretch(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
+    """A difference map (1, h, w) to its own range [0, 1], enlarged without smoothing: what the localiser sees."""
+    low, high = heatmap.aminmax()
+    scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
+    return torch.nn.functional.interpolate(scaled[None], size, mode="nearest")[0]
+
+
+def cell(p: dict | None) -> str:
+    if p is None:
+        return ""
+    return f"{100 * p['accuracy']:.1f} % ({p['right']}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def markdown(results: dict) -> str:
+    """The table of a run: accuracy in per cent (right/all; Wilson 95 % interval), then masks and cost."""
+    lines = [f"| model | clean | {results['attack']} |", "|---|---|---|"]
+    for row in results["rows"]:
+        lines.append(f"| {row['name']} | {cell(row.get('clean'))} | {cell(row.get('robust'))} |")
+    if results.get("mask"):
+        m = results["mask"]
+        lines += [
+            "",
+            f"Masks on attacked pictures: recall {m['recall']:.3f}, precision {m['precision']:.3f}, "
+            f"IoU {m['iou']:.3f}, AUC of the difference map {m['auc']:.3f} (means over {m['n']} pictures). "
+            f"Masked share of clean pictures: {100 * m['clean_area']:.1f} %.",
+        ]
+    lines += ["", f"Cost: {results['seconds']:.0f} s, {results['unet_evaluations']} UNet evaluations."]
+    return "\n".join(lines) + "\n"
+
+
+def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
+    """A row a picture: clean, attacked, difference map, mask, restored, with what the classifier sees in each."""
+    from matplotlib.figure import Figure
+
+    records = records[:rows]
+    figure = Figure(figsize=(2.1 * len(STAGES), 2.35 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), len(STAGES), squeeze=False)
+    for row, record in zip(axes, records, strict=True):
+        seen = {
+            "clean": record["label"],
+            "attacked": record["undefended_attacked"],
+            "restored": record["defended_attacked"],
+        }
+        for axis, stage in zip(row, STAGES, strict=True):
+            image = Image.open(folder / f"{record['file']}_{stage}.png")
+            axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
+            axis.set_axis_off()
+            title = f"{stage}: {names[seen[stage]].split(',')[0][:20]}" if stage in seen else stage
+            right = seen.get(stage) == record["label"]
+            axis.set_title(title, fontsize=8, color="black" if stage not in seen else "green" if right else "firebrick")
+    figure.savefig(path, dpi=100)
+
+
+def class_names() -> list[str]:
+    """ImageNet's 1000 class names in order."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(info.num_classes())]

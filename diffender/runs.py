@@ -1,0 +1,78 @@
+"""A run's folder, its progress, its device. Results are appended picture by picture, so a killed run can go on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from diffender.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name} does not work here ({str(e).splitlines()[0]}); use auto or cpu") from e
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def open_run(folder: Path, config: dict) -> list[dict]:
+    """Make the folder, or resume in it: the records that are there. Another configuration there is refused."""
+    path = folder / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        other = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
+        if changed:
+            raise InputError(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    return read_records(folder / "per_image.jsonl")
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a JSONL file; a last line that a killed run left unfinished is cut off."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_records(path: Path, records: Sequence[dict]) -> None:
+    with path.open("a", encoding="utf-8") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+
+
+class Progress:
+    """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran."""
+
+    def __init__(self, unet: nn.Module, total: int, description: str):
+        self.evaluations = 0
+        self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True)
+        self.hook = unet.register_forward_pre_hook(self.count)
+
+    def count(self, _module: nn.Module, args: tuple) -> None:
+        self.evaluations += len(args[0])
+        self.bar.update(min(len(args[0]), self.bar.total - self.bar.n))
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.hook.remove()
+        self.bar.close()

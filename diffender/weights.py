@@ -1,0 +1,154 @@
+"""Weights in and out: safetensors only, the configuration in the header, strict about every key.
+
+Files carry the names of the CompVis single file. Layouts read here: a file of ours, and the official single files of
+SD1.5-inpainting and SD2-inpainting.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffender.diffusion import PRESETS, LatentDiffusion, ModelConfig
+from diffender.errors import InputError
+from diffender.models.text import TextConfig
+from diffender.models.unet import UNetConfig
+from diffender.models.vae import VAEConfig
+from diffender.schedule import make_alphas_cumprod
+
+EMBEDDED = Path(__file__).parents[1] / "weights"
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "cond_stage_model.transformer.text_model.",
+}
+OPEN_CLIP = "cond_stage_model.model."
+
+# Tensors of the official files that the model does not need: schedule tables (recomputed), EMA counters, leftovers of
+# training, and of SD2's text tower what lies behind the layer that it reads.
+IGNORED = re.compile(
+    r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor"
+    r"|model_ema\.(decay|num_updates)|.*\.position_ids|first_stage_model\.loss\..*"
+    r"|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask|transformer\.resblocks\.23\..*))"
+)
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
+    """Write a safetensors file with `header` as JSON in its metadata; nothing is left behind half-written."""
+    partial = path.with_name(path.name + ".partial")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+    partial.rename(path)
+
+
+def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of compiled code)
+    """A lazily read safetensors file; raises InputError for anything that is not one."""
+    if not path.is_file():
+        raise InputError(f"no weights file {path}; give the path of a .safetensors file")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as e:
+        hint = "this looks like a pickle" if path.suffix in {".ckpt", ".bin", ".pt", ".pth"} else "the file is damaged"
+        raise InputError(
+            f"{path} is not a safetensors file ({hint}); convert with torch.load(..., weights_only=True) and "
+            f"safetensors.torch.save_file ({e})"
+        ) from e
+
+
+def read_header(path: Path) -> dict:
+    """The JSON that `save_atomic` put into the file's metadata; {} for files of others."""
+    with open_safetensors(path) as f:
+        return json.loads((f.metadata() or {}).get("diffender", "{}"))
+
+
+def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
+    """Write the whole model in float16, in CompVis names, with its configuration in the header."""
+    tensors = {
+        prefix + k: v.half() for part, prefix in PREFIXES.items() for k, v in getattr(model, part).state_dict().items()
+    }
+    save_atomic(tensors, path, {"config": asdict(model.cfg)} | header)
+
+
+def load_model(name: str, path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> LatentDiffusion:
+    """A model of `PRESETS`, frozen and in eval mode, with the weights at `path` (default: the embedded `tiny`)."""
+    if name not in PRESETS:
+        raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
+    if path is None:
+        if name != "tiny":
+            raise InputError(f"model {name!r} needs --weights, the path of its official .safetensors file")
+        path = EMBEDDED / "tiny.safetensors"
+    path = Path(path)
+    header = read_header(path)
+    cfg = config_from_json(header["config"]) if "config" in header else PRESETS[name]
+    with open_safetensors(path) as f:
+        state = {k: f.get_tensor(k) for k in f.keys() if not IGNORED.fullmatch(k)}  # noqa: SIM118
+    with torch.device("meta"):
+        model = LatentDiffusion(cfg)
+    load_strict(model, from_open_clip(state), path, dtype)
+    model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
+    return model.requires_grad_(False).eval()
+
+
+def load_strict(model: LatentDiffusion, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """Put every tensor of `state` in its place; a missing, unexpected or misshapen one is an error that names it."""
+    want = {
+        prefix + k: (part, k, v)
+        for part, prefix in PREFIXES.items()
+        for k, v in getattr(model, part).state_dict().items()
+    }
+    missing = [k for k in want if k not in state]
+    unexpected = [k for k in state if k not in want]
+    if missing or unexpected:
+        raise InputError(
+            f"{path} does not hold this model: {len(missing)} keys missing "
+            f"(first: {', '.join(missing[:5]) or 'none'}), "
+            f"{len(unexpected)} unexpected (first: {', '.join(unexpected[:5]) or 'none'}); check --model and --weights"
+        )
+    shapes = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, (_, _, v) in want.items()
+        if state[k].shape != v.shape
+    ]
+    if shapes:
+        raise InputError(
+            f"{path} holds other shapes than this model: {'; '.join(shapes[:5])}; check --model and --weights"
+        )
+    for part in PREFIXES:
+        tensors = {k: state[full].to(dtype) for full, (p, k, _) in want.items() if p == part}
+        getattr(model, part).load_state_dict(tensors, assign=True)
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename SD2's text tower from OpenCLIP's names to ours, splitting the fused q, k, v; other keys pass through."""
+    out = {}
+    for key, value in state.items():
+        if not key.startswith(OPEN_CLIP):
+            out[key] = value
+            continue
+        name = key.removeprefix(OPEN_CLIP)
+        for old, new in (
+            ("token_embedding.weight", "embeddings.token_embedding.weight"),
+            ("positional_embedding", "embeddings.position_embedding.weight"),
+            ("ln_final", "final_layer_norm"), ("transformer.resblocks.", "encoder.layers."), ("ln_1", "layer_norm1"),
+            ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("attn.", "self_attn."),
+        ):  # fmt: skip
+            name = name.replace(old, new)
+        if ".in_proj_" in name:
+            for part, chunk in zip("qkv", value.chunk(3), strict=True):
+                out[PREFIXES["text"] + name.replace("in_proj_", f"{part}_proj.")] = chunk
+        else:
+            out[PREFIXES["text"] + name] = value
+    return out
+
+
+def config_from_json(config: dict) -> ModelConfig:
+    def build(cls: type, fields: dict):  # noqa: ANN202
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+    return ModelConfig(**{k: build(parts[k], v) if k in parts else v for k, v in config.items()})

@@ -1,0 +1,44 @@
+"""Fixtures: the embedded model, a few real photographs, and the material that only some machines have."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffender.data import load_image, sample_items
+from diffender.diffusion import LatentDiffusion
+from diffender.models.classifiers import Classifier, load_classifier
+from diffender.weights import load_model
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def manifest():
+    """manifest(name) -> {key: shape} of an official checkpoint; skips where the manifests are not there."""
+
+    def load(name: str) -> dict[str, list[int]]:
+        path = SHARED / "manifests" / f"{name}.json"
+        if not path.is_file():
+            pytest.skip(f"no {path.name} here: manifests of the official checkpoints are not part of the repository")
+        return json.loads(path.read_text())
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def model() -> LatentDiffusion:
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def classifier() -> Classifier:
+    return load_classifier("efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def photos(classifier) -> torch.Tensor:
+    """Four of the sample photographs, (4, 3, 224, 224) in [0, 1]."""
+    return torch.stack([load_image(item.path, classifier.cfg) for item in sample_items()[:4]])

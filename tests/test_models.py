@@ -1,0 +1,100 @@
+"""Shapes, names and counts of every preset on the meta device, against the official checkpoints."""
+
+import pytest
+import torch
+
+from diffender.diffusion import PRESETS, LatentDiffusion
+from diffender.models.unet import UNet, UNetConfig, timestep_embedding
+from diffender.models.vae import AutoencoderKL, VAEConfig
+from diffender.weights import IGNORED, PREFIXES, from_open_clip
+
+COUNTS = {  # parameters, tensors
+    ("sd15-inpainting", "unet"): (859_535_364, 686),
+    ("sd15-inpainting", "vae"): (83_653_863, 248),
+    ("sd15-inpainting", "text"): (123_060_480, 196),
+    ("sd2-inpainting", "unet"): (865_925_124, 686),
+    ("sd2-inpainting", "vae"): (83_653_863, 248),
+    ("sd2-inpainting", "text"): (340_387_840, 372),
+}
+
+
+def on_meta(name: str) -> LatentDiffusion:
+    with torch.device("meta"):
+        return LatentDiffusion(PRESETS[name])
+
+
+def shapes(model: LatentDiffusion) -> dict[str, list[int]]:
+    return {
+        prefix + k: list(v.shape)
+        for part, prefix in PREFIXES.items()
+        for k, v in getattr(model, part).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
+def test_counts(name):
+    model = on_meta(name)
+    for part in PREFIXES:
+        parameters = list(getattr(model, part).parameters())
+        assert (sum(p.numel() for p in parameters), len(parameters)) == COUNTS[name, part]
+
+
+def test_every_preset_is_counted_or_embedded():
+    assert {name for name, _ in COUNTS} | {"tiny"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
+def test_names_and_shapes_equal_the_single_file(name, manifest):
+    official = {k: v for k, v in manifest(f"{name}.compvis").items() if not IGNORED.fullmatch(k)}
+    official = {k: list(v.shape) for k, v in from_open_clip({k: torch.empty(v) for k, v in official.items()}).items()}
+    assert shapes(on_meta(name)) == official
+
+
+def test_ignored_keys_are_few_and_named(manifest):
+    """What is passed over in the official files is what the format's description lists, and not a tensor more."""
+    for name, count in (("sd15-inpainting", 12 + 2 + 1), ("sd2-inpainting", 12 + 2 + 2 + 12)):
+        assert sum(bool(IGNORED.fullmatch(k)) for k in manifest(f"{name}.compvis")) == count
+
+
+def test_text_names_equal_the_hugging_face_file(manifest):
+    for name in ("sd15-inpainting", "sd2-inpainting"):
+        ours = {"text_model." + k: list(v.shape) for k, v in on_meta(name).text.state_dict().items()}
+        assert ours == {k: v for k, v in manifest(f"{name}.hf.text_encoder").items() if "position_ids" not in k}
+
+
+def test_timestep_embedding_has_cosines_first_and_divides_by_half():
+    e = timestep_embedding(torch.tensor([3]), 320)[0]
+    assert e[0].item() == pytest.approx(torch.tensor(3.0).cos().item())
+    assert e[160].item() == pytest.approx(torch.tensor(3.0).sin().item())
+    assert e[159].item() == pytest.approx(torch.tensor(3 * 10000 ** (-159 / 160)).cos().item(), rel=1e-6)
+
+
+def test_sizes_that_do_not_fit_say_so():
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 1), attention_levels=(), num_heads=4))
+        vae = AutoencoderKL(VAEConfig(ch=32, ch_mult=(1, 1)))
+        with pytest.raises(ValueError, match="multiples of 2"):
+            unet(torch.empty(1, 9, 7, 8), torch.empty(1), torch.empty(1, 77, 768))
+        with pytest.raises(ValueError, match="multiples of 2"):
+            vae.posterior(torch.empty(1, 3, 31, 32))
+
+
+def test_tokens_are_those_of_the_published_tokenizers(model):
+    cat = [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert model.text.tokenize(["a photo of a cat"])[0].tolist() == cat + [49407] * 70
+    with torch.device("meta"):
+        sd2 = LatentDiffusion(PRESETS["sd2-inpainting"]).text
+    assert sd2.tokenize(["a photo of a cat"])[0].tolist() == cat + [0] * 70
+    long = model.text.tokenize(["cat " * 200])[0]
+    assert long.shape == (77,)
+    assert long[-1] == 49407
+
+
+def test_text_tower_is_causal(model):
+    """What follows a position does not change it: learned vectors may stand before any padding."""
+    g = torch.Generator().manual_seed(0)
+    e = torch.randn(1, 77, 64, generator=g)
+    changed = e.clone()
+    changed[:, 40:] = torch.randn(1, 37, 64, generator=g)  # adding a constant would vanish in the layer norm
+    assert torch.allclose(model.text(e)[:, :40], model.text(changed)[:, :40], atol=1e-6)
+    assert not torch.allclose(model.text(e)[:, 40:], model.text(changed)[:, 40:], atol=1e-2)

@@ -1,0 +1,301 @@
+"""Localisation, restoration and the whole defence: values, gradients, randomness."""
+
+import ast
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffender.errors import InputError
+from diffender.localize import difference_map, refine_mask, standardize
+from diffender.noise import Noise, generator, sample_noise
+from diffender.ops import binarize, dilate, gaussian_blur, straight_through
+from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.prompts import Contexts, PromptPair, contexts_for, empty_contexts, manual_contexts
+from diffender.restore import composite
+from diffender.schedule import predict_x0, q_sample
+from tests.conftest import ROOT
+
+FAST = DIFFenderConfig(draws=2, steps=2, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def contexts(model) -> Contexts:
+    return Contexts(*(c.detach() for c in manual_contexts(model)))
+
+
+@pytest.fixture(scope="module")
+def defense(model, contexts) -> DIFFender:
+    return DIFFender(model, contexts, FAST)
+
+
+def noise_for(defense: DIFFender, n: int, purpose: str = "test") -> Noise:
+    return defense.sample_noise([f"picture {i}" for i in range(n)], 0, purpose)
+
+
+def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
+    """|x0(prompt, guided) - x0(empty)| written out with both one-step predictions, draw by draw."""
+    guidance, t, m = 7.5, 481, 2
+    z0 = model.vae.encode(photos[:1])
+    draws = torch.randn(1, m, *z0.shape[1:], generator=torch.Generator().manual_seed(0))
+    blank = model.blank_conditioning((224, 224))
+    a_t = model.alphas_cumprod[t].item()
+    total = 0
+    for i in range(m):
+        z_t = q_sample(z0, draws[:, i], a_t)
+        eps_empty = model.eps(z_t, t, contexts.empty, blank)
+        eps = eps_empty + guidance * (model.eps(z_t, t, contexts.locate, blank) - eps_empty)
+        total = total + (predict_x0(z_t, eps, a_t) - predict_x0(z_t, eps_empty, a_t)).abs().mean(dim=1, keepdim=True)
+    ours = difference_map(model, z0, contexts.locate, contexts.empty, draws, draws, blank, t, guidance)
+    assert torch.allclose(ours, total / m, rtol=1e-3, atol=1e-4 * ours.max().item())
+
+
+def test_empty_prompt_needs_independent_noise(model, contexts, photos):
+    z0 = model.vae.encode(photos[:1])
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1, 2, *z0.shape[1:], generator=g)
+    args = (torch.Generator, model.blank_conditioning((224, 224)), 481, 7.5)[1:]
+    assert difference_map(model, z0, None, contexts.empty, a, a, *args).max() < 1e-3
+    assert difference_map(model, z0, None, contexts.empty, a, b, *args).min() > 1e-3
+
+
+def test_standardize_uses_the_unbiased_deviation():
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(1, 1, 2, 2)
+    assert torch.allclose(standardize(x).flatten(), (x.flatten() - 3) / torch.tensor(14 / 3).sqrt())
+    assert standardize(torch.ones(1, 1, 4, 4)).abs().max() == 0
+
+
+def test_refine_mask_drops_lone_pixels_and_grows_blocks():
+    z = torch.zeros(1, 1, 28, 28)
+    z[..., 3, 3] = 9  # a lone latent vanishes
+    z[..., 10:16, 10:16] = 9  # a block grows by about one latent on each side
+    mask = refine_mask(z, 2.0, (224, 224))
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert mask[..., :64, :64].sum() == 0
+    assert mask[..., 80:128, 80:128].min() == 1
+    rows = mask[0, 0].any(dim=1).nonzero()
+    assert 80 - 8 <= rows.min() < 80
+    assert 128 <= rows.max() + 1 <= 128 + 8
+
+
+def test_straight_through_and_binarize():
+    x = torch.tensor([0.1, 0.7, 3.3], requires_grad=True)
+    y = binarize(x, 0.5)
+    assert y.tolist() == [0, 1, 1]
+    (g,) = torch.autograd.grad((y * torch.tensor([1.0, 2.0, 3.0])).sum(), x)
+    assert g.tolist() == [1, 2, 3]
+    assert straight_through(torch.tensor(5.0), x.sum()).item() == 5
+
+
+def test_blur_keeps_constants_and_dilation_spreads_by_one():
+    assert torch.allclose(gaussian_blur(torch.full((1, 1, 5, 5), 0.3)), torch.full((1, 1, 5, 5), 0.3))
+    x = torch.zeros(1, 1, 5, 5)
+    x[..., 2, 2] = 1
+    assert dilate(x).sum() == 9
+    assert gaussian_blur(x)[0, 0, 2, 2].item() == pytest.approx((1 / (1 + 2 * 2.718281828**-0.5)) ** 2, rel=1e-5)
+
+
+def test_composite_keeps_the_outside_to_the_bit(defense, photos):
+    out = defense(photos[:2], noise_for(defense, 2))
+    outside = out.mask.expand_as(photos[:2]) == 0
+    assert torch.equal(out.image[outside], photos[:2][outside])
+    raw = DIFFender(defense.model, defense.contexts, replace(FAST, composite=False))
+    assert not torch.equal(raw(photos[:2], noise_for(defense, 2)).image[outside], photos[:2][outside])
+    assert composite(torch.rand(1, 3, 2, 2), torch.full((1, 3, 2, 2), 9.0), torch.ones(1, 1, 2, 2)).max() == 1
+
+
+def test_restoration_does_not_see_what_the_mask_covers(defense, photos):
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 64:128, 64:128] = 1
+    noise = noise_for(defense, 1)
+    other = photos[:1] * (1 - mask) + mask * torch.rand(1, 3, 224, 224)
+    assert torch.equal(defense.restore(photos[:1], mask, noise), defense.restore(other, mask, noise))
+
+
+def test_named_outputs_of_any_size(defense):
+    x = torch.rand(1, 3, 150, 260)
+    out = defense(x, noise_for(defense, 1))
+    assert out.image.shape == x.shape
+    assert out.mask.shape == (1, 1, 150, 260)
+    assert out.heatmap.shape == out.z_score.shape == (1, 1, 28, 28)
+    assert set(out.mask.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_no_restoration_fills_with_grey(defense, photos):
+    nr = DIFFender(defense.model, defense.contexts, replace(FAST, restore=False))
+    out = nr(photos[:1], noise_for(defense, 1))
+    assert out.mask.sum() > 0
+    assert (out.image[out.mask.expand_as(out.image) == 1] == 0.5).all()
+
+
+def test_deterministic_given_noise_and_independent_of_the_batch(defense, photos):
+    ids = [f"picture {i}" for i in range(3)]
+    together = defense(photos[:3], defense.sample_noise(ids, 0, "test"))
+    again = defense(photos[:3], defense.sample_noise(ids, 0, "test"))
+    assert torch.equal(together.image, again.image)
+    order = [2, 0, 1]
+    for i in order:
+        alone = defense(photos[i : i + 1], defense.sample_noise([ids[i]], 0, "test"))
+        assert torch.allclose(alone.heatmap[0], together.heatmap[i], rtol=1e-3, atol=1e-5)
+        assert torch.equal(alone.mask[0], together.mask[i])
+        assert torch.allclose(alone.image[0], together.image[i], atol=1e-3)
+
+
+def test_noise_depends_on_seed_image_purpose_and_k_alone():
+    def draw(seed=0, image_id="a", purpose="p", k=0):
+        return sample_noise((4, 3, 3), 2, 1, seed, [image_id], purpose, k)
+
+    for a, b in zip(draw(), draw(), strict=True):
+        assert torch.equal(a, b)
+    for other in (draw(seed=1), draw(image_id="b"), draw(purpose="q"), draw(k=1)):
+        for a, b in zip(draw(), other, strict=True):
+            assert not torch.equal(a, b)
+    tensors = [t.flatten()[:36] for t in draw()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+
+
+def test_golden_noise():
+    """Published results stand and fall with this derivation: it must not change by accident."""
+    numbers = torch.randn(3, generator=generator(0, "a", "p", 0)).tolist()
+    assert numbers == pytest.approx([0.2746, 1.4893, 1.1501], abs=1e-4)
+
+
+def test_global_random_state_is_untouched(defense, photos):
+    before = torch.get_rng_state()
+    defense(photos[:1], noise_for(defense, 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_gradient_reaches_the_picture_through_every_part(defense, classifier, photos):
+    x = photos[:1].clone().requires_grad_()
+    noise = noise_for(defense, 1)
+    gradients = {}
+    for mode in ("full", "bpda", "bpda-mask"):
+        logits = Defended(defense, classifier, mode)(x, noise)
+        (gradients[mode],) = torch.autograd.grad(logits[0, 0], x)
+        assert gradients[mode].isfinite().all()
+        assert gradients[mode].abs().sum() > 0
+    assert not torch.equal(gradients["full"], gradients["bpda-mask"])
+    assert not torch.equal(gradients["bpda-mask"], gradients["bpda"])
+
+
+def test_gradient_modes_do_not_change_the_value(defense, photos):
+    noise = noise_for(defense, 1)
+    x = photos[:1].clone().requires_grad_()
+    full, bpda, bpda_mask = (defense(x, noise, mode).image for mode in ("full", "bpda", "bpda-mask"))
+    assert torch.allclose(full, bpda, atol=1e-5)
+    assert torch.allclose(full, bpda_mask, atol=1e-5)
+    (g,) = torch.autograd.grad(bpda.sum(), x)
+    assert torch.equal(g, torch.ones_like(x))  # BPDA is the identity
+
+
+def test_gradient_through_a_covering_mask_comes_from_the_straight_through_estimator(defense, photos):
+    """A covered patch can act through the mask only: with a constant mask its gradient is exactly zero."""
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 64:128, 64:128] = 1
+    noise = noise_for(defense, 1)
+    x = photos[:1].clone().requires_grad_()
+    weights = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    image = composite(x, defense.restore(x, mask, noise), mask)
+    (g,) = torch.autograd.grad((image * weights).sum(), x)
+    assert g[..., 72:120, 72:120].abs().max() == 0
+    (g,) = torch.autograd.grad((defense(x, noise).image * weights).sum(), x)
+    assert g[..., 72:120, 72:120].abs().max() > 0
+
+
+def test_recomputation_changes_no_gradient(defense, photos, monkeypatch):
+    x = photos[:1].clone().requires_grad_()
+    noise = noise_for(defense, 1)
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 64:128, 64:128] = 1
+
+    def gradient():
+        out = defense.localize(x, noise).heatmap.sum() + defense.restore(x, mask, noise).square().mean()
+        return torch.autograd.grad(out, x)[0]
+
+    with_recomputation = gradient()
+    for module in ("pipeline", "localize", "restore"):
+        monkeypatch.setattr(f"diffender.{module}.recompute", lambda f, *args: f(*args))
+    plain = gradient()
+    assert (with_recomputation - plain).norm() / plain.norm() < 1e-6
+
+
+def test_gradients_agree_with_finite_differences(model, contexts, photos):
+    """Directional derivatives of the difference map and of restoration, in float64 (thresholds left out)."""
+    double = load_double(model)
+    defense = DIFFender(double, Contexts(*(c.double() for c in contexts)), FAST)
+    x = photos[:1].double()
+    noise = Noise(*(n.double() for n in noise_for(defense, 1)))
+    mask = torch.zeros(1, 1, 224, 224, dtype=torch.float64)
+    mask[..., 64:128, 64:128] = 1
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def f(x):
+        return defense.localize(x, noise).z_score.square().mean() + defense.restore(x, mask, noise).square().mean()
+
+    x.requires_grad_()
+    slope = (torch.autograd.grad(f(x), x)[0] * direction).sum().item()
+    h = 1e-5
+    with torch.no_grad():
+        difference = (f(x + h * direction) - f(x - h * direction)).item() / (2 * h)
+    assert slope == pytest.approx(difference, rel=1e-4)
+
+
+def load_double(model):
+    from diffender.diffusion import LatentDiffusion
+
+    double = LatentDiffusion(model.cfg).double()
+    double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    return double.requires_grad_(False)
+
+
+def test_both_prompts_get_gradients_and_words_initialise_them(model, photos):
+    prompts = PromptPair(16, 64, generator(0, "ctx"))
+    defense = DIFFender(model, prompts(model), FAST)
+    noise = noise_for(defense, 1)
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 64:128, 64:128] = 1
+    (
+        defense.localize(photos[:1], noise).z_score.square().sum() + defense.restore(photos[:1], mask, noise).sum()
+    ).backward()
+    assert prompts.ctx_locate.grad.abs().min() >= 0
+    assert prompts.ctx_locate.grad.norm() > 0
+    assert prompts.ctx_restore.grad.norm() > 0
+    prompts.initialize_from(model.text, ("adversarial", "clean"))
+    word = model.text.embed(model.text.tokenize(["adversarial"]))[0, 1:3]  # two tokens, repeated to fill 16
+    assert torch.equal(prompts.ctx_locate[:4], torch.cat([word, word]))
+    assert not torch.equal(prompts.ctx_locate, prompts.ctx_restore)
+
+
+def test_a_learned_prompt_of_word_embeddings_equals_the_words(model):
+    """Context vectors set to a word's embedding give the context of that word: same frame, same padding."""
+    from diffender.prompts import learned_context
+
+    words = "adversarial noise patch"
+    tokens = model.text.tokenize([words])[0]
+    n = int((tokens == 49407).nonzero()[0]) - 1
+    ctx = model.text.embed(tokens[1 : 1 + n])
+    assert torch.allclose(learned_context(model.text, ctx), model.encode_text([words]), atol=1e-6)
+
+
+def test_prompt_kinds(model):
+    assert empty_contexts(model).locate is None
+    with pytest.raises(InputError, match="unknown prompt 'none'"):
+        contexts_for("none", model)
+
+
+@pytest.mark.parametrize(
+    ("x", "says"), [(torch.rand(1, 3, 8, 8) * 255, "divide by 255"), (torch.rand(3, 8, 8), r"\(B, 3, H, W\)")]
+)
+def test_images_out_of_range_are_refused(defense, x, says):
+    with pytest.raises(InputError, match=says):
+        defense(x, noise_for(defense, 1))
+
+
+def test_the_package_leaves_gradients_and_seeds_to_the_caller():
+    """No no_grad, inference_mode or global seeding in the package, no diffusers and no transformers."""
+    for path in (ROOT / "diffender").rglob("*.py"):
+        names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert not names & {"no_grad", "inference_mode", "enable_grad", "set_grad_enabled"}, path
+        for word in ("torch.manual_seed", "diffusers", "transformers"):
+            assert word not in path.read_text(), path

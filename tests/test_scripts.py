@@ -1,0 +1,102 @@
+"""Both scripts, run as a user runs them, to their last line; and what they say to bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffender.report import STAGES
+from tests.conftest import ROOT
+
+SMALL = ["--images", "2", "--iters", "1", "--iters-undefended", "3", "--eot", "1", "--steps", "2", "--draws", "1"]
+
+
+def script(name, *args, cwd):
+    return subprocess.run([sys.executable, ROOT / name, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_tune_then_evaluate(tmp_path):
+    """train.py on one photograph, evaluate.py with its prompts: files, counts, pictures, resumption."""
+    tuned = script(
+        "train.py", "--shots", "2", "--rounds", "1", "--iters", "2", "--steps", "2", "--draws", "1", cwd=tmp_path
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R"):
+        assert f"{term} " in tuned.stdout
+    prompts = tmp_path / "runs" / "prompts.safetensors"
+    assert prompts.is_file()
+
+    args = [*SMALL, "--prompts", str(prompts), "--name", "a"]
+    run = script("evaluate.py", *args, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "runs" / "a"
+    records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    assert len(records) == 2
+    assert results["rows"][0]["clean"]["right"] == 2  # the subset is correct by construction
+    strongest, transfer, adaptive = (results["rows"][i]["robust"]["right"] for i in (1, 2, 3))
+    assert strongest <= min(transfer, adaptive)
+    assert results["unet_evaluations"] == 2 * (5 * (2 + 4) + (2 * 2 + 4))  # 5 plain passes and one attack step each
+    assert (folder / "table.md").read_text() in run.stdout
+    assert Image.open(folder / "grid.png").size[0] > 500
+    for record in records:
+        for stage in STAGES:
+            assert Image.open(folder / "images" / f"{record['file']}_{stage}.png").size == (224, 224)
+
+    lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
+    (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])  # killed in the middle of a line
+    again = script("evaluate.py", *args, "--batch-size", "1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 pictures to do, 1 done before" in again.stdout
+    resumed = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in resumed] == [r["id"] for r in records]
+    assert [r["defended_attacked"] for r in resumed] == [r["defended_attacked"] for r in records]
+    other = script("evaluate.py", *args, "--seed", "5", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "other settings (seed" in other.stderr
+
+
+def test_without_attack_and_with_the_empty_prompt(tmp_path):
+    run = script("evaluate.py", *SMALL, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "| DIFFender (empty prompts) |" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--attack", "pgd"], "invalid choice: 'pgd'"),
+        (["--area", "1.5"], "--area is 1.5; allowed is from 0.0005 to 0.9"),
+        (["--eot", "0"], "--eot is 0; allowed is at least 1"),
+        (["--images", "many"], "invalid int value: 'many'"),
+        (["--imges", "4"], "unrecognized arguments: --imges 4"),
+        (["--data", "nowhere"], "no data at 'nowhere'"),
+        (["--model", "sd15-inpainting"], "needs --weights"),
+        (["--weights", "gone.safetensors"], "no weights file gone.safetensors"),
+        (["--classifier", "vgg"], "unknown classifier 'vgg'"),
+        (["--device", "tpu9"], "--device tpu9 does not work here"),
+        (["--prompts", "gone.safetensors"], "no weights file gone.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, says):
+    run = script("evaluate.py", *args, cwd=tmp_path)
+    assert run.returncode == 2
+    assert says in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.rglob("*"))  # nothing half-made is left behind
+
+
+def test_underscores_are_hyphens(tmp_path):
+    run = script("evaluate.py", "--noise_ratio", "7", cwd=tmp_path)
+    assert "--noise-ratio is 7.0; allowed is from 0.02 to 1" in run.stderr
+
+
+@pytest.mark.slow
+def test_exact_gradients_and_eight_shots(tmp_path):
+    """The two commands of the first milestone, word for word."""
+    assert script("train.py", "--shots", "8", cwd=tmp_path).returncode == 0
+    run = script("evaluate.py", *["--attack", "advp", "--grad", "full", "--eot", "2", "--images", "4"], cwd=tmp_path)
+    assert run.returncode == 0, run.stderr

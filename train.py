@@ -1,0 +1,144 @@
+"""Tune the two prompts of DIFFender on a few attacked photographs (Sec. 3.3).
+
+    python train.py --shots 8            embedded model, sample photographs; under 10 minutes on 2 cores
+
+Attacks the pictures with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
+cross-entropy of the mask (Eq. 4) + l1 to the clean picture (Eq. 5) + distance of classifier features (Eq. 6).
+Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffender.cli import option, parse, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffender.attacks.patch import Attacked
+    from diffender.diffusion import LatentDiffusion
+    from diffender.models.classifiers import Classifier
+    from diffender.pipeline import DIFFenderConfig
+    from diffender.prompts import PromptPair
+
+
+@dataclass(frozen=True)
+class Options:
+    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
+    shots: int = option(8, "number of photographs to tune on", low=1)
+    rounds: int = option(50, "passes over them", low=1)
+    batch_size: int = option(4, "photographs in an optimiser step", low=1)
+    n_ctx: int = option(16, "context vectors of each prompt", low=1, high=75)
+    ctx_init: str = option("words", "start from the manual prompts' words or from noise", choices=("words", "noise"))
+    lr: float = option(0.01, "of Adam, on the context vectors; falls to zero along a cosine", low=0)
+    printed_eq4: bool = option(False, "Eq. 4 as printed, without its negative term")
+    area: float = option(0.05, "share of the picture that a patch covers", low=0.0005, high=0.9)
+    iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
+    classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.models.classifiers")
+    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
+    model: str = option("tiny", "diffusion model, a preset of diffender.diffusion")
+    weights: str | None = option(None, "its safetensors file; none for the embedded one")
+    noise_ratio: float = option(0.5, "t* of localisation", low=0.02, high=1)
+    draws: int = option(3, "m of Eq. 2", low=1)
+    theta: float = option(2.0, "threshold in standard deviations", low=0)
+    steps: int = option(5, "DDIM steps of restoration while tuning", low=1, high=999)
+    guidance: float = option(3.0, "classifier-free guidance", low=0)
+    seed: int = option(0, "of every random choice", low=0)
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    out: str = option("runs/prompts.safetensors", "where the prompts go")
+
+
+def main() -> None:
+    opts = parse(Options, __doc__)
+    # Imported after the options are known to be good: torch and timm take seconds.
+    import torch
+    from tqdm import tqdm
+
+    from diffender.attacks import AdvP
+    from diffender.data import correct_subset, list_items
+    from diffender.models.classifiers import load_classifier
+    from diffender.noise import generator
+    from diffender.pipeline import DIFFenderConfig, Undefended
+    from diffender.prompts import MANUAL, PromptPair, save_prompts
+    from diffender.runs import pick_device
+    from diffender.weights import load_model
+
+    started = time.monotonic()
+    device = pick_device(opts.device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    model = load_model(opts.model, opts.weights).to(device)
+    batch = correct_subset(list_items(opts.data), classifier, opts.shots, opts.seed)
+    x, y = batch.x.to(device), batch.y.to(device)
+
+    attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
+    with tqdm(total=attack.iters, desc="attacking the photographs", mininterval=1) as bar:
+        attacked = attack(Undefended(classifier), x, y, batch.ids, opts.seed, callback=lambda _step: bar.update())
+    fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
+    print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
+
+    prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
+    if opts.ctx_init == "words":
+        prompts.initialize_from(model.text, MANUAL)
+    cfg = DIFFenderConfig(opts.noise_ratio, opts.draws, opts.theta, opts.steps, opts.guidance)
+    last = tune(opts, model, classifier, prompts, cfg, x, attacked, batch.ids)
+
+    path = Path(opts.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "last_round": last, "torch": torch.__version__}
+    save_prompts(prompts, path, header)
+    print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
+
+
+def tune(
+    opts: Options,
+    model: LatentDiffusion,
+    classifier: Classifier,
+    prompts: PromptPair,
+    cfg: DIFFenderConfig,
+    x: Tensor,
+    attacked: Attacked,
+    ids: list[str],
+) -> dict[str, float]:
+    """Descend Eq. 7 over both prompts; the mean terms of the last round."""
+    import torch
+    from tqdm import tqdm
+
+    from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
+    from diffender.metrics import mask_scores
+    from diffender.pipeline import DIFFender
+
+    names = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R")
+    parts = torch.arange(len(ids)).split(opts.batch_size)
+    optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
+    bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1)
+    for round_ in bar:
+        steps = []
+        for part in parts:
+            defense = DIFFender(model, prompts(model), cfg)
+            noise = defense.sample_noise([ids[i] for i in part], opts.seed, "tuning", round_)
+            out = defense(attacked.image[part], noise)
+            loss = tuning_loss(
+                mask_cross_entropy(out.z_score - opts.theta, attacked.mask[part], opts.printed_eq4),
+                restoration_l1(out.image, x[part]),
+                feature_distance(classifier.features(out.image), classifier.features(x[part])),
+            )
+            optimizer.zero_grad()
+            loss.total.backward()
+            norms = [ctx.grad.norm().item() for ctx in (prompts.ctx_locate, prompts.ctx_restore)]
+            assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
+            optimizer.step()
+            schedule.step()
+            iou = mask_scores(out.mask, attacked.mask[part]).iou.mean()
+            steps.append([*(term.item() for term in loss), iou.item(), *norms])
+        terms = dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
+        bar.write(f"round {round_:3d}  " + "  ".join(f"{name} {value:.4f}" for name, value in terms.items()))
+    return terms
+
+
+if __name__ == "__main__":
+    run(main)
