@@ -9,12 +9,21 @@ for each of --eot samples. The headline counts a picture as right only if every 
 pictures with noise that no attack has seen. Everything goes to runs/<name>/; a killed run resumes with --name.
 """
 
+from __future__ import annotations
+
+import os
+import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffender.cli import option, parse, run
+
+if TYPE_CHECKING:
+    from diffender.attacks import AdvP
+    from diffender.pipeline import Defended
 
 
 @dataclass(frozen=True)
@@ -57,73 +66,103 @@ class Options:
 def main() -> None:
     opts = parse(Options, __doc__)
     # Imported after the options are known to be good: torch and timm take seconds.
-    import torch
-
-    from diffender.attacks import ATTACKS
     from diffender.data import correct_subset, list_items
     from diffender.evaluation import evaluate_batch, summarize
-    from diffender.models.classifiers import load_classifier
-    from diffender.pipeline import Defended, DIFFender, DIFFenderConfig, Undefended
-    from diffender.prompts import SHIPPED, contexts_for
+    from diffender.pipeline import Undefended
+    from diffender.prompts import SHIPPED
     from diffender.report import class_names, markdown, save_grid
-    from diffender.runs import Progress, append_records, open_run, pick_device, write_json
-    from diffender.weights import load_model, read_header
+    from diffender.runs import Progress, append_records, open_run, write_json
+    from diffender.weights import read_header
 
     started = time.monotonic()
-    device = pick_device(opts.device)
-    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = load_model(opts.model, opts.weights).to(device)
-    prompts = Path(opts.prompts) if opts.prompts else SHIPPED
-    tuned_on = read_header(prompts).get("hashes", []) if opts.prompt == "tuned" else []
-    batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed, frozenset(tuned_on))
-    with torch.no_grad():
-        contexts = contexts_for(opts.prompt, model, prompts)
-    cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig)})
-    target = Defended(DIFFender(model, contexts, cfg), classifier, opts.grad)
-    undefended = Undefended(classifier)
-    adaptive = base = None
-    if opts.attack != "none":
-        cls = ATTACKS[opts.attack]
-        adaptive = cls(**{f.name: getattr(opts, f.name) for f in fields(cls) if hasattr(opts, f.name)})
-        base = replace(adaptive, iters=opts.iters_undefended, eot=1 if opts.location == "fixed" else opts.eot)
+    target = build_target(opts)
+    tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
+    batch = correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+    base, adaptive = build_attacks(opts)
 
-    name = opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack}-{opts.grad}-{opts.prompt}"
-    folder = Path("runs") / name
-    settings = asdict(opts) | {"name": name}
-    for cosmetic in ("batch_size", "device"):
-        settings.pop(cosmetic)
-    done = {r["id"] for r in open_run(folder, settings | {"torch": torch.__version__})}
+    folder = Path("runs") / (opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack}-{opts.grad}-{opts.prompt}")
+    settings = resolved(opts)
+    done = {r["id"] for r in open_run(folder, settings)}
     todo = [i for i, image_id in enumerate(batch.ids) if image_id not in done]
+    device = target.classifier.mean.device
     print(f"{len(todo)} pictures to do, {len(done)} done before; {opts.prompt} prompts; {device}; results in {folder}")
 
-    with Progress(model.unet, len(todo) * evaluations(opts), opts.attack) as progress:
+    plain = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
+    total = len(todo) * (evaluations(opts) + (plain * opts.iters_undefended if base else 0))
+    with Progress(target.defense.model.unet, total, opts.attack) as progress:
         for start in range(0, len(todo), opts.batch_size):
             part = todo[start : start + opts.batch_size]
             ids, x, y = [batch.ids[i] for i in part], batch.x[part].to(device), batch.y[part].to(device)
-            records = evaluate_batch(undefended, target, base, adaptive, ids, x, y, opts.seed, folder / "images")
+            undefended = Undefended(target.classifier)
+            records = evaluate_batch(
+                undefended, target, base, adaptive, ids, x, y, opts.seed, folder / "images",
+                on_step=lambda n: progress.advance(n * plain),
+            )  # fmt: skip
             append_records(folder / "per_image.jsonl", records)
 
-    records = sorted(open_run(folder, settings | {"torch": torch.__version__}), key=lambda r: batch.ids.index(r["id"]))
-    title = opts.attack if opts.attack == "none" else f"{opts.attack}, {100 * opts.area:g} %, {opts.shape}"
+    records = sorted(open_run(folder, settings), key=lambda r: batch.ids.index(r["id"]))
     results = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": str(device),
-        "attack": title,
-    }
-    results |= {
+        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device),
         "seed": opts.seed,
+        "attack": "none" if opts.attack == "none" else f"{opts.attack}, {opts.shape} of {100 * opts.area:g} %",
         "seconds": time.monotonic() - started,
         "unet_evaluations": progress.evaluations,
     }
     budget = f"{opts.grad}, {opts.iters} steps, EOT {opts.eot}"
     results |= summarize(records, f"DIFFender ({opts.prompt} prompts)", budget)
     write_json(folder / "results.json", results)
-    table = markdown(results)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
     save_grid(folder / "images", records, folder / "grid.png", class_names())
-    print(table)
-    print(f"pictures: {folder / 'grid.png'}")
+    print(f"\n{markdown(results)}\npictures: {folder / 'grid.png'}")
+
+
+def build_target(opts: Options) -> Defended:
+    """The classifier behind the defence."""
+    import torch
+
+    from diffender.models.classifiers import load_classifier
+    from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+    from diffender.prompts import SHIPPED, contexts_for
+    from diffender.runs import pick_device
+    from diffender.weights import load_model
+
+    device = pick_device(opts.device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    model = load_model(opts.model, opts.weights).to(device)
+    with torch.no_grad():  # prompts are constants here
+        contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
+    cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig)})
+    return Defended(DIFFender(model, contexts, cfg), classifier, opts.grad)
+
+
+def build_attacks(opts: Options) -> tuple[AdvP, AdvP] | tuple[None, None]:
+    """The attack on the classifier alone, where nothing is random but the place, and the one on the defence."""
+    from diffender.attacks import ATTACKS
+
+    if opts.attack == "none":
+        return None, None
+    cls = ATTACKS[opts.attack]
+    adaptive = cls(**{f.name: getattr(opts, f.name) for f in fields(cls) if hasattr(opts, f.name)})
+    return replace(adaptive, iters=opts.iters_undefended, eot=1 if opts.location == "fixed" else opts.eot), adaptive
+
+
+def resolved(opts: Options) -> dict:
+    """All that a result depends on: what a resumed run must share."""
+    import torch
+
+    from diffender.prompts import SHIPPED
+    from diffender.weights import EMBEDDED, sha256
+
+    settings = {k: v for k, v in asdict(opts).items() if k not in ("name", "batch_size", "device")}
+    files = [
+        Path(opts.weights or EMBEDDED / "tiny.safetensors"),
+        *([Path(opts.classifier_weights)] if opts.classifier_weights else []),
+    ]
+    if opts.prompt == "tuned":
+        files.append(Path(opts.prompts or SHIPPED))
+    return settings | {"torch": torch.__version__, "sha256": {file.name: sha256(file) for file in files}}
 
 
 def evaluations(opts: Options) -> int:

@@ -115,11 +115,12 @@ def tune(
     parts = torch.arange(len(ids)).split(opts.batch_size)
     optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
+    defense = DIFFender(model, prompts(model), cfg)
     bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1)
     for round_ in bar:
         steps = []
         for part in parts:
-            defense = DIFFender(model, prompts(model), cfg)
+            defense.contexts = prompts(model)
             noise = defense.sample_noise([ids[i] for i in part], opts.seed, "tuning", round_)
             out = defense(attacked.image[part], noise)
             loss = tuning_loss(

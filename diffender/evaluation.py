@@ -30,8 +30,12 @@ def evaluate_batch(
     y: Tensor,
     seed: int,
     pictures: Path,
+    on_step: Callable[[int], None] = lambda pictures: None,
 ) -> list[dict]:
-    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each, pictures saved."""
+    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each, pictures saved.
+
+    `on_step` hears the number of pictures after each step of the attack on the undefended classifier.
+    """
     x = to_8bit(x)
     labels = y.tolist()
     clean, clean_seen = verdict(target, x, ids, seed, "clean")
@@ -45,7 +49,7 @@ def evaluate_batch(
     ]  # fmt: skip
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
     if attack_target is not None:
-        base = attack_undefended(undefended, x, y, ids, seed)
+        base = attack_undefended(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
         adaptive = attack_target(target, x, y, ids, seed, init=base.patch)
         _, transfer_seen = verdict(target, base.image, ids, seed, "transfer")
         out, adaptive_seen = verdict(target, adaptive.image, ids, seed, "adaptive")

@@ -12,7 +12,7 @@ from diffender.errors import InputError
 from diffender.localize import difference_map, refine_mask, standardize
 from diffender.models.classifiers import Classifier
 from diffender.noise import Noise, sample_noise
-from diffender.ops import recompute, resize, straight_through
+from diffender.ops import binarize, recompute, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
 from diffender.schedule import noise_timestep
@@ -53,6 +53,8 @@ class DIFFender(nn.Module):
         self.model = model
         self.contexts = contexts
         self.cfg = cfg or DIFFenderConfig()
+        self.size = (model.cfg.image_size,) * 2
+        self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise:
         """The k-th noise of these images for this purpose, on the model's device."""
@@ -60,28 +62,23 @@ class DIFFender(nn.Module):
         noise = sample_noise(self.model.cfg.latent_shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
-    def localize(self, x: Tensor, noise: Noise, contexts: Contexts | None = None) -> Localized:
+    def localize(self, x: Tensor, noise: Noise) -> Localized:
         """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
-        contexts = contexts or self.contexts
-        size = (self.model.cfg.image_size,) * 2
-        z0 = recompute(self.model.vae.encode, resize(x, size), noise.image)
+        z0 = recompute(self.model.vae.encode, resize(x, self.size), noise.image)
         heatmap = difference_map(
-            self.model, z0, contexts.locate, contexts.empty, noise.draws, noise.draws_empty,
-            self.model.blank_conditioning(size), noise_timestep(self.cfg.noise_ratio), self.cfg.guidance,
+            self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
+            self.blank, noise_timestep(self.cfg.noise_ratio), self.cfg.guidance,
         )  # fmt: skip
         z_score = standardize(heatmap)
         return Localized(refine_mask(z_score, self.cfg.theta, x.shape[-2:]), heatmap, z_score)
 
-    def restore(self, x: Tensor, mask: Tensor, noise: Noise, contexts: Contexts | None = None) -> Tensor:
+    def restore(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
         """A whole new picture (B, 3, H, W) whose inside of the mask does not know what was there."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
-        contexts = contexts or self.contexts
-        size = (self.model.cfg.image_size,) * 2
-        small = resize(mask, size)
-        small = straight_through((small > 0.5).to(small.dtype), small) if small.shape != mask.shape else small
         x_hat = inpaint(
-            self.model, resize(x, size), small, contexts.restore, contexts.empty, noise.masked, noise.start,
+            self.model, resize(x, self.size), binarize(resize(mask, self.size), 0.5), self.contexts.restore,
+            self.contexts.empty, noise.masked, noise.start,
             noise.steps, self.cfg.steps, self.cfg.guidance, self.cfg.eta,
         )  # fmt: skip
         return resize(x_hat, x.shape[-2:])

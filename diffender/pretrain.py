@@ -30,6 +30,9 @@ from diffender.losses import feature_distance
 from diffender.models.classifiers import load_classifier
 from diffender.models.unet import ResBlock, SpatialTransformer
 from diffender.models.vae import AutoencoderKL, Posterior
+from diffender.pipeline import DIFFender, DIFFenderConfig
+from diffender.prompts import manual_contexts
+from diffender.restore import composite
 from diffender.schedule import TRAIN_STEPS, q_sample
 from diffender.weights import read_header, save_atomic, save_model
 
@@ -117,19 +120,23 @@ def train_vae(args: argparse.Namespace) -> None:
             recon = vae.decode(posterior.sample(noise)).float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         l1 = (recon - x).abs().mean()
+        # Squared and coarse: l1 alone sits where every colour is its median, grey, and texture takes all the channels.
+        difference = F.avg_pool2d(recon - x, 4)
+        chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
-        trainer.update(l1 + 0.1 * perceptual + 3e-4 * kl, l1=l1, kl=kl, perceptual=perceptual)
+        loss = l1 + 20 * chroma + 0.1 * perceptual + 3e-4 * kl
+        trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
     if args.steps:
         trainer.save()
-    vae.load_state_dict(trainer.ema.module.state_dict())
-    vae.requires_grad_(False).eval()
+    vae.requires_grad_(False)  # its last weights: late on it changes too much for an average
     holdout = center_crops(photos, range(0, len(photos.images), 41))
     z = torch.cat([vae.encode(x) for x in holdout.split(8)])
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
     psnr = -10 * (recon - holdout).square().mean(dim=(1, 2, 3)).log10()
     print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(holdout)} photographs")
     save_image(torch.cat([holdout[:8], recon[:8]]), args.out / "vae.png", nrow=8)
+    plot_losses(trainer.log, ("l1", "perceptual"))
     save_atomic(vae.state_dict(), args.out / "vae.safetensors", {"scale_factor": 1 / z.std().item()})
 
 
@@ -235,7 +242,34 @@ def train_unet(args: argparse.Namespace) -> None:
     }
     card |= {"mse": sum(losses) / len(losses), "device": args.device}
     save_model(model, args.out / "tiny.safetensors", {"training": card})
+    plot_losses(trainer.log, ("loss", "mse"))
+    show_inpainting(args, model.requires_grad_(False))
     print(f"saved {args.out / 'tiny.safetensors'}: {card}")
+
+
+def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
+    """Eight photographs, with a grey square, and inpainted from the prompt "clean"."""
+    photos = load_photos(args.data, short_side=256)
+    x = center_crops(photos, range(0, len(photos.images), len(photos.images) // 8))[:8]
+    mask = torch.zeros(len(x), 1, *x.shape[-2:])
+    mask[..., 80:144, 80:144] = 1
+    defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=20, guidance=3.0))
+    noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
+    restored = composite(x, defense.restore(x, mask, noise), mask)
+    save_image(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), args.out / "unet.png", nrow=8)
+
+
+def plot_losses(log: Path, names: tuple[str, ...]) -> None:
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    for name in names:
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    axis.set(xlabel="step", yscale="log")
+    axis.legend()
+    figure.savefig(log.with_name(f"{log.stem}-loss.png"))
 
 
 def main() -> None:

@@ -53,21 +53,22 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
     from matplotlib.figure import Figure
 
     records = records[:rows]
-    figure = Figure(figsize=(2.1 * len(STAGES), 2.35 * len(records)), layout="constrained")
-    axes = figure.subplots(len(records), len(STAGES), squeeze=False)
+    attacked = "defended_attacked" in records[0]
+    stages = [stage for stage in STAGES if attacked or stage != "attacked"]
+    seen = {"clean": "undefended_clean", "attacked": "undefended_attacked"}
+    seen["restored"] = "defended_attacked" if attacked else "defended_clean"
+    figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), len(stages), squeeze=False)
     for row, record in zip(axes, records, strict=True):
-        seen = {
-            "clean": record["label"],
-            "attacked": record["undefended_attacked"],
-            "restored": record["defended_attacked"],
-        }
-        for axis, stage in zip(row, STAGES, strict=True):
+        for axis, stage in zip(row, stages, strict=True):
             image = Image.open(folder / f"{record['file']}_{stage}.png")
             axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
             axis.set_axis_off()
-            title = f"{stage}: {names[seen[stage]].split(',')[0][:20]}" if stage in seen else stage
-            right = seen.get(stage) == record["label"]
-            axis.set_title(title, fontsize=8, color="black" if stage not in seen else "green" if right else "firebrick")
+            axis.set_title(stage, fontsize=8)
+            if stage in seen:
+                answer = record[seen[stage]]
+                colour = "green" if answer == record["label"] else "firebrick"
+                axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
     figure.savefig(path, dpi=100)
 
 

@@ -59,7 +59,10 @@ def append_records(path: Path, records: Sequence[dict]) -> None:
 
 
 class Progress:
-    """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran."""
+    """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran.
+
+    Work on the classifier alone is told to `advance`, at its worth in UNet evaluations.
+    """
 
     def __init__(self, unet: nn.Module, total: int, description: str):
         self.evaluations = 0
@@ -68,7 +71,10 @@ class Progress:
 
     def count(self, _module: nn.Module, args: tuple) -> None:
         self.evaluations += len(args[0])
-        self.bar.update(min(len(args[0]), self.bar.total - self.bar.n))
+        self.advance(len(args[0]))
+
+    def advance(self, n: int) -> None:
+        self.bar.update(min(n, self.bar.total - self.bar.n))
 
     def __enter__(self) -> "Progress":
         return self

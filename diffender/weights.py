@@ -4,6 +4,7 @@ Files carry the names of the CompVis single file. Layouts read here: a file of o
 SD1.5-inpainting and SD2-inpainting.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -44,6 +45,10 @@ def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
     partial.rename(path)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of compiled code)

@@ -24,6 +24,7 @@ class UNetConfig:
     context_dim: int = 768
     num_heads: int | None = 8  # heads everywhere, or None: width / head_dim heads
     head_dim: int = 64
+    norm_groups: int = 32
     linear_proj: bool = False  # proj_in and proj_out of a transformer: linear (SD2) or 1x1 convolution (SD1)
 
     def heads(self, channels: int) -> int:
@@ -38,13 +39,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, emb_dim: int):
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         # Identity holds the place of the original's dropout, so that the convolution keeps its name (out_layers.3).
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1)
+            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1)
         )
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -105,7 +106,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, c: int, cfg: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(32, c, eps=1e-6)
+        self.norm = nn.GroupNorm(cfg.norm_groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, cfg.context_dim, cfg.heads(c))])
         self.proj_out = nn.Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
@@ -171,7 +172,7 @@ class UNet(nn.Module):
 
         def block(c_in: int, c_out: int, level: int) -> list[nn.Module]:
             attention = [SpatialTransformer(c_out, cfg)] if level in cfg.attention_levels else []
-            return [ResBlock(c_in, c_out, emb_dim), *attention]
+            return [ResBlock(c_in, c_out, emb_dim, cfg.norm_groups), *attention]
 
         c = cfg.model_channels
         last = len(cfg.channel_mult) - 1
@@ -186,7 +187,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block(Downsample(c)))
                 skips.append(c)
 
-        self.middle_block = Block(ResBlock(c, c, emb_dim), SpatialTransformer(c, cfg), ResBlock(c, c, emb_dim))
+        before, after = (ResBlock(c, c, emb_dim, cfg.norm_groups) for _ in range(2))
+        self.middle_block = Block(before, SpatialTransformer(c, cfg), after)
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(cfg.channel_mult))):
@@ -197,7 +199,9 @@ class UNet(nn.Module):
                     layers.append(Upsample(c))
                 self.output_blocks.append(Block(*layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, cfg.out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.out_channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).

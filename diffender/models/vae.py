@@ -19,6 +19,7 @@ class VAEConfig:
     num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
     z_channels: int = 4
     scale_factor: float = 0.18215
+    norm_groups: int = 32  # narrow networks want fewer: with one channel a group the colour of a picture is normed away
 
     @property
     def factor(self) -> int:
@@ -36,16 +37,16 @@ class Posterior(NamedTuple):
         return self.mean + (self.logvar / 2).exp() * noise
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = norm(c_in, groups)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = norm(c_out)
+        self.norm2 = norm(c_out, groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
@@ -59,9 +60,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head attention over all positions; 1x1 convolutions as projections."""
 
-    def __init__(self, c: int):
+    def __init__(self, c: int, groups: int):
         super().__init__()
-        self.norm = norm(c)
+        self.norm = norm(c, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,8 +90,9 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def middle(c: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"block_1": ResnetBlock(c, c), "attn_1": AttnBlock(c), "block_2": ResnetBlock(c, c)})
+def middle(c: int, groups: int) -> nn.ModuleDict:
+    block_1, block_2 = ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)
+    return nn.ModuleDict({"block_1": block_1, "attn_1": AttnBlock(c, groups), "block_2": block_2})
 
 
 class Encoder(nn.Module):
@@ -102,13 +104,13 @@ class Encoder(nn.Module):
         for i, mult in enumerate(cfg.ch_mult):
             level = nn.ModuleDict({"block": nn.ModuleList()})
             for _ in range(cfg.num_res_blocks):
-                level["block"].append(ResnetBlock(c, cfg.ch * mult))
+                level["block"].append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
                 c = cfg.ch * mult
             if i < last:
                 level["downsample"] = Downsample(c)
             self.down.append(level)
-        self.mid = middle(c)
-        self.norm_out = norm(c)
+        self.mid = middle(c, cfg.norm_groups)
+        self.norm_out = norm(c, cfg.norm_groups)
         self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,18 +130,18 @@ class Decoder(nn.Module):
         super().__init__()
         c = cfg.ch * cfg.ch_mult[-1]
         self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
-        self.mid = middle(c)
+        self.mid = middle(c, cfg.norm_groups)
         levels = []
         for i, mult in reversed(list(enumerate(cfg.ch_mult))):
             level = nn.ModuleDict({"block": nn.ModuleList()})
             for _ in range(cfg.num_res_blocks + 1):
-                level["block"].append(ResnetBlock(c, cfg.ch * mult))
+                level["block"].append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
                 c = cfg.ch * mult
             if i > 0:
                 level["upsample"] = Upsample(c)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the last to run: numbered by resolution
-        self.norm_out = norm(c)
+        self.norm_out = norm(c, cfg.norm_groups)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""The layout keeps its promises: imports run one way, functions stay short, the README names every file."""
+
+import ast
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "diffender"
+# A module imports only from lines above its own.
+LAYERS = [
+    {"errors", "ops", "schedule"},
+    {"noise", "metrics", "cli"},
+    {"models.text", "models.unet", "models.vae", "models.classifiers"},
+    {"diffusion", "losses"},
+    {"weights"},
+    {"localize", "restore", "prompts"},
+    {"pipeline"},
+    {"attacks.patch"},
+    {"attacks.advp"},
+    {"attacks", "data", "report", "runs"},
+    {"evaluation", "corpus"},
+    {"pretrain"},
+]
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+MODULES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")
+}
+MODULES = {k: v for k, v in MODULES.items() if k not in ("__init__", "models")}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffender."):
+            yield node.module.removeprefix("diffender.")
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    for other in imports(MODULES[name]):
+        assert RANK[other] < RANK[name], f"{name} imports {other}"
+
+
+def test_attacks_know_no_defence_and_defences_no_attack():
+    for name in ("attacks.patch", "attacks.advp"):
+        assert set(imports(MODULES[name])) <= {"attacks.patch", "noise", "errors"}
+    for name in MODULES:
+        if RANK[name] <= RANK["pipeline"]:
+            assert not any(other.startswith("attacks") for other in imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), ROOT / "train.py", ROOT / "evaluate.py"], ids=lambda p: p.name)
+def test_functions_are_short_and_hinted(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 65, node.name
+
+
+def test_readme_maps_every_file_and_shows_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    for path in MODULES.values():
+        if path.name != "__init__.py":
+            assert path.name in readme, path
+    tables = sorted((ROOT / "results").glob("*/table.md"))
+    assert tables
+    for table in tables:
+        for line in table.read_text().splitlines():
+            assert line in readme, f"{table.parent.name}: {line}"
+        assert f"results/{table.parent.name}" in readme
+
+
+def test_readme_commands_are_options_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("train.py", "evaluate.py"):
+        source = (ROOT / name).read_text()
+        for command in re.findall(rf"python {re.escape(name)}([^\n`]*)", readme):
+            for flag in re.findall(r"--([a-z0-9-]+)", command):
+                assert f"    {flag.replace('-', '_')}:" in source or flag == "help", flag
