@@ -215,6 +215,7 @@ def train_unet(args: argparse.Namespace) -> None:
     model.vae.requires_grad_(False)
     samples = encode_samples(args, model)
     empty = model.text.tokenize([""])
+    blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
     for g in trainer.steps():
         i = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
@@ -224,6 +225,9 @@ def train_unet(args: argparse.Namespace) -> None:
         dropped = torch.rand(args.batch, 1, generator=g) < 0.15
         tokens = torch.where(dropped, empty, samples["tokens"][i]).to(args.device)
         t = torch.randint(0, TRAIN_STEPS, (args.batch,), generator=g).to(args.device)
+        focus = round(args.focus * args.batch)
+        conditioning[:focus] = blank
+        t[:focus] = 100 + t[:focus] % 400  # noise ratios of about 0.1 to 0.5
         noise = torch.randn(z0.shape, generator=g).to(args.device)
         a_t = model.alphas_cumprod[t][:, None, None, None]
         z_t = q_sample(z0.to(args.device), noise, a_t)
@@ -286,6 +290,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--focus", type=float, default=0.0, help="share of a unet batch trained as localisation uses it"
+    )
     parser.add_argument("--samples", type=int, default=10_400, help="augmented pictures that the unet stage encodes")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

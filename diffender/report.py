@@ -44,7 +44,12 @@ def markdown(results: dict) -> str:
             f"IoU {m['iou']:.3f}, AUC of the difference map {m['auc']:.3f} (means over {m['n']} pictures). "
             f"Masked share of clean pictures: {100 * m['clean_area']:.1f} %.",
         ]
-    lines += ["", f"Cost: {results['seconds']:.0f} s, {results['unet_evaluations']} UNet evaluations."]
+    lines += [
+        "",
+        f"`{results['command']}`: {results['rows'][0]['clean']['n']} pictures, seed {results['seed']}, "
+        f"{results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on {results['machine']}, "
+        f"{results['date']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

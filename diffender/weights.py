@@ -1,12 +1,11 @@
 """Weights in and out: safetensors only, the configuration in the header, strict about every key.
 
-Files carry the names of the CompVis single file. Layouts read here: a file of ours, and the official single files of
-SD1.5-inpainting and SD2-inpainting.
+Files of ours carry the names of the CompVis single file. Read are these, the official single files of SD1.5-inpainting
+and SD2-inpainting, and Hugging Face folders of either.
 """
 
 import hashlib
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,26 +16,13 @@ from torch import Tensor
 
 from diffender.diffusion import PRESETS, LatentDiffusion, ModelConfig
 from diffender.errors import InputError
+from diffender.layouts import IGNORED, PREFIXES, from_open_clip, new_vae_name, unet_name, vae_name
 from diffender.models.text import TextConfig
 from diffender.models.unet import UNetConfig
 from diffender.models.vae import VAEConfig
 from diffender.schedule import make_alphas_cumprod
 
 EMBEDDED = Path(__file__).parents[1] / "weights"
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text": "cond_stage_model.transformer.text_model.",
-}
-OPEN_CLIP = "cond_stage_model.model."
-
-# Tensors of the official files that the model does not need: schedule tables (recomputed), EMA counters, leftovers of
-# training, and of SD2's text tower what lies behind the layer that it reads.
-IGNORED = re.compile(
-    r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor"
-    r"|model_ema\.(decay|num_updates)|.*\.position_ids|first_stage_model\.loss\..*"
-    r"|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask|transformer\.resblocks\.23\..*))"
-)
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
@@ -88,15 +74,43 @@ def load_model(name: str, path: str | Path | None = None, dtype: torch.dtype = t
             raise InputError(f"model {name!r} needs --weights, the path of its official .safetensors file")
         path = EMBEDDED / "tiny.safetensors"
     path = Path(path)
-    header = read_header(path)
+    header = {} if path.is_dir() else read_header(path)
     cfg = config_from_json(header["config"]) if "config" in header else PRESETS[name]
-    with open_safetensors(path) as f:
-        state = {k: f.get_tensor(k) for k in f.keys() if not IGNORED.fullmatch(k)}  # noqa: SIM118
     with torch.device("meta"):
         model = LatentDiffusion(cfg)
-    load_strict(model, from_open_clip(state), path, dtype)
+    state = read_folder(path, model) if path.is_dir() else from_open_clip(read_tensors(path))
+    load_strict(model, state, path, dtype)
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
     return model.requires_grad_(False).eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    with open_safetensors(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys() if not IGNORED.fullmatch(k)}  # noqa: SIM118
+
+
+def read_folder(root: Path, model: LatentDiffusion) -> dict[str, Tensor]:
+    """A Hugging Face folder (unet/, vae/, text_encoder/) in our names; what does not fit keeps its own."""
+    cfg = model.cfg
+    renamed = {
+        "unet": {unet_name(k, cfg.unet.num_res_blocks): k for k in model.unet.state_dict()},
+        "vae": {vae_name(k, len(cfg.vae.ch_mult)): k for k in model.vae.state_dict()},
+        "text": {f"text_model.{k}": k for k in model.text.state_dict()},
+    }
+    files = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text": "text_encoder/model"}
+    state = {}
+    for part, stem in files.items():
+        candidates = [root / f"{stem}{kind}.safetensors" for kind in ("", ".fp16")]
+        path = next((p for p in candidates if p.is_file()), candidates[0])
+        like = getattr(model, part).state_dict()
+        for key, value in read_tensors(path).items():
+            name = renamed[part].get(new_vae_name(key) if part == "vae" else key)
+            if name is None:
+                state[f"{part}: {key}"] = value
+            else:  # the VAE's attention is linear there, a 1x1 convolution here
+                attention = part == "vae" and ".attn_1." in name and value.numel() == like[name].numel()
+                state[PREFIXES[part] + name] = value.reshape(like[name].shape) if attention else value
+    return state
 
 
 def load_strict(model: LatentDiffusion, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
@@ -126,29 +140,6 @@ def load_strict(model: LatentDiffusion, state: dict[str, Tensor], path: Path, dt
     for part in PREFIXES:
         tensors = {k: state[full].to(dtype) for full, (p, k, _) in want.items() if p == part}
         getattr(model, part).load_state_dict(tensors, assign=True)
-
-
-def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename SD2's text tower from OpenCLIP's names to ours, splitting the fused q, k, v; other keys pass through."""
-    out = {}
-    for key, value in state.items():
-        if not key.startswith(OPEN_CLIP):
-            out[key] = value
-            continue
-        name = key.removeprefix(OPEN_CLIP)
-        for old, new in (
-            ("token_embedding.weight", "embeddings.token_embedding.weight"),
-            ("positional_embedding", "embeddings.position_embedding.weight"),
-            ("ln_final", "final_layer_norm"), ("transformer.resblocks.", "encoder.layers."), ("ln_1", "layer_norm1"),
-            ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("attn.", "self_attn."),
-        ):  # fmt: skip
-            name = name.replace(old, new)
-        if ".in_proj_" in name:
-            for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                out[PREFIXES["text"] + name.replace("in_proj_", f"{part}_proj.")] = chunk
-        else:
-            out[PREFIXES["text"] + name] = value
-    return out
 
 
 def config_from_json(config: dict) -> ModelConfig:

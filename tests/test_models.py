@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffender.diffusion import PRESETS, LatentDiffusion
+from diffender.layouts import IGNORED, PREFIXES, from_open_clip, new_vae_name, unet_name, vae_name
 from diffender.models.unet import UNet, UNetConfig, timestep_embedding
 from diffender.models.vae import AutoencoderKL, VAEConfig
-from diffender.weights import IGNORED, PREFIXES, from_open_clip
 
 COUNTS = {  # parameters, tensors
     ("sd15-inpainting", "unet"): (859_535_364, 686),
@@ -54,6 +54,20 @@ def test_ignored_keys_are_few_and_named(manifest):
     """What is passed over in the official files is what the format's description lists, and not a tensor more."""
     for name, count in (("sd15-inpainting", 12 + 2 + 1), ("sd2-inpainting", 12 + 2 + 2 + 12)):
         assert sum(bool(IGNORED.fullmatch(k)) for k in manifest(f"{name}.compvis")) == count
+
+
+@pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
+def test_hugging_face_names_are_a_bijection(name, manifest):
+    model = on_meta(name)
+    unet = [unet_name(k, 2) for k in model.unet.state_dict()]
+    vae = [vae_name(k, 4) for k in model.vae.state_dict()]
+    for names, official in (
+        (unet, manifest(f"{name}.hf.unet")),
+        (vae, manifest(f"{name}.hf.vae")),
+        (vae, [new_vae_name(k) for k in manifest("sd-vae.hf.oldnames")]),
+    ):
+        assert len(set(names)) == len(names)
+        assert set(names) == set(official)
 
 
 def test_text_names_equal_the_hugging_face_file(manifest):

@@ -1,62 +1,14 @@
 """Our networks against diffusers', with random weights at reduced size. Skipped where diffusers is not installed."""
 
-import re
-
 import pytest
 import torch
 
+from diffender.layouts import unet_name, vae_name
 from diffender.models.unet import UNet, UNetConfig
 from diffender.models.vae import AutoencoderKL, VAEConfig
 from diffender.schedule import ddim_alphas, ddim_step, ddim_timesteps, make_alphas_cumprod
 
 diffusers = pytest.importorskip("diffusers")
-
-RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-
-
-def unet_name(key: str, resnets: int, last: int) -> str:
-    """Our (CompVis) name of a UNet tensor in diffusers' naming."""
-    for old, new in (
-        ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
-        ("input_blocks.0.0", "conv_in"), ("out.0.", "conv_norm_out."), ("out.2.", "conv_out."),
-    ):  # fmt: skip
-        if key.startswith(old):
-            return key.replace(old, new, 1)
-    side, index, rest = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.*)", key).groups()
-    index = int(index)
-    if side == "middle":
-        name = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")[index] + "." + rest
-    elif side == "input":
-        level, j = divmod(index - 1, resnets + 1)
-        if j == resnets:
-            return f"down_blocks.{level}.downsamplers.0.conv." + rest.removeprefix("0.op.")
-        name = f"down_blocks.{level}.{('resnets', 'attentions')[int(rest[0])]}.{j}." + rest[2:]
-    else:
-        level, j = divmod(index, resnets + 1)
-        if (up := re.fullmatch(r"\d\.conv\.(\w+)", rest)) and level < last:
-            return f"up_blocks.{level}.upsamplers.0.conv.{up[1]}"
-        name = f"up_blocks.{level}.{('resnets', 'attentions')[int(rest[0])]}.{j}." + rest[2:]
-    for old, new in RESNET.items():
-        name = name.replace(old, new)
-    return name
-
-
-def vae_name(key: str, last: int) -> str:
-    key = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", key)
-    for old, new in (
-        (r"encoder\.down\.(\d)", r"encoder.down_blocks.\1"), (r"\.block\.(\d)", r".resnets.\1"),
-        (r"\.downsample\.", ".downsamplers.0."), (r"\.upsample\.", ".upsamplers.0."),
-        (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
-        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
-        (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."),
-        (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"),
-        ("norm_out", "conv_norm_out"), ("nin_shortcut", "conv_shortcut"),
-    ):  # fmt: skip
-        key = re.sub(old, new, key)
-    return key
 
 
 def randomize(module: torch.nn.Module) -> None:
@@ -90,7 +42,7 @@ def test_unet_eps_and_gradients(linear):
         down_block_types=[f"{b}DownBlock2D" for b in blocks], up_block_types=[f"{b}UpBlock2D" for b in blocks[::-1]],
         cross_attention_dim=48, attention_head_dim=[2, 4, 8, 8] if linear else 4, use_linear_projection=linear,
     ).double()  # fmt: skip
-    copy(ours, theirs, lambda k: unet_name(k, 2, 3))
+    copy(ours, theirs, lambda k: unet_name(k, 2))
     g = torch.Generator().manual_seed(1)
     for t, size in ((1, (16, 16)), (481, (16, 24)), (981, (8, 16))):
         x = torch.randn(2, 9, *size, generator=g, dtype=torch.float64).requires_grad_()
@@ -110,7 +62,7 @@ def test_vae_moments_and_decode():
         block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     ).double()  # fmt: skip
-    copy(ours, theirs, lambda k: vae_name(k, 3))
+    copy(ours, theirs, lambda k: vae_name(k, 4))
     g = torch.Generator().manual_seed(1)
     x = torch.rand(1, 3, 48, 64, generator=g, dtype=torch.float64)
     posterior, dist = ours.posterior(x), theirs.encode(2 * x - 1).latent_dist

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "diffender"
 # A module imports only from lines above its own.
 LAYERS = [
-    {"errors", "ops", "schedule"},
+    {"errors", "ops", "schedule", "layouts"},
     {"noise", "metrics", "cli"},
     {"models.text", "models.unet", "models.vae", "models.classifiers"},
     {"diffusion", "losses"},

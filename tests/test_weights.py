@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffender.errors import InputError
+from diffender.layouts import OPEN_CLIP, PREFIXES, from_open_clip, unet_name, vae_name
 from diffender.prompts import PromptPair, load_prompts, save_prompts
-from diffender.weights import EMBEDDED, OPEN_CLIP, PREFIXES, from_open_clip, load_model, read_header, save_model
+from diffender.weights import EMBEDDED, load_model, read_header, save_model
 
 
 def test_round_trip_with_the_config_in_the_header(model, tmp_path):
@@ -108,6 +109,33 @@ def test_open_clip_text_tower_loads_and_computes_the_same():
     for block in theirs.transformer.resblocks[:2]:
         x = block(x, attn_mask=theirs.attn_mask)
     assert torch.allclose(ours(ours.embed(tokens)), theirs.ln_final(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hugging_face_folder_loads(model, tmp_path):
+    """The embedded model written out as a folder, with the VAE attention names of old files, comes back the same."""
+    cfg = model.cfg
+    text = {f"text_model.{k}": v for k, v in model.text.state_dict().items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    vae = {vae_name(k, len(cfg.vae.ch_mult)): v for k, v in model.vae.state_dict().items()}
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        vae = {k.replace(f".{new}.", f".{old}."): v.squeeze() if new in k else v for k, v in vae.items()}
+    parts = {
+        "unet/diffusion_pytorch_model": {
+            unet_name(k, cfg.unet.num_res_blocks): v for k, v in model.unet.state_dict().items()
+        },
+        "vae/diffusion_pytorch_model": vae,
+        "text_encoder/model.fp16": text,
+    }
+    for name, state in parts.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir()
+        save_file(state, path)
+    again = load_model("tiny", tmp_path)
+    for (k, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), k
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights file .*unet/diffusion_pytorch_model.safetensors"):
+        load_model("tiny", tmp_path)
 
 
 def test_prompts_round_trip_and_must_fit(tmp_path):
