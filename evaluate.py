@@ -38,7 +38,7 @@ class Options:
     weights: str | None = option(None, "its safetensors file; none for the embedded one")
     prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"))
     prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
-    noise_ratio: float = option(0.5, "t* of localisation", low=0.02, high=1)
+    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(3, "m of Eq. 2", low=1)
     theta: float = option(2.0, "threshold in standard deviations", low=0)
     steps: int = option(10, "DDIM steps of restoration (paper's demo: 20)", low=1, high=999)
@@ -53,7 +53,7 @@ class Options:
     shape: str = option("square", "shape of the patch", choices=("square", "circle"))
     location: str = option("fixed", "one random place, or a new one for each EOT sample", choices=("fixed", "eot"))
     targeted: bool = option(False, "aim at a random class instead of away from the true one")
-    iters: int = option(15, "steps of the adaptive attack (paper: 100)", low=1)
+    iters: int = option(10, "steps of the adaptive attack (paper: 100)", low=1)
     iters_undefended: int = option(100, "steps of the attack on the classifier alone", low=1)
     eot: int = option(2, "noise samples averaged in a step", low=1)
     # The run

@@ -10,8 +10,6 @@ first stage; it encodes a fixed number of augmented pictures once, since encodin
 
 import argparse
 import json
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -34,70 +31,8 @@ from diffender.pipeline import DIFFender, DIFFenderConfig
 from diffender.prompts import manual_contexts
 from diffender.restore import composite
 from diffender.schedule import TRAIN_STEPS, q_sample
+from diffender.trainer import Trainer, plot_losses
 from diffender.weights import read_header, save_atomic, save_model
-
-
-class Trainer:
-    """What both stages share: AdamW with warm-up and clipping, an EMA copy, checkpoints, a log line now and then."""
-
-    def __init__(self, name: str, model: nn.Module, args: argparse.Namespace):
-        self.path = args.out / f"{name}.ckpt"
-        self.log = args.out / f"{name}.jsonl"
-        self.args, self.model = args, model
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.step, self.seconds = 0, 0.0
-        if self.path.is_file():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.ema.load_state_dict(state["ema"])
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            print(f"resuming {self.path} at step {self.step}")
-
-    def steps(self) -> Iterator[Generator]:
-        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn."""
-        start, mark = self.seconds, time.monotonic()
-        bar = tqdm(total=self.args.steps, initial=self.step, mininterval=5)
-        while self.step < self.args.steps:
-            yield Generator().manual_seed(self.args.seed * 10_000_000 + self.step)
-            self.step += 1
-            self.seconds = start + time.monotonic() - mark
-            bar.update()
-            if self.step % self.args.save_every == 0 or self.step == self.args.steps:
-                self.save()
-        bar.close()
-
-    def update(self, loss: Tensor, **terms: Tensor) -> None:
-        """One optimiser step on `loss`; `terms` go to the log."""
-        if not loss.isfinite():
-            raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; resume with a lower --lr")
-        lr = self.args.lr * min(1.0, (self.step + 1) / 100)
-        if self.args.decay:  # to a tenth over the last fifth: what the average cannot give
-            left = (self.args.steps - self.step) / (0.2 * self.args.steps)
-            lr *= min(1.0, max(0.1, left))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
-        if self.step % 50 == 0:
-            line = {"step": self.step, "seconds": round(self.seconds), "loss": loss.item()}
-            line |= {k: v.item() for k, v in terms.items()}
-            with self.log.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-
-    def save(self) -> None:
-        state = {
-            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "step": self.step, "seconds": self.seconds,
-        }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.path)
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -130,14 +65,16 @@ def train_vae(args: argparse.Namespace) -> None:
     if args.steps:
         trainer.save()
     vae.requires_grad_(False)  # its last weights: late on it changes too much for an average
-    holdout = center_crops(photos, range(0, len(photos.images), 41))
-    z = torch.cat([vae.encode(x) for x in holdout.split(8)])
+    some = center_crops(photos, range(0, len(photos.images), 41))
+    z = torch.cat([vae.encode(x) for x in some.split(8)])
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
-    psnr = -10 * (recon - holdout).square().mean(dim=(1, 2, 3)).log10()
-    print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(holdout)} photographs")
-    save_image(torch.cat([holdout[:8], recon[:8]]), args.out / "vae.png", nrow=8)
+    psnr = -10 * (recon - some).square().mean(dim=(1, 2, 3)).log10()
+    print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(some)} photographs")
+    save_image(torch.cat([some[:8], recon[:8]]), args.out / "vae.png", nrow=8)
     plot_losses(trainer.log, ("l1", "perceptual"))
-    save_atomic(vae.state_dict(), args.out / "vae.safetensors", {"scale_factor": 1 / z.std().item()})
+    header = {"scale_factor": 1 / z.std().item(), "steps": trainer.step, "batch": args.batch, "crop": args.crop}
+    header |= {"seconds": round(trainer.seconds), "psnr": psnr.mean().item()}
+    save_atomic(vae.state_dict(), args.out / "vae.safetensors", header)
 
 
 def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
@@ -202,11 +139,12 @@ def initialize(model: LatentDiffusion) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """eps-prediction with min-SNR weights (Hang et al. 2023, gamma 5); UNet and text tower together, the VAE frozen."""
+    """eps-prediction, weighted after min-SNR (Hang et al. 2023); UNet and text tower together, the VAE frozen."""
     vae_path = args.out / "vae.safetensors"
     if not vae_path.is_file():
         raise InputError(f"no {vae_path}: run the vae stage first")
-    scale_factor = read_header(vae_path)["scale_factor"]
+    vae_card = read_header(vae_path)
+    scale_factor = vae_card["scale_factor"]
     preset = PRESETS["tiny"]
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
     model = LatentDiffusion(cfg).to(args.device)
@@ -235,7 +173,9 @@ def train_unet(args: argparse.Namespace) -> None:
             eps = model.eps(z_t, t, model.text(model.text.embed(tokens)), conditioning).float()
         snr = a_t / (1 - a_t)
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
-        trainer.update((error * snr.clamp(max=5) / snr).mean(), mse=error.mean())
+        # Below snr 1 more than min-SNR's 1: there inpainting takes its colours from around the hole, or never.
+        weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
+        trainer.update((error * weight).mean(), mse=error.mean())
     model.load_state_dict(trainer.ema.module.state_dict())
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
     card = {
@@ -244,7 +184,7 @@ def train_unet(args: argparse.Namespace) -> None:
         "seconds": round(trainer.seconds),
         "samples": len(samples["mask"]),
     }
-    card |= {"mse": sum(losses) / len(losses), "device": args.device}
+    card |= {"mse": sum(losses) / len(losses), "device": args.device, "vae": vae_card}
     save_model(model, args.out / "tiny.safetensors", {"training": card})
     plot_losses(trainer.log, ("loss", "mse"))
     show_inpainting(args, model.requires_grad_(False))
@@ -261,19 +201,6 @@ def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
     noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
     restored = composite(x, defense.restore(x, mask, noise), mask)
     save_image(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), args.out / "unet.png", nrow=8)
-
-
-def plot_losses(log: Path, names: tuple[str, ...]) -> None:
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axis = figure.subplots()
-    for name in names:
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axis.set(xlabel="step", yscale="log")
-    axis.legend()
-    figure.savefig(log.with_name(f"{log.stem}-loss.png"))
 
 
 def main() -> None:

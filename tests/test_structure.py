@@ -20,7 +20,7 @@ LAYERS = [
     {"attacks.patch"},
     {"attacks.advp"},
     {"attacks", "data", "report", "runs"},
-    {"evaluation", "corpus"},
+    {"evaluation", "corpus", "trainer"},
     {"pretrain"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
