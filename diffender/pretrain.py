@@ -3,8 +3,8 @@
     python -m diffender.pretrain vae  --data PHOTOS --out runs/pretrain --steps 4000
     python -m diffender.pretrain unet --data PHOTOS --out runs/pretrain --steps 4000
 
-Each stage resumes from its checkpoint in --out, keeps an exponential moving average of the weights, and leaves
-`vae.safetensors` or `tiny.safetensors` there, with a picture and a log of its losses. `unet` needs the VAE of the
+Each stage resumes from its checkpoint in --out and leaves `vae.safetensors` (last weights) or `tiny.safetensors`
+(averaged weights) there, with a picture and a log of its losses. `unet` needs the VAE of the
 first stage; it encodes a fixed number of augmented pictures once, since encoding costs more than training on them.
 """
 
@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from diffender.cli import run
 from diffender.corpus import Photos, load_photos, random_crop, training_sample
 from diffender.diffusion import PRESETS, LatentDiffusion
 from diffender.errors import InputError
@@ -36,7 +37,7 @@ from diffender.weights import read_header, save_atomic, save_model
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """L1, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
+    """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
     photos = load_photos(args.data, short_side=256)
     classifier = load_classifier("efficientnet_lite0")
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
@@ -44,10 +45,7 @@ def train_vae(args: argparse.Namespace) -> None:
     trainer = Trainer("vae", vae, args)
     for g in trainer.steps():
         picks = torch.randint(0, len(photos.images), (args.batch,), generator=g)
-        scale = (
-            0.65 * args.crop / 256,
-            1.15 * args.crop / 256,
-        )  # about the grain of a whole picture at 224 px
+        scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
         x = torch.stack([random_crop(photos.images[i], args.crop, scale, g) for i in picks]).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.posterior(x)
@@ -62,8 +60,6 @@ def train_vae(args: argparse.Namespace) -> None:
         perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
         loss = l1 + 20 * chroma + 0.1 * perceptual + 3e-4 * kl
         trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
-    if args.steps:
-        trainer.save()
     vae.requires_grad_(False)  # its last weights: late on it changes too much for an average
     some = center_crops(photos, range(0, len(photos.images), 41))
     z = torch.cat([vae.encode(x) for x in some.split(8)])
@@ -227,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
