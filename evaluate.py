@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffender.cli import option, parse, run
+from diffender.cli import ModelOptions, option, parse, run
 
 if TYPE_CHECKING:
     from diffender.attacks import AdvP
@@ -27,23 +27,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     # What is defended
     data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
     images: int = option(8, "number of pictures, of those the classifier gets right", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under attack, a name of diffender.models.classifiers")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
     # The defence
-    model: str = option("tiny", "diffusion model, a preset of diffender.diffusion")
-    weights: str | None = option(None, "its safetensors file; none for the embedded one")
     prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"))
     prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(3, "m of Eq. 2", low=1)
     theta: float = option(2.0, "threshold in standard deviations", low=0)
-    steps: int = option(10, "DDIM steps of restoration (paper's demo: 20)", low=1, high=999)
+    steps: int = option(10, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
     guidance: float = option(3.0, "classifier-free guidance (paper's demo: 7.5)", low=0)
-    eta: float = option(0.0, "0: deterministic DDIM, 1: variance of DDPM", low=0, high=1)
+    sampler: str = option("ddim", "ddim, or dpmpp: DPM-Solver++(2M), for few steps", choices=("ddim", "dpmpp"))
+    eta: float = option(0.0, "of ddim; 0: deterministic, 1: variance of DDPM", low=0, high=1)
     restore: bool = option(True, "inpaint the mask; --no-restore fills it with grey (the paper's NR)")
     composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
     # The attack
@@ -59,7 +58,6 @@ class Options:
     # The run
     seed: int = option(0, "of every random choice", low=0)
     batch_size: int = option(8, "pictures attacked side by side; changes no result", low=1)
-    device: str = option("auto", "auto, cpu, cuda, ...")
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
 
 
@@ -67,12 +65,13 @@ def main() -> None:
     opts = parse(Options, __doc__)
     # Imported after the options are known to be good: torch and timm take seconds.
     from diffender.data import correct_subset, list_items
+    from diffender.errors import named_images
     from diffender.evaluation import evaluate_batch, summarize
+    from diffender.files import read_header
     from diffender.pipeline import Undefended
     from diffender.prompts import SHIPPED
     from diffender.report import class_names, markdown, save_grid
     from diffender.runs import Progress, append_records, open_run, write_json
-    from diffender.weights import read_header
 
     started = time.monotonic()
     target = build_target(opts)
@@ -94,10 +93,11 @@ def main() -> None:
             part = todo[start : start + opts.batch_size]
             ids, x, y = [batch.ids[i] for i in part], batch.x[part].to(device), batch.y[part].to(device)
             undefended = Undefended(target.classifier)
-            records = evaluate_batch(
-                undefended, target, base, adaptive, ids, x, y, opts.seed, folder / "images",
-                on_step=lambda n: progress.advance(n * plain),
-            )  # fmt: skip
+            with named_images(ids):
+                records = evaluate_batch(
+                    undefended, target, base, adaptive, ids, x, y, opts.seed, folder / "images",
+                    on_step=lambda n: progress.advance(n * plain),
+                )  # fmt: skip
             append_records(folder / "per_image.jsonl", records)
 
     records = sorted(open_run(folder, settings), key=lambda r: batch.ids.index(r["id"]))
@@ -125,12 +125,11 @@ def build_target(opts: Options) -> Defended:
     from diffender.models.classifiers import load_classifier
     from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
     from diffender.prompts import SHIPPED, contexts_for
-    from diffender.runs import pick_device
-    from diffender.weights import load_model
+    from diffender.runs import open_model, pick_device
 
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = load_model(opts.model, opts.weights).to(device)
+    model = open_model(opts, device)
     with torch.no_grad():  # prompts are constants here
         contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
     cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig)})
@@ -152,17 +151,18 @@ def resolved(opts: Options) -> dict:
     """All that a result depends on: what a resumed run must share."""
     import torch
 
+    from diffender.files import sha256
     from diffender.prompts import SHIPPED
-    from diffender.weights import EMBEDDED, sha256
+    from diffender.runs import model_hashes, pick_device, pick_dtype
 
-    settings = {k: v for k, v in asdict(opts).items() if k not in ("name", "batch_size", "device")}
-    files = [
-        Path(opts.weights or EMBEDDED / "tiny.safetensors"),
-        *([Path(opts.classifier_weights)] if opts.classifier_weights else []),
-    ]
+    settings = {k: v for k, v in asdict(opts).items() if k not in ("name", "batch_size", "micro_batch", "device")}
+    settings["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
+    hashes = {"model": model_hashes(opts)}
+    if opts.classifier_weights:
+        hashes["classifier"] = sha256(Path(opts.classifier_weights))
     if opts.prompt == "tuned":
-        files.append(Path(opts.prompts or SHIPPED))
-    return settings | {"torch": torch.__version__, "sha256": {file.name: sha256(file) for file in files}}
+        hashes["prompts"] = sha256(Path(opts.prompts or SHIPPED))
+    return settings | {"torch": torch.__version__, "sha256": hashes}
 
 
 def evaluations(opts: Options) -> int:

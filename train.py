@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffender.cli import option, parse, run
+from diffender.cli import ModelOptions, option, parse, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
     shots: int = option(8, "number of photographs to tune on", low=1)
     rounds: int = option(50, "passes over them", low=1)
@@ -40,15 +40,13 @@ class Options:
     iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.models.classifiers")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    model: str = option("tiny", "diffusion model, a preset of diffender.diffusion")
-    weights: str | None = option(None, "its safetensors file; none for the embedded one")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(2, "m of Eq. 2 while tuning", low=1)
     theta: float = option(2.0, "threshold in standard deviations", low=0)
-    steps: int = option(3, "DDIM steps of restoration while tuning", low=1, high=999)
+    steps: int = option(3, "sampler steps of restoration while tuning", low=1, high=999)
+    sampler: str = option("ddim", "ddim, or dpmpp: DPM-Solver++(2M)", choices=("ddim", "dpmpp"))
     guidance: float = option(3.0, "classifier-free guidance", low=0)
     seed: int = option(0, "of every random choice", low=0)
-    device: str = option("auto", "auto, cpu, cuda, ...")
     out: str = option("runs/prompts.safetensors", "where the prompts go")
 
 
@@ -64,13 +62,12 @@ def main() -> None:
     from diffender.noise import generator
     from diffender.pipeline import DIFFenderConfig, Undefended
     from diffender.prompts import MANUAL, PromptPair, save_prompts
-    from diffender.runs import pick_device
-    from diffender.weights import load_model
+    from diffender.runs import open_model, pick_device
 
     started = time.monotonic()
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = load_model(opts.model, opts.weights).to(device)
+    model = open_model(opts, device)
     batch = correct_subset(list_items(opts.data), classifier, opts.shots, opts.seed)
     x, y = batch.x.to(device), batch.y.to(device)
 
@@ -83,7 +80,7 @@ def main() -> None:
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
-    cfg = DIFFenderConfig(opts.noise_ratio, opts.draws, opts.theta, opts.steps, opts.guidance)
+    cfg = DIFFenderConfig(opts.noise_ratio, opts.draws, opts.theta, opts.steps, opts.guidance, sampler=opts.sampler)
     last = tune(opts, model, classifier, prompts, cfg, x, attacked, batch.ids)
 
     path = Path(opts.out)
@@ -107,6 +104,7 @@ def tune(
     import torch
     from tqdm import tqdm
 
+    from diffender.errors import named_images
     from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
     from diffender.metrics import mask_scores
     from diffender.pipeline import DIFFender
@@ -122,7 +120,8 @@ def tune(
         for part in parts:
             defense.contexts = prompts(model)
             noise = defense.sample_noise([ids[i] for i in part], opts.seed, "tuning", round_)
-            out = defense(attacked.image[part], noise)
+            with named_images([ids[i] for i in part]):
+                out = defense(attacked.image[part], noise)
             loss = tuning_loss(
                 mask_cross_entropy(out.z_score - opts.theta, attacked.mask[part], opts.printed_eq4),
                 restoration_l1(out.image, x[part]),

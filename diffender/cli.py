@@ -4,7 +4,8 @@ import argparse
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from diffender.errors import InputError
@@ -21,6 +22,26 @@ def option(
 ) -> Any:
     """A field with its help text, and its allowed values or range (both ends included)."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which diffusion model runs, and how: the flags that the scripts share."""
+
+    model: str = option("auto", "preset of diffender.diffusion; auto: the embedded tiny, or what --weights holds")
+    weights: str | None = option(None, "single file or Hugging Face folder; random: for trials at full size")
+    ema: bool = option(False, "take the averaged copies of the UNet, which some files of training hold")
+    vae: str | None = option(None, "another VAE, alone or in a whole model")
+    locate_unet: str | None = option(None, "a separate 4-channel UNet for localisation, as in the authors' demo")
+    prediction: str = option(
+        "auto", "what UNets predict whose files do not say (auto: epsilon)", choices=("auto", "epsilon", "v")
+    )
+    dtype: str = option(
+        "auto", "of the UNets (auto: float32 on the CPU, bfloat16 on a GPU); text tower and VAE stay in float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    micro_batch: int | None = option(None, "at most so many latents or pictures in a network at a time", low=1)
+    device: str = option("auto", "auto, cpu, cuda, ...")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +81,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except InputError as e:
-        print(f"{sys.argv[0]}: {e}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -5,6 +5,7 @@ the same classes, narrower and shallower, with the weights in this repository.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from diffender.models.text import TextConfig, TextTransformer
 from diffender.models.unet import UNet, UNetConfig
 from diffender.models.vae import AutoencoderKL, VAEConfig
-from diffender.schedule import make_alphas_cumprod
+from diffender.ops import recompute
+from diffender.schedule import eps_from_v, make_alphas_cumprod
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LatentDiffusion(nn.Module):
     """eps(z_t, t, context | conditioning) with the ways into and out of latent space."""
 
     alphas_cumprod: Tensor
+    micro_batch: int | None = None  # at most so many pictures or latents go through a network at a time
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -60,6 +63,7 @@ class LatentDiffusion(nn.Module):
         self.unet = UNet(cfg.unet)
         self.vae = AutoencoderKL(cfg.vae)
         self.text = TextTransformer(cfg.text)
+        self.locator: UNet | None = None  # a 4-channel UNet for localisation, as in the authors' demo
         self.register_buffer("alphas_cumprod", make_alphas_cumprod(), persistent=False)
 
     def encode_text(self, texts: list[str]) -> Tensor:
@@ -67,15 +71,47 @@ class LatentDiffusion(nn.Module):
         tokens = self.text.tokenize(texts).to(self.alphas_cumprod.device)
         return self.text(self.text.embed(tokens))
 
-    def eps(self, z_t: Tensor, t: int | Tensor, context: Tensor, conditioning: Tensor) -> Tensor:
-        """Predicted noise of latents (B, 4, h, w) at timestep t.
+    def forward(self, unet: UNet, z_t: Tensor, t: Tensor, context: Tensor, conditioning: Tensor | None) -> Tensor:
+        """One plain evaluation of a UNet for t (B,): its predicted noise, in the dtype of z_t (B, 4, h, w)."""
+        x = z_t if conditioning is None else torch.cat([z_t, conditioning], dim=1)
+        dtype = unet.out[2].weight.dtype
+        out = unet(x.to(dtype), t, context.to(dtype)).to(z_t.dtype)
+        if unet.cfg.prediction == "v":
+            return eps_from_v(z_t, out, self.alphas_cumprod[t][:, None, None, None])
+        return out
 
-        context (B or 1, L, D); conditioning (B or 1, 5, h, w), from `masked_conditioning` or `blank_conditioning`.
+    def eps(self, z_t: Tensor, t: int, context: Tensor, conditioning: Tensor) -> Tensor:
+        """Predicted noise of latents (B, 4, h, w) at timestep t, given a mask and what lies around it.
+
+        context (B or 1, L, D); conditioning (B or 1, 5, h, w), from `masked_conditioning`. Activations are recomputed
+        in the backward pass, so memory does not grow with the number of evaluations.
         """
         b = len(z_t)
-        t = torch.as_tensor(t, device=z_t.device).expand(b)
-        x = torch.cat([z_t, conditioning.expand(b, -1, -1, -1)], dim=1)
-        return self.unet(x, t, context.expand(b, -1, -1))
+        t = torch.full((b,), t, device=z_t.device)
+        context, conditioning = context.expand(b, -1, -1), conditioning.expand(b, -1, -1, -1)
+        return recompute(partial(self, self.unet), z_t, t, context, conditioning, limit=self.micro_batch)
+
+    def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:
+        """Predicted noise of latents (B, 4, h, w) given the text alone, for localisation.
+
+        From the separate 4-channel UNet where there is one, else from ours told that everything is masked: `blank`
+        (1, 5, h, w) is `blank_conditioning`.
+        """
+        if self.locator is None:
+            return self.eps(z_t, t, context, blank)
+        b = len(z_t)
+        t = torch.full((b,), t, device=z_t.device)
+        return recompute(
+            lambda z, t, c: self(self.locator, z, t, c, None), z_t, t, context.expand(b, -1, -1), limit=self.micro_batch
+        )
+
+    def encode(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] to scaled latents, with noise (B, 4, h, w) for the posterior."""
+        return recompute(self.vae.encode, x, noise, limit=self.micro_batch)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) to pictures; about [0, 1], not clamped."""
+        return recompute(self.vae.decode, z, limit=self.micro_batch)
 
     def masked_conditioning(self, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         """What an inpainting UNet sees beside its latents: the mask and the latents of the picture without its inside.
@@ -85,7 +121,7 @@ class LatentDiffusion(nn.Module):
         """
         masked = x * (1 - mask) + 0.5 * mask
         small = F.interpolate(mask, noise.shape[-2:], mode="nearest")
-        return torch.cat([small, self.vae.encode(masked, noise)], dim=1)
+        return torch.cat([small, self.encode(masked, noise)], dim=1)
 
     def blank_conditioning(self, size: tuple[int, int]) -> Tensor:
         """The conditioning "everything is masked", (1, 5, h, w): the UNet then denoises from the text alone.

@@ -1,5 +1,39 @@
-"""The one exception that means the user's input is at fault, not the program."""
+"""The exceptions that mean the user's input is at fault, not the program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InputError(ValueError):
     """Says in one line what was given, what is allowed and what to do. The scripts print it and exit with code 2."""
+
+
+class NonFinite(InputError):
+    """NaN or infinity in `what`, for the pictures at `rows` of the batch."""
+
+    def __init__(self, what: str, rows: list[int]):
+        super().__init__(f"NaN or infinity in the {what} of picture {', '.join(map(str, rows))} of the batch")
+        self.what, self.rows = what, rows
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Raises NonFinite unless every number of x (B, ...) is finite."""
+    good = x.detach().flatten(1).isfinite().all(dim=1)
+    if not good.all():
+        raise NonFinite(what, (~good).nonzero()[:, 0].tolist())
+
+
+@contextmanager
+def named_images(image_ids: Sequence[str]) -> Iterator[None]:
+    """Turns a NonFinite of this batch into an error that names its pictures."""
+    try:
+        yield
+    except NonFinite as e:
+        names = ", ".join(image_ids[i] for i in e.rows)
+        raise InputError(f"NaN or infinity in the {e.what} of {names}; --dtype float32 may help") from e

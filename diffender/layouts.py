@@ -4,8 +4,7 @@ Ours is the layout of the CompVis single file. A Hugging Face folder and SD2's O
 """
 
 import re
-
-from torch import Tensor
+from typing import NamedTuple
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -13,12 +12,13 @@ PREFIXES = {
     "text": "cond_stage_model.transformer.text_model.",
 }
 OPEN_CLIP = "cond_stage_model.model."
+EMA = "model_ema."
 
 # Tensors of the official files that the model does not need: schedule tables (recomputed), EMA counters, leftovers of
 # training, and of SD2's text tower what lies behind the layer that it reads.
 IGNORED = re.compile(
     r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor"
-    r"|model_ema\.(decay|num_updates)|.*\.position_ids|first_stage_model\.loss\..*"
+    r"|model_ema\.(decay|num_updates)|(.*\.)?position_ids|(first_stage_model\.)?loss\..*"
     r"|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask|transformer\.resblocks\.23\..*))"
 )
 
@@ -87,19 +87,35 @@ def new_vae_name(key: str) -> str:
     return key
 
 
-def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename SD2's text tower from OpenCLIP's names to ours, splitting the fused q, k, v; other keys pass through."""
-    out = {}
-    for key, value in state.items():
-        if not key.startswith(OPEN_CLIP):
-            out[key] = value
-            continue
-        name = key.removeprefix(OPEN_CLIP)
-        for theirs, ours in OPEN_CLIP_TEXT:
-            name = name.replace(theirs, ours)
-        if ".in_proj_" in name:
-            for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                out[PREFIXES["text"] + name.replace("in_proj_", f"{part}_proj.")] = chunk
-        else:
-            out[PREFIXES["text"] + name] = value
-    return out
+def open_clip_names(key: str) -> list[str]:
+    """Our names, within the text tower, of one of OpenCLIP's tensors: three for a fused q, k, v projection."""
+    for theirs, ours in OPEN_CLIP_TEXT:
+        key = key.replace(theirs, ours)
+    if ".in_proj_" in key:
+        return [key.replace("in_proj_", f"{part}_proj.") for part in "qkv"]
+    return [key]
+
+
+def ema_name(key: str) -> str:
+    """The name of the averaged copy of a UNet tensor that we call `key`: without the dots, in files of training."""
+    return EMA + (PREFIXES["unet"] + key).removeprefix("model.").replace(".", "")
+
+
+class Signature(NamedTuple):
+    """What the shapes of a UNet's tensors tell of its family; the number of heads they do not tell."""
+
+    in_channels: int
+    model_channels: int
+    context_dim: int
+    linear_proj: bool
+
+
+def signature(shapes: dict[str, tuple[int, ...]]) -> Signature | None:
+    """The signature of UNet tensors in our names or Hugging Face's; None where this is no such UNet."""
+    transformer = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.1.1.proj_in.weight"
+    ours = ("input_blocks.0.0.weight", *transformer)
+    for keys in (ours, tuple(unet_name(k, 2) for k in ours)):
+        conv_in, to_k, proj_in = (shapes.get(k) for k in keys)
+        if conv_in and len(conv_in) == 4 and to_k and len(to_k) == 2 and proj_in:
+            return Signature(conv_in[1], conv_in[0], to_k[1], len(proj_in) == 2)
+    return None

@@ -9,7 +9,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from diffender.diffusion import LatentDiffusion
-from diffender.ops import binarize, dilate, gaussian_blur, recompute, resize
+from diffender.ops import binarize, dilate, gaussian_blur, resize
 from diffender.schedule import predict_x0, q_sample
 
 
@@ -42,7 +42,7 @@ def difference_map(
         z_b = z_a
         contexts = torch.cat([context.expand(len(z0), -1, -1), context_empty.expand(len(z0), -1, -1)])
     z_t = torch.cat([z_a, z_b])
-    eps = recompute(lambda z, c: model.eps(z, t, c, conditioning), z_t, contexts)
+    eps = model.eps_from_text(z_t, t, contexts, conditioning)
     if context is None:
         x0_a, x0_b = predict_x0(z_t, eps, a_t).chunk(2)
         difference = x0_a - x0_b

@@ -39,11 +39,14 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
-def recompute(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """function(*args), its activations recomputed in the backward pass instead of kept.
+def recompute(function: Callable[..., Tensor], *args: Tensor, limit: int | None = None) -> Tensor:
+    """function(*args) over batches of at most `limit` rows, activations recomputed in the backward pass, not kept.
 
-    Memory then does not grow with the number of calls. The function must draw no random numbers.
+    Memory then grows neither with the number of calls nor with the batch. All of `args` share their first dimension;
+    the function treats rows independently and draws no random numbers.
     """
+    if limit is not None and len(args[0]) > limit:
+        return torch.cat([recompute(function, *part) for part in zip(*(a.split(limit) for a in args), strict=True)])
     if torch.is_grad_enabled() and any(a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError
+from diffender.errors import InputError, check_finite
 from diffender.localize import difference_map, refine_mask, standardize
 from diffender.models.classifiers import Classifier
 from diffender.noise import Noise, sample_noise
-from diffender.ops import binarize, recompute, resize, straight_through
+from diffender.ops import binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
 from diffender.schedule import noise_timestep
@@ -25,9 +25,10 @@ class DIFFenderConfig:
     noise_ratio: float = 0.5  # t* of localisation
     draws: int = 3  # m of Eq. 2
     theta: float = 2.0  # standard deviations of the difference map
-    steps: int = 20  # DDIM steps of restoration
+    steps: int = 20  # sampler steps of restoration
     guidance: float = 7.5
     eta: float = 0.0
+    sampler: str = "ddim"  # or dpmpp, for few steps
     restore: bool = True  # False: the paper's NR ablation, the mask filled with grey
     composite: bool = True  # False: the raw decode everywhere, as stock pipelines return it
 
@@ -64,11 +65,12 @@ class DIFFender(nn.Module):
 
     def localize(self, x: Tensor, noise: Noise) -> Localized:
         """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
-        z0 = recompute(self.model.vae.encode, resize(x, self.size), noise.image)
+        z0 = self.model.encode(resize(x, self.size), noise.image)
         heatmap = difference_map(
             self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
             self.blank, noise_timestep(self.cfg.noise_ratio), self.cfg.guidance,
         )  # fmt: skip
+        check_finite("difference map", heatmap)
         z_score = standardize(heatmap)
         return Localized(refine_mask(z_score, self.cfg.theta, x.shape[-2:]), heatmap, z_score)
 
@@ -79,8 +81,9 @@ class DIFFender(nn.Module):
         x_hat = inpaint(
             self.model, resize(x, self.size), binarize(resize(mask, self.size), 0.5), self.contexts.restore,
             self.contexts.empty, noise.masked, noise.start,
-            noise.steps, self.cfg.steps, self.cfg.guidance, self.cfg.eta,
+            noise.steps, self.cfg.steps, self.cfg.guidance, self.cfg.eta, self.cfg.sampler,
         )  # fmt: skip
+        check_finite("restored picture", x_hat)
         return resize(x_hat, x.shape[-2:])
 
     def forward(self, x: Tensor, noise: Noise, gradient: str = "full") -> Purified:

@@ -24,6 +24,7 @@ from diffender.cli import run
 from diffender.corpus import Photos, load_photos, random_crop, training_sample
 from diffender.diffusion import PRESETS, LatentDiffusion
 from diffender.errors import InputError
+from diffender.files import read_header, save_atomic
 from diffender.losses import feature_distance
 from diffender.models.classifiers import load_classifier
 from diffender.models.unet import ResBlock, SpatialTransformer
@@ -33,7 +34,7 @@ from diffender.prompts import manual_contexts
 from diffender.restore import composite
 from diffender.schedule import TRAIN_STEPS, q_sample
 from diffender.trainer import Trainer, plot_losses
-from diffender.weights import read_header, save_atomic, save_model
+from diffender.weights import save_model
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -166,7 +167,7 @@ def train_unet(args: argparse.Namespace) -> None:
         a_t = model.alphas_cumprod[t][:, None, None, None]
         z_t = q_sample(z0.to(args.device), noise, a_t)
         with torch.autocast(args.device, torch.bfloat16):
-            eps = model.eps(z_t, t, model.text(model.text.embed(tokens)), conditioning).float()
+            eps = model(model.unet, z_t, t, model.text(model.text.embed(tokens)), conditioning).float()
         snr = a_t / (1 - a_t)
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
         # Below snr 1 more than min-SNR's 1: there inpainting takes its colours from around the hole, or never.

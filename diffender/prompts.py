@@ -9,8 +9,9 @@ from torch import Generator, Tensor, nn
 
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
+from diffender.files import read_header, save_atomic
 from diffender.models.text import END, POSITIONS, START, TextTransformer
-from diffender.weights import EMBEDDED, read_header, save_atomic
+from diffender.weights import EMBEDDED
 
 SHIPPED = EMBEDDED / "prompts.safetensors"
 MANUAL = ("adversarial", "clean")  # prompt_L, prompt_R of the paper's MP variant

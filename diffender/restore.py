@@ -1,13 +1,10 @@
 """Patch restoration, Sec. 3.2: inpaint the mask with the same model, keep the rest of the picture."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from diffender.diffusion import LatentDiffusion
-from diffender.ops import recompute
-from diffender.schedule import ddim_alphas, ddim_step, ddim_timesteps
+from diffender.samplers import sampler_by_name
 
 
 def inpaint(
@@ -21,32 +18,30 @@ def inpaint(
     noise_steps: Tensor,
     steps: int,
     guidance: float,
-    eta: float,
+    eta: float = 0.0,
+    sampler: str = "ddim",
 ) -> Tensor:
     """x (B, 3, H, W) in [0, 1] with mask (B, 1, H, W), 1 = repaint, to a whole new picture; about [0, 1], not clamped.
 
-    DDIM from pure noise. The conditional and the empty branch of guidance share a batch; guidance 1 runs the first
-    alone. Activations of a step are recomputed in the backward pass, so memory does not grow with `steps`.
+    From pure noise, `noise_start`. The conditional and the empty branch of guidance share a batch; guidance 1 runs the
+    first alone. noise_masked is for the posterior of the masked picture, noise_steps for eta > 0. Memory does not grow
+    with `steps`: the model recomputes its activations in the backward pass.
     """
-    conditioning = recompute(model.masked_conditioning, x, mask, noise_masked)
-    b = len(x)
-    contexts = context.expand(b, -1, -1)
+    conditioning = model.masked_conditioning(x, mask, noise_masked)
+    contexts = context.expand(len(x), -1, -1)
     if guidance != 1:
-        contexts = torch.cat([contexts, context_empty.expand(b, -1, -1)])
+        contexts = torch.cat([contexts, context_empty.expand(len(x), -1, -1)])
+        conditioning = torch.cat([conditioning, conditioning])
 
-    def guided_eps(t: int, z_t: Tensor, contexts: Tensor, conditioning: Tensor) -> Tensor:
+    def guided_eps(z_t: Tensor, t: int) -> Tensor:
         if guidance == 1:
             return model.eps(z_t, t, contexts, conditioning)
-        eps, eps_empty = model.eps(torch.cat([z_t, z_t]), t, contexts, torch.cat([conditioning, conditioning])).chunk(2)
+        eps, eps_empty = model.eps(torch.cat([z_t, z_t]), t, contexts, conditioning).chunk(2)
         return eps_empty + guidance * (eps - eps_empty)
 
-    z_t = noise_start
-    timesteps = ddim_timesteps(steps)
-    for i, (t, a_t, a_prev) in enumerate(zip(timesteps, *ddim_alphas(model.alphas_cumprod, timesteps), strict=True)):
-        # t is bound now: the backward pass runs the function again, when the loop has long moved on.
-        eps = recompute(partial(guided_eps, t), z_t, contexts, conditioning)
-        z_t = ddim_step(z_t, eps, a_t, a_prev, eta, noise_steps[:, i] if eta > 0 else None)
-    return recompute(model.vae.decode, z_t)
+    method = sampler_by_name(sampler)
+    z_0 = method.run(guided_eps, noise_start, method.grid(model.alphas_cumprod, steps), eta, noise_steps)
+    return model.decode(z_0)
 
 
 def composite(x: Tensor, x_hat: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from diffender.checkpoints import folder_files
+from diffender.cli import ModelOptions
+from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
+from diffender.files import sha256
+from diffender.weights import EMBEDDED, RANDOM, load_model
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,6 +24,31 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name} does not work here ({str(e).splitlines()[0]}); use auto or cpu") from e
+
+
+def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
+    """The diffusion model that the flags ask for, on its device."""
+    prediction = None if opts.prediction == "auto" else opts.prediction
+    model = load_model(
+        opts.model, opts.weights, pick_dtype(opts.dtype, device),
+        ema=opts.ema, vae=opts.vae, locator=opts.locate_unet, prediction=prediction,
+    )  # fmt: skip
+    model.micro_batch = opts.micro_batch
+    return model.to(device)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def model_hashes(opts: ModelOptions) -> list[str]:
+    """sha256 of every file that the model is made of."""
+    paths = [Path(p) for p in (opts.weights or EMBEDDED / "tiny.safetensors", opts.vae, opts.locate_unet) if p]
+    files = [f for p in paths if str(p) != RANDOM for f in (folder_files(p).values() if p.is_dir() else [p])]
+    return [sha256(file) for file in files]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,150 +1,255 @@
-"""Weights in and out: safetensors only, the configuration in the header, strict about every key.
+"""Models from files: the embedded one, and official checkpoints in every layout they are published in.
 
-Files of ours carry the names of the CompVis single file. Read are these, the official single files of SD1.5-inpainting
-and SD2-inpainting, and Hugging Face folders of either.
+python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
+python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
+python -m diffender.weights inspect PATH             what a file or folder holds
 """
 
-import hashlib
+import argparse
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Generator, nn
 
+from diffender import official
+from diffender.checkpoints import Checkpoint, check_match, list_tensors, match, read, scan
+from diffender.cli import Parser, run
 from diffender.diffusion import PRESETS, LatentDiffusion, ModelConfig
 from diffender.errors import InputError
-from diffender.layouts import IGNORED, PREFIXES, from_open_clip, new_vae_name, unet_name, vae_name
+from diffender.files import digest, one_line, open_safetensors, save_atomic
+from diffender.layouts import PREFIXES, Signature, signature
 from diffender.models.text import TextConfig
-from diffender.models.unet import UNetConfig
+from diffender.models.unet import UNet, UNetConfig
 from diffender.models.vae import VAEConfig
 from diffender.schedule import make_alphas_cumprod
 
 EMBEDDED = Path(__file__).parents[1] / "weights"
-
-
-def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
-    """Write a safetensors file with `header` as JSON in its metadata; nothing is left behind half-written."""
-    partial = path.with_name(path.name + ".partial")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
-    partial.rename(path)
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of compiled code)
-    """A lazily read safetensors file; raises InputError for anything that is not one."""
-    if not path.is_file():
-        raise InputError(f"no weights file {path}; give the path of a .safetensors file")
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as e:
-        hint = "this looks like a pickle" if path.suffix in {".ckpt", ".bin", ".pt", ".pth"} else "the file is damaged"
-        raise InputError(
-            f"{path} is not a safetensors file ({hint}); convert with torch.load(..., weights_only=True) and "
-            f"safetensors.torch.save_file ({e})"
-        ) from e
-
-
-def read_header(path: Path) -> dict:
-    """The JSON that `save_atomic` put into the file's metadata; {} for files of others."""
-    with open_safetensors(path) as f:
-        return json.loads((f.metadata() or {}).get("diffender", "{}"))
+RANDOM = "random"
 
 
 def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
-    """Write the whole model in float16, in CompVis names, with its configuration in the header."""
+    """Write the whole model in float16, in CompVis names, with its configuration and a checksum in the header."""
     tensors = {
         prefix + k: v.half() for part, prefix in PREFIXES.items() for k, v in getattr(model, part).state_dict().items()
     }
-    save_atomic(tensors, path, {"config": asdict(model.cfg)} | header)
+    header = json.loads(json.dumps({"config": asdict(model.cfg)} | header))
+    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
 
 
-def load_model(name: str, path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> LatentDiffusion:
-    """A model of `PRESETS`, frozen and in eval mode, with the weights at `path` (default: the embedded `tiny`)."""
-    if name not in PRESETS:
-        raise InputError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
+def load_model(
+    name: str = "auto",
+    path: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    locator: str | Path | None = None,
+    prediction: str | None = None,
+) -> LatentDiffusion:
+    """A frozen model in eval mode.
+
+    name        of `PRESETS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
+    path        a CompVis single file, a Hugging Face folder, a file of ours, or "random", for trials
+    dtype       of the UNets; text tower and VAE stay in float32, as do the latents between evaluations
+    ema         take the averaged copies of the UNet, which some files of training hold
+    vae         another VAE, alone or in a whole model, in either layout
+    locator     likewise, a 4-channel UNet for localisation, as the authors' demo has
+    prediction  epsilon or v, of UNets whose files do not say
+
+    Raises InputError for files that are damaged or of another model.
+    """
+    if name not in (*PRESETS, "auto"):
+        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(PRESETS)}")
+    if str(path) == RANDOM:
+        return random_model(name, dtype)
     if path is None:
-        if name != "tiny":
-            raise InputError(f"model {name!r} needs --weights, the path of its official .safetensors file")
+        if name not in ("tiny", "auto"):
+            raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
         path = EMBEDDED / "tiny.safetensors"
-    path = Path(path)
-    header = {} if path.is_dir() else read_header(path)
-    cfg = config_from_json(header["config"]) if "config" in header else PRESETS[name]
+    main = scan(Path(path))
+    if "digest" in main.header:
+        check_digest(main)
+    cfg = config_for(name, main, prediction)
+    sources = {"unet": main, "vae": scan(Path(vae)) if vae else main, "text": main}
     with torch.device("meta"):
         model = LatentDiffusion(cfg)
-    state = read_folder(path, model) if path.is_dir() else from_open_clip(read_tensors(path))
-    load_strict(model, state, path, dtype)
+        if locator:
+            sources["locator"] = scan(Path(locator))
+            model.locator = UNet(locator_config(sources["locator"], cfg, prediction))
+    matches = {
+        part: match(source, part.replace("locator", "unet"), getattr(model, part), ema and part == "unet")
+        for part, source in sources.items()
+    }
+    check_match(main.path, main.unknown, matches.values())
+    for part, found in matches.items():
+        module = getattr(model, part)
+        tensors = read(found.tensors, module.state_dict(), dtype if isinstance(module, UNet) else torch.float32)
+        module.load_state_dict(tensors, assign=True)
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
     return model.requires_grad_(False).eval()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with open_safetensors(path) as f:
-        return {k: f.get_tensor(k) for k in f.keys() if not IGNORED.fullmatch(k)}  # noqa: SIM118
+def random_model(name: str, dtype: torch.dtype) -> LatentDiffusion:
+    """A preset with random weights, always the same: full size, real cost, no meaning."""
+    if name == "auto":
+        raise InputError(f"--weights {RANDOM} is for a named model; give --model, one of {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        model = LatentDiffusion(PRESETS[name])
+    model.unet.to(dtype)
+    model.to_empty(device="cpu")
+    fill_random(model, Generator().manual_seed(0))
+    model.to(memory_format=torch.channels_last)  # as `read` has it
+    model.alphas_cumprod = make_alphas_cumprod()
+    return model.requires_grad_(False).eval()
 
 
-def read_folder(root: Path, model: LatentDiffusion) -> dict[str, Tensor]:
-    """A Hugging Face folder (unet/, vae/, text_encoder/) in our names; what does not fit keeps its own."""
-    cfg = model.cfg
-    renamed = {
-        "unet": {unet_name(k, cfg.unet.num_res_blocks): k for k in model.unet.state_dict()},
-        "vae": {vae_name(k, len(cfg.vae.ch_mult)): k for k in model.vae.state_dict()},
-        "text": {f"text_model.{k}": k for k in model.text.state_dict()},
-    }
-    files = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text": "text_encoder/model"}
-    state = {}
-    for part, stem in files.items():
-        candidates = [root / f"{stem}{kind}.safetensors" for kind in ("", ".fp16")]
-        path = next((p for p in candidates if p.is_file()), candidates[0])
-        like = getattr(model, part).state_dict()
-        for key, value in read_tensors(path).items():
-            name = renamed[part].get(new_vae_name(key) if part == "vae" else key)
-            if name is None:
-                state[f"{part}: {key}"] = value
-            else:  # the VAE's attention is linear there, a 1x1 convolution here
-                attention = part == "vae" and ".attn_1." in name and value.numel() == like[name].numel()
-                state[PREFIXES[part] + name] = value.reshape(like[name].shape) if attention else value
-    return state
+def fill_random(module: nn.Module, g: Generator) -> None:
+    """Normal weights that keep the size of what passes through; norms and biases at their start."""
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=p[0].numel() ** -0.5, generator=g)
+        else:
+            p.data.fill_(float(name.endswith("weight")))
 
 
-def load_strict(model: LatentDiffusion, state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """Put every tensor of `state` in its place; a missing, unexpected or misshapen one is an error that names it."""
-    want = {
-        prefix + k: (part, k, v)
-        for part, prefix in PREFIXES.items()
-        for k, v in getattr(model, part).state_dict().items()
-    }
-    missing = [k for k in want if k not in state]
-    unexpected = [k for k in state if k not in want]
-    if missing or unexpected:
+def config_for(name: str, checkpoint: Checkpoint, prediction: str | None) -> ModelConfig:
+    """The configuration that the tensors call for; raises InputError where it is not what `name` asks for."""
+    path = checkpoint.path
+    if "config" in checkpoint.header:
+        cfg = config_from_json(checkpoint.header["config"], path)
+        if name not in ("auto", "tiny") and cfg != PRESETS[name]:
+            raise InputError(f"{path} holds a model of its own configuration, not {name}; leave out --model")
+        return cfg
+    found, family = family_of(checkpoint)
+    wanted = PRESETS[family].unet.in_channels
+    if found.in_channels != wanted:
         raise InputError(
-            f"{path} does not hold this model: {len(missing)} keys missing "
-            f"(first: {', '.join(missing[:5]) or 'none'}), "
-            f"{len(unexpected)} unexpected (first: {', '.join(unexpected[:5]) or 'none'}); check --model and --weights"
+            f"{path} holds a UNet with {found.in_channels} input channels, a text-to-image model; inpainting needs "
+            f"{wanted}: give the {family} checkpoint (this one can serve as --locate-unet)"
         )
-    shapes = [
-        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-        for k, (_, _, v) in want.items()
-        if state[k].shape != v.shape
-    ]
-    if shapes:
+    if name not in ("auto", family):
+        raise InputError(f"{path} holds {family}, not {name}; use --model {family}")
+    cfg = PRESETS[family]
+    return replace(cfg, unet=replace(cfg.unet, prediction=prediction or stated_prediction(path)))
+
+
+def locator_config(checkpoint: Checkpoint, cfg: ModelConfig, prediction: str | None) -> UNetConfig:
+    """The configuration of a 4-channel UNet that reads the same text as the model of `cfg`."""
+    found, family = family_of(checkpoint)
+    if found.in_channels != 4 or found.context_dim != cfg.unet.context_dim:
         raise InputError(
-            f"{path} holds other shapes than this model: {'; '.join(shapes[:5])}; check --model and --weights"
+            f"--locate-unet {checkpoint.path} has {found.in_channels} input channels and reads text of width "
+            f"{found.context_dim}; wanted is a text-to-image UNet with 4 and {cfg.unet.context_dim}"
         )
-    for part in PREFIXES:
-        tensors = {k: state[full].to(dtype) for full, (p, k, _) in want.items() if p == part}
-        getattr(model, part).load_state_dict(tensors, assign=True)
+    return replace(PRESETS[family].unet, in_channels=4, prediction=prediction or stated_prediction(checkpoint.path))
 
 
-def config_from_json(config: dict) -> ModelConfig:
-    def build(cls: type, fields: dict):  # noqa: ANN202
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
+    """Signature of the UNet, and the preset that it belongs to whatever its input channels."""
+    found = signature({k: s.shape for k, s in checkpoint.parts.get("unet", {}).items()})
+    known = {
+        (c.unet.model_channels, c.unet.context_dim, c.unet.linear_proj): name
+        for name, c in PRESETS.items()
+        if name != "tiny"  # its files say what they are
+    }
+    if found is None or found[1:] not in known:
+        what = "no UNet of Stable Diffusion 1 or 2" if found is None else f"an unknown UNet ({found})"
+        raise InputError(f"{checkpoint.path} holds {what}; known are {', '.join(known.values())}")
+    return found, known[found[1:]]
+
+
+def stated_prediction(path: Path) -> str:
+    """What a Hugging Face folder's scheduler says that its UNet predicts; epsilon where nothing is said."""
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return "epsilon"
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    except (ValueError, AttributeError) as e:
+        raise InputError(f"{file} is not a JSON object ({one_line(e)})") from e
+    if stated not in ("epsilon", "v_prediction"):
+        raise InputError(f"{file} says prediction_type {stated!r}; supported are epsilon and v_prediction")
+    return stated.removesuffix("_prediction")
+
+
+def config_from_json(config: dict, path: Path) -> ModelConfig:
+    """The configuration in a file's header; raises InputError for one that no file of ours has."""
+
+    def build(cls: type, values: dict):  # noqa: ANN202
+        sizes = [n for v in values.values() for n in (v if isinstance(v, list) else [v]) if type(n) is int]
+        if not all(0 <= n < 1 << 16 for n in sizes):  # seen before anything is built from it
+            raise ValueError(f"absurd sizes: {sizes}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
-    return ModelConfig(**{k: build(parts[k], v) if k in parts else v for k, v in config.items()})
+    try:
+        cfg = ModelConfig(**{k: build(parts[k], v) if k in parts else v for k, v in config.items()})
+        depths = (*cfg.unet.channel_mult, *cfg.vae.ch_mult, cfg.unet.num_res_blocks, cfg.vae.num_res_blocks)
+        if len(depths) > 20 or max(depths) > 16 or cfg.text.layers > 64:
+            raise ValueError(f"absurd depths or widths: {depths}, {cfg.text.layers}")
+        with torch.device("meta"):
+            LatentDiffusion(cfg)
+    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as e:
+        raise InputError(f"{path} has a damaged configuration ({one_line(e)}); fetch or copy it again") from e
+    return cfg
+
+
+def check_digest(checkpoint: Checkpoint) -> None:
+    """Raises InputError unless a file of ours is as it was written, to the bit."""
+    header = dict(checkpoint.header)
+    stated = header.pop("digest")
+    stored = list_tensors(checkpoint.path)
+    with open_safetensors(checkpoint.path) as f:
+        actual = digest({k: f.get_tensor(k) for k in stored}, header)
+    if actual != stated:
+        raise InputError(f"{checkpoint.path} is damaged: its checksum is not the one it states; fetch or copy it again")
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """A few lines for people: family, layout, dtypes, counts."""
+    lines = [f"{checkpoint.path}"]
+    if "config" in checkpoint.header:
+        lines.append(f"family: of our own, {config_from_json(checkpoint.header['config'], checkpoint.path)}")
+    elif "unet" in checkpoint.parts:
+        found, family = family_of(checkpoint)
+        what = (
+            family if found.in_channels == PRESETS[family].unet.in_channels else f"text to image, relative of {family}"
+        )
+        lines.append(f"family: {what} ({found.in_channels} input channels, text of width {found.context_dim})")
+    for part, tensors in checkpoint.parts.items():
+        count = sum(prod(s.shape) for s in tensors.values())
+        dtypes = ", ".join(f"{n} {d}" for d, n in Counter(s.dtype for s in tensors.values()).items())
+        lines.append(f"{part}: {checkpoint.layouts[part]} layout, {len(tensors)} tensors ({dtypes}), {count:,} numbers")
+    lines.append(
+        f"EMA copies: {len(checkpoint.ema)}; ignored: {len(checkpoint.ignored)}; unknown: {len(checkpoint.unknown)}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m diffender.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="download an official file and check its hash")
+    fetch.add_argument("name", choices=official.FILES)
+    convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")
+    inspect = commands.add_parser("inspect", help="what a file or folder holds")
+    inspect.add_argument("path", type=Path)
+    args = parser.parse_args()
+    if args.command == "fetch":
+        print(official.fetch(args.name))
+    elif args.command == "convert":
+        print(official.convert(args.file, args.out or args.file.with_suffix(".safetensors")))
+    else:
+        print(describe(scan(args.path)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from diffender.diffusion import PRESETS, LatentDiffusion
-from diffender.layouts import IGNORED, PREFIXES, from_open_clip, new_vae_name, unet_name, vae_name
+from diffender.layouts import (
+    IGNORED,
+    OPEN_CLIP,
+    PREFIXES,
+    ema_name,
+    new_vae_name,
+    open_clip_names,
+    unet_name,
+    vae_name,
+)
 from diffender.models.unet import UNet, UNetConfig, timestep_embedding
 from diffender.models.vae import AutoencoderKL, VAEConfig
 
@@ -45,8 +54,16 @@ def test_every_preset_is_counted_or_embedded():
 
 @pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
 def test_names_and_shapes_equal_the_single_file(name, manifest):
-    official = {k: v for k, v in manifest(f"{name}.compvis").items() if not IGNORED.fullmatch(k)}
-    official = {k: list(v.shape) for k, v in from_open_clip({k: torch.empty(v) for k, v in official.items()}).items()}
+    official = {}
+    for key, shape in manifest(f"{name}.compvis").items():
+        if IGNORED.fullmatch(key):
+            continue
+        ours = [key]
+        if key.startswith(OPEN_CLIP):
+            ours = [PREFIXES["text"] + k for k in open_clip_names(key.removeprefix(OPEN_CLIP))]
+        for k in ours:
+            assert k not in official
+            official[k] = [shape[0] // len(ours), *shape[1:]]
     assert shapes(on_meta(name)) == official
 
 
@@ -68,6 +85,14 @@ def test_hugging_face_names_are_a_bijection(name, manifest):
     ):
         assert len(set(names)) == len(names)
         assert set(names) == set(official)
+
+
+@pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
+def test_averaged_copies_have_names_of_their_own(name):
+    """Without their dots the names stay apart; the scheme as files of training have it."""
+    keys = list(on_meta(name).unet.state_dict())
+    assert len({ema_name(k) for k in keys}) == len(keys)
+    assert ema_name("input_blocks.0.0.weight") == "model_ema.diffusion_modelinput_blocks00weight"
 
 
 def test_text_names_equal_the_hugging_face_file(manifest):

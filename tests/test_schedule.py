@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from diffender.schedule import (
-    ddim_alphas,
-    ddim_step,
-    ddim_timesteps,
-    make_alphas_cumprod,
-    noise_timestep,
-    predict_x0,
-    q_sample,
-)
+from diffender.schedule import eps_from_v, make_alphas_cumprod, noise_timestep, predict_x0, q_sample
 
 A = make_alphas_cumprod()
 
@@ -33,42 +25,14 @@ def test_predict_x0_inverts_q_sample(t):
     assert torch.allclose(predict_x0(q_sample(x0, noise, a_t), noise, a_t), x0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("steps", "head", "last"), [(5, [801, 601, 401, 201], 1), (20, [951, 901], 1), (50, [981, 961], 1), (30, [958], 1)]
-)
-def test_ddim_timesteps(steps, head, last):
-    timesteps = ddim_timesteps(steps)
-    assert len(timesteps) == steps
-    assert timesteps[: len(head)] == head
-    assert timesteps[-1] == last
-
-
-def test_ddim_ends_at_the_first_alpha_not_at_one():
-    a_t, a_prev = ddim_alphas(A, ddim_timesteps(20))
-    assert a_prev[-1] == A[0].item()
-    assert a_prev[:-1] == a_t[1:]
-
-
-def test_ddim_with_the_true_noise_recovers_x0():
-    """Along the true eps a deterministic run lands on q_sample at the first alpha, whatever its steps."""
-    g = torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=g, dtype=torch.float64)
-    timesteps = ddim_timesteps(7)
-    x = q_sample(x0, noise, A[timesteps[0]].item())
-    for a_t, a_prev in zip(*ddim_alphas(A, timesteps), strict=True):
-        x = ddim_step(x, noise, a_t, a_prev)
-    assert torch.allclose(x, q_sample(x0, noise, A[0].item()), atol=1e-10)
-
-
-def test_eta_one_keeps_the_marginal_variance():
-    """With x0 = 0 and unit noise, a stochastic step must keep var(x_t) = 1 - a_t."""
-    g = torch.Generator().manual_seed(2)
-    noise, fresh = torch.randn(2, 400_000, generator=g, dtype=torch.float64)
-    a_t, a_prev = A[500].item(), A[400].item()
-    x = ddim_step((1 - a_t) ** 0.5 * noise, noise, a_t, a_prev, eta=1.0, noise=fresh)
-    assert x.var().item() == pytest.approx(1 - a_prev, rel=0.01)
-    with pytest.raises(ValueError, match="needs its noise"):
-        ddim_step(x, noise, a_t, a_prev, eta=1.0)
+@pytest.mark.parametrize("t", [1, 481, 981])
+def test_v_stands_for_its_noise(t):
+    """v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022), turned back into eps."""
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=g, dtype=torch.float64)
+    a_t = A[t].double()
+    v = a_t.sqrt() * noise - (1 - a_t).sqrt() * x0
+    assert torch.allclose(eps_from_v(q_sample(x0, noise, a_t), v, a_t), noise, atol=1e-12)
 
 
 def test_noise_ratio_of_the_paper():

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
+from diffender.errors import check_finite
 from diffender.noise import Noise, generator
 
 
@@ -76,4 +77,6 @@ def value_and_gradient(
     """Loss of each picture (B,) and its gradient, like x. Losses are summed: a picture's gradient knows no batch."""
     x = x.detach().requires_grad_()
     value = loss(victim(x, noise))
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+    gradient = torch.autograd.grad(value.sum(), x)[0]
+    check_finite("attack's gradient", gradient)
+    return value.detach(), gradient

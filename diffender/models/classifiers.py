@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.errors import InputError
+from diffender.errors import InputError, check_finite
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -71,7 +71,9 @@ class Classifier(nn.Module):
         """(B, 3, H, W) in [0, 1] -> logits (B, classes)."""
         if x.shape[-2:] != (self.cfg.size, self.cfg.size):
             x = F.interpolate(x, (self.cfg.size, self.cfg.size), mode="bilinear", antialias=True)
-        return self.net((x - self.mean) / self.std)
+        logits = self.net((x - self.mean) / self.std)
+        check_finite("logits", logits)
+        return logits
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The outputs of the taps for a [0, 1] image, as (B, C, h, w) maps."""

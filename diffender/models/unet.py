@@ -25,6 +25,7 @@ class UNetConfig:
     num_heads: int | None = 8  # heads everywhere, or None: width / head_dim heads
     head_dim: int = 64
     norm_groups: int = 32
+    prediction: str = "epsilon"  # what the output means: the noise, or "v" of Salimans & Ho 2022
     linear_proj: bool = False  # proj_in and proj_out of a transformer: linear (SD2) or 1x1 convolution (SD1)
 
     def heads(self, channels: int) -> int:

@@ -1,0 +1,81 @@
+"""Safetensors files in and out: whole or not at all, and one clear line for whatever is not one."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffender.errors import InputError
+
+PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
+    """Write a safetensors file with `header` as JSON in its metadata; nothing is left behind half-written."""
+    partial = path.with_name(path.name + ".partial")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+        partial.rename(path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot write {path} ({one_line(e)})") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(tensors: dict[str, Tensor], header: dict) -> str:
+    """A checksum of a file's tensors and header, for `save_atomic` to store and a reader to compare."""
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.view(torch.uint8).numpy() if value.ndim else value.reshape(1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def one_line(e: BaseException) -> str:
+    return ascii(" ".join(str(e).split()))[1:-1][:200]
+
+
+def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of compiled code)
+    """A lazily read safetensors file; raises InputError for anything that is not one."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a .safetensors file")
+    if not path.exists():
+        raise InputError(f"no weights file {path}; give the path of a .safetensors file")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        with path.open("rb") as f:
+            start = f.read(2)
+        if start in (b"PK", b"\x80\x02") or path.suffix in PICKLES:  # a zip archive or a bare pickle, whatever its name
+            raise InputError(
+                f"{path} looks like a pickle, which can run code when it is read; convert it with "
+                f"python -m diffender.weights convert {path}"
+            ) from e
+        raise InputError(f"{path} is not a whole safetensors file ({one_line(e)}); fetch or copy it again") from e
+
+
+def read_header(path: Path) -> dict:
+    """The JSON that `save_atomic` put into the file's metadata; {} for files of others."""
+    with open_safetensors(path) as f:
+        text = (f.metadata() or {}).get("diffender", "{}")
+    try:
+        header = json.loads(text)
+    except ValueError as e:
+        raise InputError(f"{path} has a damaged header ({one_line(e)}); fetch or copy it again") from e
+    if not isinstance(header, dict):
+        raise InputError(f"{path} has a damaged header (no JSON object); fetch or copy it again")
+    return header

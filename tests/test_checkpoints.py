@@ -1,0 +1,434 @@
+"""Official checkpoints in every layout, at reduced size: all load to the same weights; what does not fit says so."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffender import weights
+from diffender.diffusion import PRESETS, LatentDiffusion
+from diffender.errors import InputError
+from diffender.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
+from diffender.models.text import TextConfig, TextTransformer
+from diffender.models.unet import UNet
+from diffender.weights import EMBEDDED, fill_random, load_model, save_model
+from tests.cases import CONFIGS
+from tests.conftest import ROOT
+
+FAMILIES = {"sd15-inpainting": "sd15", "sd2-inpainting": "sd2"}
+BUFFERS = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def reduced(monkeypatch):
+    """The official families at the size of tests/cases.py."""
+    for name, case in FAMILIES.items():
+        monkeypatch.setitem(PRESETS, name, CONFIGS[case])
+
+
+@pytest.fixture(scope="module")
+def models():
+    def make(name: str) -> LatentDiffusion:
+        model = LatentDiffusion(CONFIGS[FAMILIES[name]])
+        fill_random(model, torch.Generator().manual_seed(1))
+        return model
+
+    return {name: make(name) for name in FAMILIES}
+
+
+def single_file(model: LatentDiffusion, openclip: bool, linear_vae: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a CompVis single file, with all that the real ones carry beside the model."""
+    state = {PREFIXES["unet"] + k: v for k, v in model.unet.state_dict().items()}
+    for k, v in model.vae.state_dict().items():
+        state[PREFIXES["vae"] + k] = v.squeeze() if linear_vae and ".attn_1." in k else v
+    text = model.text.state_dict()
+    if openclip:
+        state |= open_clip_tower(text)
+    else:
+        state |= {PREFIXES["text"] + k: v for k, v in text.items()}
+        state[PREFIXES["text"] + "embeddings.position_ids"] = torch.arange(77)[None]
+    state |= {k: torch.zeros(1000) for k in BUFFERS}
+    return state | {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
+
+
+def open_clip_tower(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SD2's text tower as open_clip's own module names it, with the block and the projections that are not read."""
+    from open_clip.transformer import TextTransformer as Theirs
+
+    theirs = Theirs(context_length=77, vocab_size=49408, width=64, heads=4, layers=3, output_dim=64, pad_id=0)
+    out = {}
+    for key, value in (theirs.state_dict() | {"logit_scale": torch.tensor(4.6)}).items():
+        names = open_clip_names(key)
+        found = names[0] in text
+        renumbered = key.replace("resblocks.2.", "resblocks.23.")  # of 24 in the real file, where 23 are run
+        out[OPEN_CLIP + renumbered] = torch.cat([text[n] for n in names]) if found else value
+    return out
+
+
+def folder(model: LatentDiffusion, root, old_names: bool = False, suffix: str = "", dtype=torch.float32):
+    """The model as a Hugging Face folder."""
+    cfg = model.cfg
+    text = {f"text_model.{k}": v for k, v in model.text.state_dict().items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    vae = {vae_name(k, len(cfg.vae.ch_mult)): v for k, v in model.vae.state_dict().items()}
+    vae = {k: v.squeeze() if ".attentions." in k else v for k, v in vae.items()}
+    if old_names:
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            vae = {k.replace(f".{new}.", f".{old}."): v for k, v in vae.items()}
+    parts = {
+        "unet/diffusion_pytorch_model": {unet_name(k, 2): v for k, v in model.unet.state_dict().items()},
+        "vae/diffusion_pytorch_model": vae,
+        "text_encoder/model": text,
+    }
+    for stem, state in parts.items():
+        path = root / f"{stem}{suffix}.safetensors"
+        path.parent.mkdir(parents=True)
+        write(state, path, dtype)
+    return root
+
+
+def write(state, path, dtype=torch.float32):
+    save_file({k: v.to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}, path)
+    return path
+
+
+def assert_same(loaded: LatentDiffusion, model: LatentDiffusion, dtype=torch.float32, parts=tuple(PREFIXES)):
+    for part in parts:
+        a, b = getattr(loaded, part).state_dict(), getattr(model, part).state_dict()
+        assert a.keys() == b.keys()
+        for k, v in b.items():
+            assert torch.equal(a[k], v.to(dtype).float()), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "layout", ["single", "single, linear VAE", "folder", "folder, old names", "folder, fp16 names"]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layout_loads_to_the_same_weights(name, layout, dtype, models, tmp_path):
+    """And the family is recognised, in a float16 file as in a float32 one."""
+    model = models[name]
+    if layout.startswith("single"):
+        path = write(single_file(model, name.startswith("sd2"), "linear" in layout), tmp_path / "m.safetensors", dtype)
+    else:
+        path = folder(model, tmp_path / "m", "old" in layout, ".fp16" if "fp16" in layout else "", dtype)
+    loaded = load_model("auto", path)
+    assert loaded.cfg == PRESETS[name]
+    assert_same(loaded, model, dtype)
+    if layout == "single":
+        inspected = weights.describe(weights.scan(path))
+        assert f"family: {name} (9 input channels" in inspected
+        assert "686 tensors" in inspected
+
+
+def test_averaged_copies_are_taken_when_asked_for(models, tmp_path):
+    model = models["sd15-inpainting"]
+    state = single_file(model, openclip=False)
+    state |= {ema_name(k): v + 1 for k, v in model.unet.state_dict().items()}
+    path = write(state, tmp_path / "m.safetensors")
+    assert_same(load_model("auto", path), model)
+    averaged = load_model("auto", path, ema=True)
+    assert_same(averaged, model, parts=("vae", "text"))
+    for k, v in model.unet.state_dict().items():
+        assert torch.equal(averaged.unet.state_dict()[k], v + 1)
+    del state[ema_name("out.2.bias")]
+    with pytest.raises(InputError, match=r"1 keys missing \(first: model.diffusion_model.out.2.bias"):
+        load_model("auto", write(state, tmp_path / "m.safetensors"), ema=True)
+    plain = write(single_file(model, openclip=False), tmp_path / "plain.safetensors")
+    with pytest.raises(InputError, match="holds no averaged"):
+        load_model("auto", plain, ema=True)
+
+
+def test_another_vae(models, tmp_path):
+    """Alone in either layout, in a whole model, in a folder of its own: the model's own VAE may then be missing."""
+    model = models["sd15-inpainting"]
+    other = LatentDiffusion(CONFIGS["sd2"])
+    fill_random(other, torch.Generator().manual_seed(2))
+    state = {k: v for k, v in single_file(model, openclip=False).items() if not k.startswith("first_stage_model.")}
+    main = write(state, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="248 keys missing"):
+        load_model("auto", main)
+    training = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    vaes = [
+        write(other.vae.state_dict() | training, tmp_path / "bare.safetensors"),
+        write(single_file(other, openclip=True), tmp_path / "whole.safetensors"),
+        folder(other, tmp_path / "hf", old_names=True),
+        tmp_path / "hf" / "vae",
+        tmp_path / "hf" / "vae" / "diffusion_pytorch_model.safetensors",
+    ]
+    for vae in vaes:
+        loaded = load_model("auto", main, vae=vae)
+        assert_same(loaded, model, parts=("unet", "text"))
+        assert_same(loaded, other, parts=("vae",))
+    with pytest.raises(InputError, match="keys missing"):
+        load_model("auto", main, vae=main)
+
+
+def text_to_image(model: LatentDiffusion) -> LatentDiffusion:
+    """The same with a 4-channel UNet, as SD 1.4 has."""
+    cfg = replace(model.cfg, unet=replace(model.cfg.unet, in_channels=4))
+    out = LatentDiffusion(cfg)
+    fill_random(out, torch.Generator().manual_seed(3))
+    return out
+
+
+def test_a_separate_unet_for_localisation(models, tmp_path):
+    model = models["sd15-inpainting"]
+    plain = text_to_image(model)
+    main = write(single_file(model, openclip=False), tmp_path / "m.safetensors")
+    for path in (write(single_file(plain, False), tmp_path / "sd14.safetensors"), folder(plain, tmp_path / "sd14")):
+        loaded = load_model("auto", main, locator=path)
+        assert_same(loaded, model)
+        state = plain.unet.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in loaded.locator.state_dict().items())
+        with pytest.raises(
+            InputError, match="4 input channels, a text-to-image model; inpainting needs 9: give the sd15"
+        ):
+            load_model("auto", path)
+    z, context = torch.randn(2, 4, 8, 8), torch.randn(1, 77, 64)
+    t = torch.full((2,), 481)
+    direct = plain.unet(z, t, context.expand(2, -1, -1))
+    assert torch.allclose(loaded.eps_from_text(z, 481, context, None), direct, atol=1e-5)
+    with pytest.raises(InputError, match="--locate-unet .* has 9 input channels"):
+        load_model("auto", main, locator=main)
+    with pytest.raises(InputError, match="no UNet of Stable Diffusion"):
+        load_model("auto", main, locator=EMBEDDED / "tiny.safetensors")
+
+
+def test_the_wrong_family_says_which_is_right(models, tmp_path):
+    path = write(single_file(models["sd2-inpainting"], openclip=True), tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="holds sd2-inpainting, not sd15-inpainting; use --model sd2-inpainting"):
+        load_model("sd15-inpainting", path)
+    with pytest.raises(InputError, match="a model of its own configuration, not sd2-inpainting"):
+        load_model("sd2-inpainting", EMBEDDED / "tiny.safetensors")
+    state = single_file(models["sd15-inpainting"], openclip=False)
+    state |= {k: torch.cat([v, v], 1) for k, v in state.items() if k.endswith("attn2.to_k.weight")}
+    with pytest.raises(
+        InputError, match=r"an unknown UNet .*context_dim=128.*known are sd15-inpainting, sd2-inpainting"
+    ):
+        load_model("auto", write(state, tmp_path / "m.safetensors"))
+
+
+def test_a_folder_says_what_its_unet_predicts(models, tmp_path):
+    root = folder(models["sd2-inpainting"], tmp_path / "m")
+    assert load_model("auto", root, prediction="v").unet.cfg.prediction == "v"
+    (root / "scheduler").mkdir()
+    config = root / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"prediction_type": "v_prediction"}))
+    assert load_model("auto", root).unet.cfg.prediction == "v"
+    config.write_text(json.dumps({"prediction_type": "sample"}))
+    with pytest.raises(InputError, match="prediction_type 'sample'; supported are"):
+        load_model("auto", root)
+    config.write_text("[]")
+    with pytest.raises(InputError, match="is not a JSON object"):
+        load_model("auto", root)
+
+
+def test_open_clip_text_tower_computes_the_same():
+    """Our transformer with open_clip's weights gives open_clip's hidden states (one block fewer, as SD2 reads them)."""
+    from open_clip.transformer import TextTransformer as Theirs
+
+    theirs = Theirs(context_length=77, vocab_size=49408, width=64, heads=4, layers=3, output_dim=64, pad_id=0)
+    g = torch.Generator().manual_seed(0)
+    for p in theirs.parameters():  # small branches: a wrong activation or norm epsilon shows
+        p.data = 0.1 * torch.randn(p.shape, generator=g)
+    theirs = theirs.double()
+    ours = TextTransformer(TextConfig(width=64, heads=4, layers=2, quick_gelu=False, pad_token=0)).double()
+    state = {}
+    for key, value in theirs.state_dict().items():
+        names = open_clip_names(key)
+        state |= dict(zip(names, value.chunk(len(names)) if len(names) > 1 else [value], strict=True))
+    ours.load_state_dict({k: state[k] for k in ours.state_dict()})
+    tokens = ours.tokenize(["a photo of a cat", "adversarial"])
+    x = theirs.token_embedding(tokens) + theirs.positional_embedding
+    for block in theirs.transformer.resblocks[:2]:
+        x = block(x, attn_mask=theirs.attn_mask)
+    expected = theirs.ln_final(x)
+    assert ((ours(ours.embed(tokens)) - expected).norm() / expected.norm()) < 1e-6
+
+
+# Files that are not what they should be
+
+
+def refused(path) -> str:
+    with pytest.raises(InputError) as e:
+        load_model("auto", path)
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A whole model in a small file of ours, with its configuration and checksum."""
+    tiny = PRESETS["tiny"]
+    cfg = replace(
+        tiny,
+        unet=replace(tiny.unet, model_channels=8, norm_groups=4, context_dim=4, num_heads=2),
+        vae=replace(tiny.vae, ch=4, norm_groups=4),
+        text=replace(tiny.text, width=4, layers=1),
+    )
+    model = LatentDiffusion(cfg)
+    fill_random(model, torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    save_model(model, path, {})
+    return path
+
+
+def test_hostile_files(small, tmp_path):
+    good = small.read_bytes()
+    header = int.from_bytes(good[:8], "little")
+    path = tmp_path / "m.safetensors"
+
+    def said(content: bytes) -> str:
+        path.write_bytes(content)
+        return refused(path)
+
+    assert "not a whole safetensors file" in said(b"")
+    assert "not a whole safetensors file" in said(good[:7])
+    assert "not a whole safetensors file" in said(good[: header // 2])
+    assert "not a whole safetensors file" in said(good[:-1])
+    assert "not a whole safetensors file" in said(good + b"\0")
+    assert "not a whole safetensors file" in said((1 << 62).to_bytes(8, "little") + good[8:])
+    assert "not a whole safetensors file" in said(good.replace(b'"shape":[8,', b'"shape":[9,', 1))
+    assert "damaged" in said(good.replace(b'\\"num_heads\\": 2', b'\\"num_heads\\": 1'))
+    assert "damaged" in said(good.replace(b'\\"layers\\": 1,', b'\\"layers\\": 9,'))
+    assert "damaged" in said(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "is a folder" in refused_part(tmp_path)
+    assert "no weights file in" in refused(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
+    assert "looks like a pickle" in refused(path)
+    assert f"python -m diffender.weights convert {path}" in refused(path)
+
+
+def refused_part(path) -> str:
+    from diffender.files import open_safetensors
+
+    with pytest.raises(InputError) as e:
+        open_safetensors(path)
+    return str(e.value)
+
+
+def test_tensors_that_do_not_fit(models, tmp_path):
+    model = models["sd15-inpainting"]
+    path = tmp_path / "m.safetensors"
+    key = PREFIXES["unet"] + "out.2.bias"
+
+    def said(change: dict, drop: tuple[str, ...] = ()) -> str:
+        state = single_file(model, openclip=False) | change
+        for k in drop:
+            del state[k]
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+        return refused(path)
+
+    assert f"{key} of dtype I32 for F16, BF16, F32, F64" in said({key: torch.zeros(4, dtype=torch.int32)})
+    assert f"{key} (5,) for (4,)" in said({key: torch.zeros(5)})
+    assert f"{key} (0,) for (4,)" in said({key: torch.zeros(0)})
+    assert "1 keys missing (first: model.diffusion_model.out.2.bias), 0 unexpected" in said({}, (key,))
+    assert "1 unexpected (first: control_model.x)" in said({"control_model.x": torch.zeros(1)})
+    assert "1 unexpected (first: a\\nb\\x1b)" in said({"a\nb\x1b": torch.zeros(1)})  # names are shown tame
+    assert f"{key} holds NaN or infinity" in said({key: torch.full((4,), torch.nan)})
+    huge = {key: torch.full((4,), 1e6)}
+    save_file({k: v.contiguous() for k, v in (single_file(model, openclip=False) | huge).items()}, path)
+    load_model("auto", path)
+    with pytest.raises(InputError, match=r"holds NaN or infinity in torch.float16; try --dtype float32"):
+        load_model("auto", path, torch.float16)
+
+
+def test_two_hundred_mutations(small, tmp_path):
+    """Of header and data: each is refused in one line, or loads to the very same weights."""
+    good = small.read_bytes()
+    header = int.from_bytes(good[:8], "little") + 8
+    reference = load_model("auto", small)
+    g = torch.Generator().manual_seed(0)
+
+    def randint(n: int) -> int:
+        return int(torch.randint(n, (), generator=g))
+
+    loaded = 0
+    path = tmp_path / "m.safetensors"
+    for i in range(200):
+        bad = bytearray(good)
+        at = randint(header if i % 4 else len(good))
+        kind = i % 5
+        if kind == 0:
+            bad[at] ^= 1 << randint(8)
+        elif kind == 1:
+            bad[at] = ord('0123456789,:[]{}"F'[randint(18)])
+        elif kind == 2:
+            del bad[at : at + 1 + randint(16)]
+        elif kind == 3:
+            bad[at:at] = bad[at : at + 1 + randint(16)]
+        else:
+            other = randint(header)
+            bad[at], bad[other] = bad[other], bad[at]
+        path.write_bytes(bad)
+        try:
+            model = load_model("auto", path)
+        except InputError as e:
+            assert len(str(e).splitlines()) == 1, e
+            assert str(e).isprintable(), e
+        else:
+            loaded += 1
+            assert_same(model, reference)
+    assert loaded < 50, loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    """The UNet in half precision, everything between in float32: eps within 2 % of float32's, gradients flow."""
+    full, half = load_model(), load_model(dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    z, cond = torch.randn(1, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g)
+    context = full.encode_text(["clean"])
+    z.requires_grad_()
+    a, b = full.eps(z, 481, context, cond), half.eps(z, 481, context, cond)
+    assert b.dtype == torch.float32
+    assert (a - b).norm() < 0.02 * a.norm()
+    ga, gb = (torch.autograd.grad(y.square().sum(), z)[0] for y in (a, b))
+    assert (ga - gb).norm() < 0.1 * ga.norm()
+
+
+def test_micro_batches_change_nothing():
+    model = load_model()
+    g = torch.Generator().manual_seed(0)
+    z, cond = torch.randn(5, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g)
+    context = model.encode_text(["clean"]).requires_grad_()
+    z.requires_grad_()
+    results = []
+    sizes: list[int] = []
+    model.unet.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    for limit in (None, 2):
+        model.micro_batch = limit
+        eps = model.eps(z, 481, context, cond)
+        results.append([eps, *torch.autograd.grad(eps.square().sum(), (z, context))])
+    assert sizes == [5, 5, 2, 2, 1, *sizes[5:]]
+    assert max(sizes[2:]) == 2
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
+
+
+def test_a_separate_process_refuses_with_exit_code_2(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"no such thing")
+    args = [sys.executable, "-m", "diffender.weights", "inspect", str(tmp_path / "m.safetensors")]
+    run = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert "not a whole safetensors file" in run.stderr
+
+
+def test_the_embedded_file_is_described():
+    assert "family: of our own" in weights.describe(weights.scan(EMBEDDED / "tiny.safetensors"))
+    assert load_file(EMBEDDED / "tiny.safetensors").keys() >= {
+        PREFIXES["unet"] + k for k in UNet(PRESETS["tiny"].unet).state_dict()
+    }
