@@ -1,5 +1,6 @@
 """The official checkpoints: what is published where, and how it becomes a safetensors file on this machine."""
 
+import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -71,7 +72,8 @@ class Inert:
 def convert(path: Path, out: Path) -> Path:
     """A pickled checkpoint (.ckpt, .bin) as safetensors: the tensors of its state_dict, or of its top level.
 
-    Read with weights_only, so nothing in the file is run: classes of training frameworks in it become `Inert`.
+    Read with weights_only, so nothing in the file is run: classes of training frameworks in it become `Inert`, and a
+    file that asks for functions of the system is refused.
     """
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a {', '.join(sorted(PICKLES))} file")
@@ -83,9 +85,19 @@ def convert(path: Path, out: Path) -> Path:
         with torch.serialization.safe_globals([(Inert, name) for name in named]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
-        raise InputError(f"{path} is not a checkpoint that can be read safely ({one_line(e)})") from e
+        reason = re.search(
+            r"(Trying to load|Unsupported|WeightsUnpickler error)[^\n]*", str(e)
+        )  # behind torch's preface
+        raise InputError(
+            f"{path} cannot be read safely as a checkpoint ({reason[0] if reason else one_line(e)})"
+        ) from e
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors, seen = {}, set()
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            storage = value.untyped_storage().data_ptr()
+            tensors[key] = value.clone() if storage in seen else value  # tied weights: safetensors has no sharing
+            seen.add(storage)
     if not tensors:
         raise InputError(f"{path} holds no state_dict of tensors; give a checkpoint of Stable Diffusion")
     save_atomic(tensors, out, {"converted": path.name})
