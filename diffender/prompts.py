@@ -77,12 +77,14 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
     state = load_file(path)
     if sorted(state) != ["ctx_locate", "ctx_restore"]:
         raise InputError(f"{path} holds {sorted(state)[:5]}; prompts are two tensors, ctx_locate and ctx_restore")
-    n_ctx, width = state["ctx_locate"].shape
-    if width != dim or state["ctx_restore"].shape != (n_ctx, width):
+    shapes = [tuple(v.shape) for v in state.values()]
+    n_ctx = shapes[0][0] if shapes[0] else 0
+    if shapes != [(n_ctx, dim)] * 2:
         raise InputError(
-            f"{path} holds prompts of width {width}; this model's are {dim} wide: tune new ones (train.py)"
+            f"{path} holds prompts of shapes {shapes[0]} and {shapes[1]}; this model's are {dim} wide: use --prompt "
+            "manual, or tune new ones (train.py)"
         )
-    prompts = PromptPair(n_ctx, width)
+    prompts = PromptPair(n_ctx, dim)
     prompts.load_state_dict(state)
     return prompts
 

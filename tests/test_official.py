@@ -1,11 +1,14 @@
 """Fetching from a server on loopback that speaks the hub's file protocol; turning pickles into safetensors, unrun."""
 
+import fcntl
 import hashlib
 import os
 import pickle
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,6 +85,7 @@ def fetch(
 def test_fetch_checks_the_hash_and_uses_the_cache(hub, tmp_path):
     endpoint, asked = hub
     terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     run = fetch(tmp_path, endpoint, stderr=stderr)
     shown = os.read(terminal, 1 << 16).decode()
     assert run.returncode == 0, shown
@@ -160,7 +164,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path, monkeypatch):
         return str(e.value)
 
     (tmp_path / "text.ckpt").write_text("hello")
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     (tmp_path / "empty.ckpt").write_bytes(b"")
     torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Malicious()}, tmp_path / "hidden.ckpt")
     torch.save({"epoch": 3}, tmp_path / "none.ckpt")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffender.errors import InputError
+from diffender.attacks.patch import value_and_gradient
+from diffender.errors import InputError, named_images
 from diffender.localize import difference_map, refine_mask, standardize
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
@@ -300,3 +301,30 @@ def test_the_package_leaves_gradients_and_seeds_to_the_caller():
         assert not names & {"no_grad", "inference_mode", "enable_grad", "set_grad_enabled"}, path
         assert "torch.manual_seed" not in path.read_text(), path
         assert not re.search(r"^\s*(import|from) (diffusers|transformers)", path.read_text(), re.MULTILINE), path
+
+
+def test_nan_stops_with_the_name_of_the_image(defense, photos):
+    """Wherever it arises: in the difference map, in the restored picture, in the gradient of an attack."""
+    noise = noise_for(defense, 2)
+    mask = torch.ones(2, 1, 224, 224)
+
+    def spoil(_module, _args, out):
+        return torch.cat([out[:-1], torch.full_like(out[-1:], torch.nan)])
+
+    with pytest.raises(InputError, match="in the difference map of dog.jpg; --dtype float32 may help"):
+        hook = defense.model.unet.register_forward_hook(spoil)
+        try:
+            with named_images(["cat.jpg", "dog.jpg"]):
+                defense(photos[:2], noise)
+        finally:
+            hook.remove()
+    with pytest.raises(InputError, match="in the restored picture of dog.jpg"):
+        hook = defense.model.vae.decoder.register_forward_hook(spoil)
+        try:
+            with named_images(["cat.jpg", "dog.jpg"]):
+                defense.restore(photos[:2], mask, noise)
+        finally:
+            hook.remove()
+    x = torch.tensor([[1.0], [0.0]])
+    with pytest.raises(InputError, match="in the attack's gradient of dog.jpg"), named_images(["cat.jpg", "dog.jpg"]):
+        value_and_gradient(lambda x, noise: x.sqrt(), x, None, lambda logits: logits.sum(dim=1))

@@ -93,7 +93,9 @@ def test_prompts_round_trip_and_must_fit(tmp_path):
     again = load_prompts(tmp_path / "p.safetensors", 64)
     assert torch.equal(again.ctx_locate, prompts.ctx_locate)
     assert read_header(tmp_path / "p.safetensors") == {"shots": 8}
-    with pytest.raises(InputError, match="prompts of width 64; this model's are 768 wide"):
+    with pytest.raises(
+        InputError, match=r"shapes \(16, 64\) and \(16, 64\); this model's are 768 wide: use --prompt manual"
+    ):
         load_prompts(tmp_path / "p.safetensors", 768)
     with pytest.raises(InputError, match="two tensors"):
         load_prompts(EMBEDDED / "tiny.safetensors", 64)
