@@ -432,3 +432,28 @@ def test_the_embedded_file_is_described():
     assert load_file(EMBEDDED / "tiny.safetensors").keys() >= {
         PREFIXES["unet"] + k for k in UNet(PRESETS["tiny"].unet).state_dict()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["compvis", "hf"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_of_the_published_size_load(name, layout, manifest, monkeypatch, tmp_path):
+    """Every tensor of the manifests, in float16 with random values: strict, the family recognised. 2.7 GB of disk."""
+    monkeypatch.undo()  # the presets at their full size
+    g = torch.Generator().manual_seed(0)
+
+    def make(manifest_name: str, path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: torch.rand(s, generator=g).half() for k, s in manifest(manifest_name).items()}, path)
+
+    path = tmp_path / "m"
+    if layout == "compvis":
+        path = tmp_path / "m.safetensors"
+        make(f"{name}.compvis", path)
+    else:
+        make(f"{name}.hf.unet", path / "unet/diffusion_pytorch_model.fp16.safetensors")
+        make("sd-vae.hf.oldnames", path / "vae/diffusion_pytorch_model.safetensors")
+        make(f"{name}.hf.text_encoder", path / "text_encoder/model.safetensors")
+    model = load_model("auto", path, torch.float16)
+    assert model.cfg == PRESETS[name]
+    assert sum(p.numel() for p in model.unet.parameters()) > 859_000_000
