@@ -88,7 +88,7 @@ def main() -> None:
 
     plain = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
     total = len(todo) * (evaluations(opts) + (plain * opts.iters_undefended if base else 0))
-    with Progress(target.defense.model.unet, total, opts.attack) as progress:
+    with Progress(target.defense.model, total, opts.attack) as progress:
         for start in range(0, len(todo), opts.batch_size):
             part = todo[start : start + opts.batch_size]
             ids, x, y = [batch.ids[i] for i in part], batch.x[part].to(device), batch.y[part].to(device)

@@ -15,6 +15,7 @@ from diffender.noise import Noise, sample_noise
 from diffender.ops import binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
+from diffender.samplers import check_sampler
 from diffender.schedule import noise_timestep
 
 GRADIENTS = ("full", "bpda", "bpda-mask")
@@ -31,6 +32,9 @@ class DIFFenderConfig:
     sampler: str = "ddim"  # or dpmpp, for few steps
     restore: bool = True  # False: the paper's NR ablation, the mask filled with grey
     composite: bool = True  # False: the raw decode everywhere, as stock pipelines return it
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.eta)
 
 
 class Localized(NamedTuple):

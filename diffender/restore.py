@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from diffender.diffusion import LatentDiffusion
-from diffender.samplers import sampler_by_name
+from diffender.samplers import SAMPLERS
 
 
 def inpaint(
@@ -39,7 +39,7 @@ def inpaint(
         eps, eps_empty = model.eps(torch.cat([z_t, z_t]), t, contexts, conditioning).chunk(2)
         return eps_empty + guidance * (eps - eps_empty)
 
-    method = sampler_by_name(sampler)
+    method = SAMPLERS[sampler]
     z_0 = method.run(guided_eps, noise_start, method.grid(model.alphas_cumprod, steps), eta, noise_steps)
     return model.decode(z_0)
 

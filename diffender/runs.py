@@ -94,10 +94,11 @@ class Progress:
     Work on the classifier alone is told to `advance`, at its worth in UNet evaluations.
     """
 
-    def __init__(self, unet: nn.Module, total: int, description: str):
+    def __init__(self, model: LatentDiffusion, total: int, description: str):
         self.evaluations = 0
         self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True)
-        self.hook = unet.register_forward_pre_hook(self.count)
+        unets = [unet for unet in (model.unet, model.locator) if unet is not None]
+        self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
 
     def count(self, _module: nn.Module, args: tuple) -> None:
         self.evaluations += len(args[0])
@@ -110,5 +111,6 @@ class Progress:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         self.bar.close()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffender.errors import InputError
-from diffender.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid, sampler_by_name
+from diffender.pipeline import DIFFenderConfig
+from diffender.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid
 from diffender.schedule import make_alphas_cumprod, q_sample
 
 A = make_alphas_cumprod()
@@ -94,6 +95,6 @@ def test_gradients_by_finite_differences(name):
 
 def test_names_and_eta():
     with pytest.raises(InputError, match="unknown sampler 'euler'; choose one of ddim, dpmpp"):
-        sampler_by_name("euler")
+        DIFFenderConfig(sampler="euler")
     with pytest.raises(InputError, match="eta is 0.5; DPM-Solver"):
         dpmpp(gaussian_eps, torch.zeros(1, 4, 8, 8), dpmpp_grid(A, 4), eta=0.5)

@@ -10,6 +10,7 @@ from PIL import Image
 import evaluate
 from diffender import cli
 from diffender.report import STAGES
+from diffender.weights import EMBEDDED
 from tests.conftest import ROOT
 
 SMALL = ["--images", "2", "--iters", "1", "--iters-undefended", "3", "--eot", "1", "--steps", "2", "--draws", "1"]
@@ -61,7 +62,8 @@ def test_tune_then_evaluate(tmp_path):
 
 
 def test_without_attack_and_with_the_empty_prompt(tmp_path):
-    run = script("evaluate.py", *SMALL, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
+    fast = ["--sampler", "dpmpp", "--dtype", "bfloat16", "--micro-batch", "3"]
+    run = script("evaluate.py", *SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "| DIFFender (empty prompts) |" in run.stdout
 
@@ -81,6 +83,14 @@ def test_without_attack_and_with_the_empty_prompt(tmp_path):
         (["--classifier", "vgg"], "unknown classifier 'vgg'"),
         (["--device", "tpu9"], "--device tpu9 does not work here"),
         (["--prompts", "gone.safetensors"], "no weights file gone.safetensors"),
+        (["--vae", "gone"], "no weights file gone"),
+        (["--locate-unet", str(EMBEDDED / "tiny.safetensors")], "holds no UNet of Stable Diffusion 1 or 2"),
+        (["--ema"], "holds no averaged (EMA) copies; leave out --ema"),
+        (["--weights", "random"], "give --model, one of tiny"),
+        (["--sampler", "euler"], "invalid choice: 'euler'"),
+        (["--sampler", "dpmpp", "--eta", "1"], "eta is 1.0; DPM-Solver++(2M) is deterministic"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--micro-batch", "0"], "--micro-batch is 0; allowed is at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, args, says):
