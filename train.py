@@ -10,7 +10,7 @@ Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,7 @@ def main() -> None:
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
-    cfg = DIFFenderConfig(opts.noise_ratio, opts.draws, opts.theta, opts.steps, opts.guidance, sampler=opts.sampler)
+    cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig) if hasattr(opts, f.name)})
     last = tune(opts, model, classifier, prompts, cfg, x, attacked, batch.ids)
 
     path = Path(opts.out)

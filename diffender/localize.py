@@ -5,6 +5,7 @@ the channels, z-score over the picture, threshold theta in standard deviations, 
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
@@ -23,33 +24,35 @@ def difference_map(
     conditioning: Tensor,
     t: int,
     guidance: float,
+    shared_noise: bool = True,
+    decoded: bool = False,
 ) -> Tensor:
     """Mean over draws and channels of |x0(prompt) - x0(empty)|: (B, 1, h, w), not negative.
 
     z0 (B, 4, h, w) latents of the picture; draws (B, m, 4, h, w) noise. With a prompt, both predictions share their
     noise: guidance is the identity for the empty prompt, so the difference is guidance (sigma_t / alpha_t) times that
     of the two eps, and two evaluations a draw suffice. Without one (`context=None`, the paper's EP variant) shared
-    noise would give exactly zero: the second prediction then takes its own noise, `draws_empty`.
+    noise would give exactly zero: the second prediction then takes its own noise, `draws_empty`, as it does with
+    `shared_noise=False`, where guidance is left out. `decoded` compares pictures instead of latents.
     """
     m = draws.shape[1]
     a_t = model.alphas_cumprod[t].item()
     z0 = repeat(z0, "b c h w -> (b m) c h w", m=m)
     z_a = q_sample(z0, rearrange(draws, "b m c h w -> (b m) c h w"), a_t)
-    if context is None:
-        z_b = q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
-        contexts = context_empty.expand(2 * len(z0), -1, -1)
-    else:
-        z_b = z_a
-        contexts = torch.cat([context.expand(len(z0), -1, -1), context_empty.expand(len(z0), -1, -1)])
+    shared_noise = shared_noise and context is not None
+    z_b = z_a if shared_noise else q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
+    contexts = [(context_empty if c is None else c).expand(len(z0), -1, -1) for c in (context, context_empty)]
     z_t = torch.cat([z_a, z_b])
-    eps = model.eps_from_text(z_t, t, contexts, conditioning)
-    if context is None:
-        x0_a, x0_b = predict_x0(z_t, eps, a_t).chunk(2)
-        difference = x0_a - x0_b
-    else:
-        eps_a, eps_b = eps.chunk(2)
-        difference = guidance * ((1 - a_t) / a_t) ** 0.5 * (eps_b - eps_a)
-    return reduce(difference.abs(), "(b m) c h w -> b 1 h w", "mean", m=m)
+    eps = model.eps_from_text(z_t, t, torch.cat(contexts), conditioning)
+    if shared_noise:
+        eps, eps_empty = eps.chunk(2)
+        eps = torch.cat([eps_empty + guidance * (eps - eps_empty), eps_empty])
+    x0 = predict_x0(z_t, eps, a_t)
+    x0_a, x0_b = (model.decode(x0) if decoded else x0).chunk(2)
+    difference = (x0_a - x0_b).abs()
+    if decoded:
+        difference = F.adaptive_avg_pool2d(difference, z0.shape[-2:])
+    return reduce(difference, "(b m) c h w -> b 1 h w", "mean", m=m)
 
 
 def standardize(x: Tensor) -> Tensor:
@@ -58,12 +61,25 @@ def standardize(x: Tensor) -> Tensor:
     return (x - mean) / std.clamp_min(1e-8)
 
 
-def refine_mask(z_score: Tensor, theta: float, size: tuple[int, int]) -> Tensor:
+def standardize_robustly(x: Tensor) -> Tensor:
+    """The same from median and median absolute deviation: a large patch does not raise the bar for itself."""
+    flat = x.flatten(2)
+    median = flat.median(dim=2, keepdim=True).values
+    mad = (flat - median).abs().median(dim=2, keepdim=True).values  # of a normal distribution: 0.6745 deviations
+    return ((flat - median) / (mad / 0.6745).clamp_min(1e-8)).view_as(x)
+
+
+SCORES = {"z": standardize, "mad": standardize_robustly}
+
+
+def refine_mask(z_score: Tensor, theta: float, size: tuple[int, int], sigma: float = 1.0, dilation: int = 3) -> Tensor:
     """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
 
-    Threshold theta, 3x3 Gaussian of sigma 1, 3x3 dilation, upsampling, threshold 0.5: lone pixels vanish, and what
-    stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies above theta
-    (20 % at 2): larger patches escape.
+    Threshold theta, 3x3 Gaussian (none for sigma 0), square dilation, upsampling, threshold 0.5: lone pixels vanish,
+    and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
+    theta standard deviations above its mean (20 % at 2): larger patches escape.
     """
-    mask = dilate(gaussian_blur(binarize(z_score, theta)))
-    return binarize(resize(mask, size), 0.5)
+    mask = binarize(z_score, theta)
+    if sigma > 0:
+        mask = gaussian_blur(mask, sigma=sigma)
+    return binarize(resize(dilate(mask, dilation), size), 0.5)

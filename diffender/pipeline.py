@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError, check_finite
-from diffender.localize import difference_map, refine_mask, standardize
+from diffender.localize import SCORES, difference_map, refine_mask
 from diffender.models.classifiers import Classifier
 from diffender.noise import Noise, sample_noise
 from diffender.ops import binarize, resize, straight_through
@@ -26,6 +26,11 @@ class DIFFenderConfig:
     noise_ratio: float = 0.5  # t* of localisation
     draws: int = 3  # m of Eq. 2
     theta: float = 2.0  # standard deviations of the difference map
+    score: str = "z"  # or mad: from median and median absolute deviation
+    shared_noise: bool = True  # by the two predictions of a draw
+    decoded: bool = False  # compare decoded pictures instead of latents
+    sigma: float = 1.0  # of the 3x3 blur of the mask, in latents; 0: none
+    dilation: int = 3  # side of the square that the mask is dilated by, in latents
     steps: int = 20  # sampler steps of restoration
     guidance: float = 7.5
     eta: float = 0.0
@@ -35,6 +40,10 @@ class DIFFenderConfig:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.eta)
+        if self.score not in SCORES:
+            raise InputError(f"unknown score {self.score!r}; choose one of {', '.join(SCORES)}")
+        if self.dilation < 1 or self.dilation % 2 == 0:
+            raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
 
 
 class Localized(NamedTuple):
@@ -70,13 +79,15 @@ class DIFFender(nn.Module):
     def localize(self, x: Tensor, noise: Noise) -> Localized:
         """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
         z0 = self.model.encode(resize(x, self.size), noise.image)
+        cfg = self.cfg
         heatmap = difference_map(
             self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
-            self.blank, noise_timestep(self.cfg.noise_ratio), self.cfg.guidance,
+            self.blank, noise_timestep(cfg.noise_ratio), cfg.guidance, cfg.shared_noise, cfg.decoded,
         )  # fmt: skip
         check_finite("difference map", heatmap)
-        z_score = standardize(heatmap)
-        return Localized(refine_mask(z_score, self.cfg.theta, x.shape[-2:]), heatmap, z_score)
+        z_score = SCORES[cfg.score](heatmap)
+        mask = refine_mask(z_score, cfg.theta, x.shape[-2:], cfg.sigma, cfg.dilation)
+        return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
         """A whole new picture (B, 3, H, W) whose inside of the mask does not know what was there."""

@@ -9,7 +9,7 @@ import torch
 
 from diffender.attacks.patch import value_and_gradient
 from diffender.errors import InputError, named_images
-from diffender.localize import difference_map, refine_mask, standardize
+from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
@@ -301,6 +301,40 @@ def test_the_package_leaves_gradients_and_seeds_to_the_caller():
         assert not names & {"no_grad", "inference_mode", "enable_grad", "set_grad_enabled"}, path
         assert "torch.manual_seed" not in path.read_text(), path
         assert not re.search(r"^\s*(import|from) (diffusers|transformers)", path.read_text(), re.MULTILINE), path
+
+
+def test_choices_of_localisation(defense, photos):
+    """Each gives another map or mask of the right shape, with gradient; those that z-scores cancel give the same."""
+    x, noise = photos[:1].clone().requires_grad_(), noise_for(defense, 1)
+    base = defense.localize(x, noise)
+
+    def other(**changes):
+        found = DIFFender(defense.model, defense.contexts, replace(defense.cfg, **changes)).localize(x, noise)
+        assert [t.shape for t in found] == [t.shape for t in base]
+        (g,) = torch.autograd.grad(found.z_score.square().mean(), x, retain_graph=True)
+        assert g.abs().max() > 0
+        return found
+
+    assert torch.allclose(other(guidance=7.5).z_score, base.z_score, atol=1e-3)  # a factor of the map: cancelled
+    assert not torch.allclose(other(shared_noise=False).heatmap, base.heatmap, rtol=0.1)
+    assert not torch.allclose(other(decoded=True).z_score, base.z_score, atol=0.1)
+    robust = other(score="mad")
+    assert torch.equal(robust.heatmap, base.heatmap)
+    assert robust.z_score.median().abs() < 1e-5
+    assert other(dilation=5).mask.sum() > base.mask.sum() > other(dilation=1).mask.sum()
+    assert not torch.equal(other(sigma=0.0).mask, base.mask)
+    for bad, says in (({"score": "rank"}, "unknown score 'rank'"), ({"dilation": 2}, "dilation is 2; it is an odd")):
+        with pytest.raises(InputError, match=says):
+            replace(defense.cfg, **bad)
+
+
+def test_robust_scores_do_not_shrink_with_the_patch():
+    """Half of a map 10 higher than the rest: its z-score falls to 1, its robust score does not."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 28, 28, generator=g)
+    x[..., :12, :] += 10
+    assert standardize(x)[..., :12, :].mean() < 1.3
+    assert standardize_robustly(x)[..., :12, :].mean() > 2.0
 
 
 def test_nan_stops_with_the_name_of_the_image(defense, photos):

@@ -21,7 +21,7 @@ LAYERS = [
     {"attacks.advp"},
     {"attacks", "data", "report", "runs"},
     {"evaluation", "corpus", "trainer"},
-    {"pretrain"},
+    {"pretrain", "ablation"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = {
