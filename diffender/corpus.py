@@ -6,18 +6,23 @@ they are clean. No patch that was optimised against a classifier ever enters.
 """
 
 import csv
+import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from diffender.errors import InputError
+from diffender.files import read_header, save_atomic
 
 
 class Photos(NamedTuple):
@@ -31,20 +36,49 @@ class Sample(NamedTuple):
     mask: Tensor  # (1, S, S) in {0, 1}, 1 = repaint
 
 
-def load_photos(root: Path, short_side: int) -> Photos:
-    """Every photograph of `root/captions.csv` (columns file, caption), decoded and resized."""
+def load_photos(source: Path, short_side: int) -> Photos:
+    """Every photograph of a folder with captions.csv (columns file, caption), or of a file of `pack`, resized."""
+    images = []
+    if source.is_file():
+        captions = read_header(source)["captions"]
+        files = load_file(source)
+        pictures = (io.BytesIO(part.numpy().tobytes()) for part in files["jpeg"].split(files["lengths"].tolist()))
+    else:
+        rows = captioned_files(source)
+        captions = [caption for _, caption in rows]
+        pictures = (path for path, _ in rows)
+    for picture in tqdm(pictures, desc="reading photographs", total=len(captions), mininterval=5):
+        images.append(pil_to_tensor(resized(Image.open(picture), short_side)))
+    return Photos(images, captions)
+
+
+def captioned_files(root: Path) -> list[tuple[Path, str]]:
     table = root / "captions.csv"
     if not table.is_file():
-        raise InputError(f"no {table}: training wants a folder with captions.csv (columns file, caption)")
+        raise InputError(
+            f"no {table}: training wants a folder with captions.csv (columns file, caption), or a packed one"
+        )
     with table.open(encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    images = []
-    for row in tqdm(rows, desc="reading photographs", mininterval=5):
-        image = Image.open(root / row["file"]).convert("RGB")
-        scale = short_side / min(image.size)
-        size = [max(short_side, round(side * scale)) for side in image.size]
-        images.append(pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC)))
-    return Photos(images, [row["caption"] for row in rows])
+        return [(root / row["file"], row["caption"]) for row in csv.DictReader(f)]
+
+
+def resized(image: Image.Image, short_side: int) -> Image.Image:
+    scale = short_side / min(image.size)
+    size = [max(short_side, round(side * scale)) for side in image.size]
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def pack(root: Path, out: Path, short_side: int = 256, quality: int = 80) -> None:
+    """Put a folder of photographs into one small safetensors file of JPEGs, to carry to another machine."""
+    parts, captions = [], []
+    for path, caption in tqdm(captioned_files(root), desc="packing", mininterval=5):
+        buffer = io.BytesIO()
+        resized(Image.open(path), short_side).save(buffer, "JPEG", quality=quality, optimize=True)
+        parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
+        captions.append(caption)
+    tensors = {"jpeg": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
+    save_atomic(tensors, out, {"captions": captions})
+    print(f"{len(parts)} photographs, {out.stat().st_size / 1e6:.1f} MB in {out}")
 
 
 def randint(low: int, high: int, g: Generator) -> int:
@@ -124,3 +158,32 @@ def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Samp
         caption = f"{words}, {caption}"
     mask = torch.ones(1, size, size) if randint(0, 3, g) == 0 else random_region(size, 0.01, 0.5, g)
     return Sample(image, caption, mask)
+
+
+class Crops(Dataset):
+    """The VAE's training set: random crops, the n-th always the same. A crop is a share `scale` of the short side."""
+
+    def __init__(self, photos: Photos, size: int, scale: tuple[float, float], seed: int):
+        self.photos, self.size, self.scale, self.seed = photos, size, scale, seed
+
+    def __getitem__(self, n: int) -> Tensor:
+        g = Generator().manual_seed(self.seed * 1_000_000_000 + n)
+        index = randint(0, len(self.photos.images) - 1, g)
+        return random_crop(self.photos.images[index], self.size, self.scale, g)
+
+
+class Samples(Dataset):
+    """The UNet's training set: pictures, masks and the tokens of their captions, the n-th always the same."""
+
+    def __init__(self, photos: Photos, size: int, tokenize: Callable[[list[str]], Tensor], seed: int):
+        self.photos, self.size, self.tokenize, self.seed = photos, size, tokenize, seed
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        g = Generator().manual_seed(self.seed * 1_000_000_000 + 500_000_000 + n)
+        sample = training_sample(self.photos, n % len(self.photos.images), self.size, g)
+        return sample.image, sample.mask, self.tokenize([sample.caption])[0]
+
+
+def batches(dataset: Dataset, indices: range, batch: int, workers: int) -> DataLoader:
+    """Batches of the dataset's items at `indices`, made by `workers` processes beside the training."""
+    return DataLoader(dataset, batch, sampler=indices, num_workers=workers, pin_memory=torch.cuda.is_available())

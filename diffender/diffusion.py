@@ -35,7 +35,7 @@ PRESETS = {
     "tiny": ModelConfig(
         UNetConfig(
             model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(1,), context_dim=64,
-            num_heads=4, norm_groups=8,
+            num_heads=4, norm_groups=8, prediction="v",
         ),
         VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8),
         TextConfig(width=64, heads=2, layers=3),

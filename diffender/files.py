@@ -39,9 +39,9 @@ def digest(tensors: dict[str, Tensor], header: dict) -> str:
     """A checksum of a file's tensors and header, for `save_atomic` to store and a reader to compare."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key].detach().cpu()
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.view(torch.uint8).numpy() if value.ndim else value.reshape(1).view(torch.uint8).numpy())
+        total.update(value.flatten().contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
 
 

@@ -1,27 +1,34 @@
-"""Train the embedded diffusion model (`--model tiny`) on a folder of captioned photographs.
+"""Train the embedded diffusion model (`--model tiny`) on captioned photographs.
 
-    python -m diffender.pretrain vae  --data PHOTOS --out runs/pretrain --steps 4000
-    python -m diffender.pretrain unet --data PHOTOS --out runs/pretrain --steps 4000
+    python -m diffender.pretrain vae  --data PHOTOS --steps 4000
+    python -m diffender.pretrain unet --data PHOTOS --steps 4000 --samples 10000
 
-Each stage resumes from its checkpoint in --out and leaves `vae.safetensors` (last weights) or `tiny.safetensors`
-(averaged weights) there, with a picture and a log of its losses. `unet` needs the VAE of the
-first stage; it encodes a fixed number of augmented pictures once, since encoding costs more than training on them.
+On one H100, in 20 minutes, from one file that is carried there:
+
+    python -m diffender.pretrain pack --data PHOTOS --out photos.safetensors
+    python -m diffender.pretrain vae  --data photos.safetensors --steps 100000 --minutes 8 --batch 64 --workers 14
+    python -m diffender.pretrain unet --data photos.safetensors --steps 100000 --minutes 12 --batch 256 --workers 14
+
+A stage resumes from its checkpoint in --out and leaves `vae.safetensors` (last weights) or `tiny.safetensors` (averaged
+weights) there, with a picture and a log of its losses. `unet` needs the VAE of the first stage. With --samples it
+encodes that many pictures once and trains on them, as a CPU can; without, every sample is new.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffender.cli import run
-from diffender.corpus import Photos, load_photos, random_crop, training_sample
+from diffender.cli import Parser, run
+from diffender.corpus import Crops, Photos, Samples, batches, load_photos, pack
 from diffender.diffusion import PRESETS, LatentDiffusion
 from diffender.errors import InputError
 from diffender.files import read_header, save_atomic
@@ -44,10 +51,10 @@ def train_vae(args: argparse.Namespace) -> None:
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
     trainer = Trainer("vae", vae, args)
-    for g in trainer.steps():
-        picks = torch.randint(0, len(photos.images), (args.batch,), generator=g)
-        scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
-        x = torch.stack([random_crop(photos.images[i], args.crop, scale, g) for i in picks]).to(args.device)
+    scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
+    crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
+    for g, x in zip(trainer.steps(), crops, strict=False):
+        x = x.to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.posterior(x)
             noise = torch.randn(posterior.mean.shape, generator=g).to(args.device)
@@ -62,7 +69,7 @@ def train_vae(args: argparse.Namespace) -> None:
         loss = l1 + 20 * chroma + 0.1 * perceptual + 3e-4 * kl
         trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
     vae.requires_grad_(False)  # its last weights: late on it changes too much for an average
-    some = center_crops(photos, range(0, len(photos.images), 41))
+    some = center_crops(photos, range(0, len(photos.images), 41)).to(args.device)
     z = torch.cat([vae.encode(x) for x in some.split(8)])
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
     psnr = -10 * (recon - some).square().mean(dim=(1, 2, 3)).log10()
@@ -93,34 +100,43 @@ def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
     return torch.stack(crops)
 
 
-def encode_samples(args: argparse.Namespace, model: LatentDiffusion) -> dict[str, Tensor]:
-    """Augmented pictures as posteriors of picture and masked picture, with mask and tokens; kept in --out."""
+Encoded = dict[str, Tensor]  # posteriors of pictures and masked pictures, masks on the latent grid, tokens
+
+
+def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor) -> Encoded:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        image = torch.cat(model.vae.posterior(x), dim=1)
+        masked = torch.cat(model.vae.posterior(x * (1 - mask) + 0.5 * mask), dim=1)
+    small = F.interpolate(mask, image.shape[-2:], mode="nearest")
+    return {"image": image.half(), "masked": masked.half(), "mask": small.bool(), "tokens": tokens}
+
+
+def fresh_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
+    """Encoded samples, each seen once."""
+    dataset = Samples(load_photos(args.data, short_side=256), model.cfg.image_size, model.text.tokenize, args.seed)
+    for parts in batches(dataset, indices, batch, args.workers):
+        yield encode(model, *(part.to(args.device) for part in parts))
+
+
+def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
+    """Batches of --samples encoded once and kept in --out."""
     path = args.out / "samples.safetensors"
     if path.is_file():
-        return load_file(path)
-    photos = load_photos(args.data, short_side=256)
-    size = model.cfg.image_size
-    parts: list[dict[str, Tensor]] = []
-    for start in tqdm(range(0, args.samples, 16), desc="encoding samples", mininterval=5):
-        g = Generator().manual_seed(args.seed * 10_000_000 + 5_000_000 + start)
-        batch = [training_sample(photos, i % len(photos.images), size, g) for i in range(start, start + 16)]
-        x = torch.stack([s.image for s in batch]).to(args.device)
-        mask = torch.stack([s.mask for s in batch]).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            image = torch.cat(model.vae.posterior(x), dim=1)
-            masked = torch.cat(model.vae.posterior(x * (1 - mask) + 0.5 * mask), dim=1)
-        part = {"image": image.half(), "masked": masked.half()}
-        part["mask"] = F.interpolate(mask, image.shape[-2:], mode="nearest").bool()
-        part["tokens"] = model.text.tokenize([s.caption for s in batch])
-        parts.append({k: v.cpu() for k, v in part.items()})
-    samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-    save_file(samples, path)
-    return samples
+        samples = load_file(path)
+    else:
+        made = fresh_batches(args, model, range(args.samples), 16)
+        parts = [{k: v.cpu() for k, v in part.items()} for part in tqdm(made, total=args.samples // 16, mininterval=5)]
+        samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        save_atomic(samples, path, {})
+    for start in indices[:: args.batch]:
+        g = Generator().manual_seed(args.seed * 1_000_000_000 + start)
+        picks = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
+        yield {k: v[picks].to(args.device) for k, v in samples.items()}
 
 
 def sample_latents(posterior: Tensor, scale_factor: float, g: Generator) -> Tensor:
     mean, logvar = posterior.float().chunk(2, dim=1)
-    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g))
+    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g).to(mean))
 
 
 def initialize(model: LatentDiffusion) -> None:
@@ -136,7 +152,7 @@ def initialize(model: LatentDiffusion) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """eps-prediction, weighted after min-SNR (Hang et al. 2023); UNet and text tower together, the VAE frozen."""
+    """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
     vae_path = args.out / "vae.safetensors"
     if not vae_path.is_file():
         raise InputError(f"no {vae_path}: run the vae stage first")
@@ -144,42 +160,40 @@ def train_unet(args: argparse.Namespace) -> None:
     scale_factor = vae_card["scale_factor"]
     preset = PRESETS["tiny"]
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
-    model = LatentDiffusion(cfg).to(args.device)
+    model = LatentDiffusion(cfg).to(args.device, memory_format=torch.channels_last)
     initialize(model)
     model.vae.load_state_dict(load_file(vae_path))
     model.vae.requires_grad_(False)
-    samples = encode_samples(args, model)
-    empty = model.text.tokenize([""])
+    empty = model.text.tokenize([""]).to(args.device)
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
-    for g in trainer.steps():
-        i = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
-        z0 = sample_latents(samples["image"][i], scale_factor, g)
-        z_masked = sample_latents(samples["masked"][i], scale_factor, g)
-        conditioning = torch.cat([samples["mask"][i].float(), z_masked], dim=1).to(args.device)
-        dropped = torch.rand(args.batch, 1, generator=g) < 0.15
-        tokens = torch.where(dropped, empty, samples["tokens"][i]).to(args.device)
-        t = torch.randint(0, TRAIN_STEPS, (args.batch,), generator=g).to(args.device)
-        focus = round(args.focus * args.batch)
+    stored, left = args.samples > 0, trainer.left()
+    source = stored_batches(args, model, left) if stored else fresh_batches(args, model, left, args.batch)
+    for g, batch in zip(trainer.steps(), source, strict=False):
+        z0 = sample_latents(batch["image"], scale_factor, g)
+        conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
+        dropped = (torch.rand(len(z0), 1, generator=g) < 0.15).to(args.device)
+        tokens = torch.where(dropped, empty, batch["tokens"])
+        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g).to(args.device)
+        focus = round(args.focus * len(z0))
         conditioning[:focus] = blank
         t[:focus] = 100 + t[:focus] % 400  # noise ratios of about 0.1 to 0.5
         noise = torch.randn(z0.shape, generator=g).to(args.device)
         a_t = model.alphas_cumprod[t][:, None, None, None]
-        z_t = q_sample(z0.to(args.device), noise, a_t)
+        z_t = q_sample(z0, noise, a_t)
         with torch.autocast(args.device, torch.bfloat16):
-            eps = model(model.unet, z_t, t, model.text(model.text.embed(tokens)), conditioning).float()
-        snr = a_t / (1 - a_t)
+            context = model.text(model.text.embed(tokens))
+            eps = model(model.unet, z_t, t, context, conditioning).float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
-        # Below snr 1 more than min-SNR's 1: there inpainting takes its colours from around the hole, or never.
-        weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
-        trainer.update((error * weight).mean(), mse=error.mean())
+        # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
+        trainer.update((error / a_t).mean(), mse=error.mean())
     model.load_state_dict(trainer.ema.module.state_dict())
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
     card = {
         "steps": trainer.step,
         "batch": args.batch,
         "seconds": round(trainer.seconds),
-        "samples": len(samples["mask"]),
+        "samples": args.samples or trainer.step * args.batch,
     }
     card |= {"mse": sum(losses) / len(losses), "device": args.device, "vae": vae_card}
     save_model(model, args.out / "tiny.safetensors", {"training": card})
@@ -194,19 +208,23 @@ def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
     x = center_crops(photos, range(0, len(photos.images), len(photos.images) // 8))[:8]
     mask = torch.zeros(len(x), 1, *x.shape[-2:])
     mask[..., 80:144, 80:144] = 1
-    defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=20, guidance=3.0))
+    defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))
     noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
     restored = composite(x, defense.restore(x, mask, noise), mask)
     save_image(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), args.out / "unet.png", nrow=8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "unet"])
-    parser.add_argument("--data", type=Path, required=True, help="folder with photographs and captions.csv")
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"))
+    parser = Parser(
+        prog="python -m diffender.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["pack", "vae", "unet"])
+    parser.add_argument("--data", type=Path, required=True, help="folder with captions.csv, or a file of `pack`")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack`, the file to write")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--minutes", type=float, help="stop after so many in all, and lower --lr towards that end")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make samples beside the training")
     parser.add_argument("--crop", type=int, default=96, help="side of the VAE's training crops, in pixels")
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, a step")
@@ -215,10 +233,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--focus", type=float, default=0.0, help="share of a unet batch trained as localisation uses it"
+        "--focus", type=float, default=0.35, help="share of a unet batch trained as localisation uses it"
     )
-    parser.add_argument("--samples", type=int, default=10_400, help="augmented pictures that the unet stage encodes")
+    parser.add_argument("--samples", type=int, default=0, help="encode so many pictures once; 0: a new one each time")
     args = parser.parse_args()
+    if args.stage == "pack":
+        pack(args.data, args.out)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     {"vae": train_vae, "unet": train_unet}[args.stage](args)
 

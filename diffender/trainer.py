@@ -31,18 +31,31 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"resuming {self.path} at step {self.step}")
 
+    def left(self) -> range:
+        """The numbers of the samples that the steps still to do take."""
+        return range(self.step * self.args.batch, self.args.steps * self.args.batch)
+
     def steps(self) -> Iterator[Generator]:
-        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn."""
+        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn.
+
+        Ends early when --minutes are spent.
+        """
         start, mark = self.seconds, time.monotonic()
         bar = tqdm(total=self.args.steps, initial=self.step, mininterval=5)
-        while self.step < self.args.steps:
+        while self.step < self.args.steps and self.share_done() < 1:
             yield Generator().manual_seed(self.args.seed * 10_000_000 + self.step)
             self.step += 1
             self.seconds = start + time.monotonic() - mark
             bar.update()
-            if self.step % self.args.save_every == 0 or self.step == self.args.steps:
+            if self.step % self.args.save_every == 0:
                 self.save()
+        self.save()
         bar.close()
+
+    def share_done(self) -> float:
+        """Of the training, by steps or by time, whichever is nearer its end."""
+        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
+        return max(self.step / self.args.steps, by_time)
 
     def update(self, loss: Tensor, **terms: Tensor) -> None:
         """One optimiser step on `loss`; `terms` go to the log."""
@@ -50,8 +63,7 @@ class Trainer:
             raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; resume with a lower --lr")
         lr = self.args.lr * min(1.0, (self.step + 1) / 100)
         if self.args.decay:  # to a tenth over the last fifth: what the average cannot give
-            left = (self.args.steps - self.step) / (0.2 * self.args.steps)
-            lr *= min(1.0, max(0.1, left))
+            lr *= min(1.0, max(0.1, (1 - self.share_done()) / 0.2))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()

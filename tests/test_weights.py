@@ -21,6 +21,9 @@ def test_round_trip_with_the_config_in_the_header(model, tmp_path):
         assert torch.equal(a, b), k  # the embedded weights are float16 already: saving loses nothing
     assert not any(p.requires_grad for p in again.parameters())
     assert [p.name for p in tmp_path.iterdir()] == ["copy.safetensors"]
+    convolutions = model.to(memory_format=torch.channels_last)
+    save_model(convolutions, path, {})  # the order of memory is no part of a file
+    assert torch.equal(load_model("auto", path).unet.out[2].weight, model.unet.out[2].weight)
 
 
 def test_embedded_files_are_within_budget():

@@ -1,0 +1,111 @@
+"""Training of the embedded model: what it is trained on, and both stages run to their end on real photographs."""
+
+import csv
+import shutil
+import sys
+
+import pytest
+import torch
+
+from diffender import cli, pretrain
+from diffender.corpus import Crops, Photos, Samples, load_photos, random_region, training_sample
+from diffender.data import sample_items
+from diffender.errors import InputError
+from diffender.files import read_header
+from diffender.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The sample photographs with captions, as a folder to train on."""
+    root = tmp_path_factory.mktemp("photos")
+    items = sample_items()
+    for item in items:
+        shutil.copy(item.path, root)
+    with (root / "captions.csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["file", "caption"])
+        writer.writerows([item.path.name, f"class {item.label}"] for item in items)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(folder) -> Photos:
+    return load_photos(folder, 256)
+
+
+def test_regions_cover_about_what_they_should():
+    shares = []
+    for i in range(200):
+        mask = random_region(64, 0.05, 0.25, torch.Generator().manual_seed(i))
+        assert mask.shape == (1, 64, 64)
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+        shares.append(mask.mean().item())
+    assert 0.08 < sum(shares) / 200 < 0.18
+    assert max(shares) < 0.3
+
+
+def test_samples_say_what_was_pasted(photos):
+    """Half of the captions name a paste, the rest say clean; masks know nothing of it; a quarter cover everything."""
+    samples = [training_sample(photos, i % 20, 64, torch.Generator().manual_seed(i)) for i in range(200)]
+    clean = [s for s in samples if "clean" in s.caption]
+    assert 70 < len(clean) < 130
+    assert all("patch" in s.caption or "adversarial" in s.caption for s in samples if "clean" not in s.caption)
+    assert 25 < sum(bool(s.mask.all()) for s in samples) < 80
+    assert all(s.image.min() >= 0 and s.image.max() <= 1 for s in samples)
+
+
+def test_the_nth_sample_is_always_the_same(photos, model):
+    samples = Samples(photos, 64, model.text.tokenize, seed=0)
+    for a, b in zip(samples[7], samples[7], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(samples[7][0], samples[27][0])
+    crops = Crops(photos, 32, (0.2, 0.5), seed=0)
+    assert crops[3].shape == (3, 32, 32)
+    assert torch.equal(crops[3], crops[3])
+
+
+def stage(monkeypatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", *args])
+    pretrain.main()
+
+
+def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, capsys):
+    """pack, vae, unet with new and with stored samples; a second call goes on where the first ended."""
+    packed, out = tmp_path / "photos.safetensors", tmp_path / "out"
+    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+    again = load_photos(packed, 256)
+    assert again.captions == photos.captions
+    assert [i.shape for i in again.images] == [i.shape for i in photos.images]
+    assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 5  # of 255: JPEG
+
+    common = ["--data", str(packed), "--out", str(out), "--batch", "2"]
+    stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
+    stage(monkeypatch, "unet", *common, "--steps", "1", "--workers", "2")
+    first = load_model("auto", out / "tiny.safetensors")
+    assert first.unet.cfg.prediction == "v"
+    assert read_header(out / "tiny.safetensors")["training"]["steps"] == 1
+    capsys.readouterr()
+    stage(monkeypatch, "unet", *common, "--steps", "2", "--samples", "16")
+    assert "resuming" in capsys.readouterr().out
+    second = load_model("auto", out / "tiny.safetensors")
+    assert not torch.equal(first.unet.out[2].weight, second.unet.out[2].weight)
+    assert torch.equal(first.vae.decoder.conv_out.weight, second.vae.decoder.conv_out.weight)
+    for name in ("vae.png", "unet.png", "vae-loss.png", "unet-loss.png"):
+        assert (out / name).stat().st_size > 1000
+
+
+def test_bad_input(monkeypatch, tmp_path, capsys):
+    for args, says in (
+        (["vae", "--data", str(tmp_path)], "captions.csv: training wants"),
+        (["unet", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "run the vae stage first"),
+        (["text", "--data", "."], "invalid choice: 'text'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *args])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as e:
+            cli.run(pretrain.main)
+        assert e.value.code == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(InputError):
+        load_photos(tmp_path, 256)
