@@ -140,17 +140,17 @@ def match(source: Checkpoint, part: str, module: nn.Module, ema: bool = False) -
         find = renaming(part, source.layouts.get(part, "compvis"), module)
         for key, stored in source.parts.get(part, {}).items():
             names = [name for name in find(key) if name in like]
-            if not names and not IGNORED.fullmatch(key):
-                unexpected.append(stored.key)
+            if tensors.keys() & set(names) or (not names and not IGNORED.fullmatch(key)):
+                unexpected.append(stored.key)  # a second one for the same place, or one for none
             for i, name in enumerate(names):
                 tensors[name] = stored._replace(third=i) if len(names) == 3 else stored
     missing = [PREFIXES[part] + k for k in like if k not in tensors]
     misfits = []
     for name, stored in tensors.items():
-        shape, wanted = stored_shape(stored), tuple(like[name].shape)
+        shape, wanted = taken_shape(stored), tuple(like[name].shape)
         attention = part == "vae" and ".attn_1." in name  # linear in some layouts, a 1x1 convolution in others
         if shape != wanted and not (attention and shape == tuple(n for n in wanted if n > 1)):
-            misfits.append(f"{stored.key} {shape} for {wanted}")
+            misfits.append(f"{stored.key} {stored.shape} for {wanted}{' x 3' if stored.third is not None else ''}")
         elif stored.dtype not in FLOATS:
             misfits.append(f"{stored.key} of dtype {stored.dtype} for {', '.join(FLOATS)}")
     return Match(tensors, missing, unexpected, misfits)
@@ -169,9 +169,13 @@ def renaming(part: str, layout: str, module: nn.Module) -> Callable[[str], list[
     return lambda key: [key.removeprefix("text_model.")]
 
 
-def stored_shape(stored: Stored) -> tuple[int, ...]:
-    """The shape of what is taken of a stored tensor."""
-    return stored.shape if stored.third is None else (stored.shape[0] // 3, *stored.shape[1:])
+def taken_shape(stored: Stored) -> tuple[int, ...] | None:
+    """The shape of what is taken of a stored tensor; None for a third of what has no thirds."""
+    if stored.third is None:
+        return stored.shape
+    if not stored.shape or stored.shape[0] % 3:
+        return None
+    return stored.shape[0] // 3, *stored.shape[1:]
 
 
 def check_match(path: Path, unknown: list[str], matches: Iterable[Match]) -> None:

@@ -175,6 +175,16 @@ def test_another_vae(models, tmp_path):
         load_model("auto", main, vae=main)
 
 
+def test_two_tensors_for_one_place(models, tmp_path):
+    root = folder(models["sd15-inpainting"], tmp_path / "m")
+    path = root / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["encoder.mid_block.attentions.0.query.weight"] = state["encoder.mid_block.attentions.0.to_q.weight"].clone()
+    write(state, path)
+    with pytest.raises(InputError, match=r"1 unexpected \(first: encoder.mid_block.attentions.0.to_q.weight\)"):
+        load_model("auto", root)
+
+
 def text_to_image(model: LatentDiffusion) -> LatentDiffusion:
     """The same with a 4-channel UNet, as SD 1.4 has."""
     cfg = replace(model.cfg, unet=replace(model.cfg.unet, in_channels=4))
@@ -338,6 +348,13 @@ def test_tensors_that_do_not_fit(models, tmp_path):
     assert "1 unexpected (first: control_model.x)" in said({"control_model.x": torch.zeros(1)})
     assert "1 unexpected (first: a\\nb\\x1b)" in said({"a\nb\x1b": torch.zeros(1)})  # names are shown tame
     assert f"{key} holds NaN or infinity" in said({key: torch.full((4,), torch.nan)})
+    twice = {"cond_stage_model.model.ln_final.weight": torch.ones(64)}  # OpenCLIP's name beside SD1's
+    assert "1 unexpected (first: cond_stage_model.model.ln_final.weight)" in said(twice)
+    for shape in ((), (193,), (64,)):  # of a fused projection: 3 x 64 are wanted
+        state = single_file(models["sd2-inpainting"], openclip=True)
+        state[OPEN_CLIP + "transformer.resblocks.0.attn.in_proj_bias"] = torch.zeros(shape)
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+        assert "transformer.resblocks.0.attn.in_proj_bias" in refused(path)
     huge = {key: torch.full((4,), 1e6)}
     save_file({k: v.contiguous() for k, v in (single_file(model, openclip=False) | huge).items()}, path)
     load_model("auto", path)
