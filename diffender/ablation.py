@@ -90,9 +90,8 @@ def main() -> None:
             elif field != "prompt" and value != getattr(base, field):
                 settings.append((f"{field} {value}", opts.prompt, replace(base, **{field: value})))
     rows = []
-    with torch.no_grad():
-        for name, prompt, cfg in tqdm(settings, desc="settings", mininterval=1):
-            rows.append({"setting": name} | measure(opts, model, prompt, cfg, batch, attacked))
+    for name, prompt, cfg in tqdm(settings, desc="settings", mininterval=1):
+        rows.append({"setting": name} | measure(opts, model, prompt, cfg, batch, attacked))
     command = " ".join(["python -m diffender.ablation", *sys.argv[1:]])
     results = {"command": command, "date": time.strftime("%Y-%m-%d"), "images": len(batch.ids), "seed": opts.seed}
     results |= {"base": f"{opts.prompt} prompts, {base}", "seconds": time.monotonic() - started, "rows": rows}
@@ -112,9 +111,10 @@ def measure(
 
     from diffender.metrics import auc, mask_scores
     from diffender.pipeline import DIFFender
-    from diffender.prompts import contexts_for
+    from diffender.prompts import Contexts, contexts_for
 
-    defense = DIFFender(model, contexts_for(prompt, model), cfg)
+    contexts = Contexts(*(c if c is None else c.detach() for c in contexts_for(prompt, model)))
+    defense = DIFFender(model, contexts, cfg)
     columns: dict[str, list[Tensor]] = {}
     for i in range(0, len(batch.ids), opts.batch_size):
         rows = slice(i, i + opts.batch_size)

@@ -68,6 +68,17 @@ def test_without_attack_and_with_the_empty_prompt(tmp_path):
     assert "| DIFFender (empty prompts) |" in run.stdout
 
 
+def test_ablation_changes_one_choice_at_a_time(tmp_path):
+    args = ["-m", "diffender.ablation", "--images", "1", "--iters", "2", "--draws", "1", "--out", str(tmp_path)]
+    run = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    rows = {row["setting"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert len(rows) == len({tuple(row.values()) for row in rows.values()}) > 20
+    assert rows["theta 3.0"]["auc"] == rows["base"]["auc"]  # of the map, which theta does not touch
+    assert rows["theta 3.0"]["clean_area"] < rows["base"]["clean_area"] < rows["theta 1.0"]["clean_area"]
+    assert (tmp_path / "table.md").read_text() in run.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
