@@ -68,6 +68,7 @@ def test_without_attack_and_with_the_empty_prompt(tmp_path):
     assert "| DIFFender (empty prompts) |" in run.stdout
 
 
+@pytest.mark.slow
 def test_ablation_changes_one_choice_at_a_time(tmp_path):
     args = ["-m", "diffender.ablation", "--images", "1", "--iters", "2", "--draws", "1", "--out", str(tmp_path)]
     run = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600)
