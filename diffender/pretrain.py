@@ -47,7 +47,7 @@ from diffender.weights import save_model
 def train_vae(args: argparse.Namespace) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
     photos = load_photos(args.data, short_side=256)
-    classifier = load_classifier("efficientnet_lite0")
+    classifier = load_classifier("efficientnet_lite0").to(args.device)
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
     trainer = Trainer("vae", vae, args)
