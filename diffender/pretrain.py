@@ -2,6 +2,7 @@
 
     python -m diffender.pretrain vae  --data PHOTOS --steps 4000
     python -m diffender.pretrain unet --data PHOTOS --steps 4000 --samples 10000
+    python -m diffender.pretrain decoder --data PHOTOS --steps 4000 --crop 224 --batch 2
 
 On one H100, in 20 minutes, from one file that is carried there:
 
@@ -11,7 +12,8 @@ On one H100, in 20 minutes, from one file that is carried there:
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` (last weights) or `tiny.safetensors` (averaged
 weights) there, with a picture and a log of its losses. `unet` needs the VAE of the first stage. With --samples it
-encodes that many pictures once and trains on them, as a CPU can; without, every sample is new.
+encodes that many pictures once and trains on them, as a CPU can; without, every sample is new. `decoder` trains the
+VAE's decoder on, alone, on whole pictures: the latents stay what they are, and so does the UNet.
 """
 
 import argparse
@@ -46,11 +48,16 @@ from diffender.weights import save_model
 
 def train_vae(args: argparse.Namespace) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
+    path = args.out / "vae.safetensors"
+    vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
+    if args.stage == "decoder":
+        vae.load_state_dict(load_file(trained(path)))
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     photos = load_photos(args.data, short_side=256)
     classifier = load_classifier("efficientnet_lite0").to(args.device)
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
-    vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
-    trainer = Trainer("vae", vae, args)
+    trainer = Trainer(args.stage, vae, args)
     scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
     crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
     for g, x in zip(trainer.steps(), crops, strict=False):
@@ -76,9 +83,18 @@ def train_vae(args: argparse.Namespace) -> None:
     print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(some)} photographs")
     save_image(torch.cat([some[:8], recon[:8]]), args.out / "vae.png", nrow=8)
     plot_losses(trainer.log, ("l1", "perceptual"))
-    header = {"scale_factor": 1 / z.std().item(), "steps": trainer.step, "batch": args.batch, "crop": args.crop}
-    header |= {"seconds": round(trainer.seconds), "psnr": psnr.mean().item()}
-    save_atomic(vae.state_dict(), args.out / "vae.safetensors", header)
+    card = {"steps": trainer.step, "batch": args.batch, "crop": args.crop, "seconds": round(trainer.seconds)}
+    if args.stage == "decoder":
+        header = read_header(path) | {"decoder": card}
+    else:
+        header = card | {"scale_factor": 1 / z.std().item()}
+    save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
+
+
+def trained(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"no {path}: run the vae stage first")
+    return path
 
 
 def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
@@ -153,9 +169,7 @@ def initialize(model: LatentDiffusion) -> None:
 
 def train_unet(args: argparse.Namespace) -> None:
     """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
-    vae_path = args.out / "vae.safetensors"
-    if not vae_path.is_file():
-        raise InputError(f"no {vae_path}: run the vae stage first")
+    vae_path = trained(args.out / "vae.safetensors")
     vae_card = read_header(vae_path)
     scale_factor = vae_card["scale_factor"]
     preset = PRESETS["tiny"]
@@ -165,6 +179,7 @@ def train_unet(args: argparse.Namespace) -> None:
     model.vae.load_state_dict(load_file(vae_path))
     model.vae.requires_grad_(False)
     empty = model.text.tokenize([""]).to(args.device)
+    clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
     stored, left = args.samples > 0, trainer.left()
@@ -172,8 +187,9 @@ def train_unet(args: argparse.Namespace) -> None:
     for g, batch in zip(trainer.steps(), source, strict=False):
         z0 = sample_latents(batch["image"], scale_factor, g)
         conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
-        dropped = (torch.rand(len(z0), 1, generator=g) < 0.15).to(args.device)
-        tokens = torch.where(dropped, empty, batch["tokens"])
+        # Only clean pictures lose their caption: without words the model expects photographs, as Stable Diffusion does.
+        dropped = (torch.rand(len(z0), generator=g) < 0.3).to(args.device) & (batch["tokens"] == clean).any(dim=1)
+        tokens = torch.where(dropped[:, None], empty, batch["tokens"])
         t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g).to(args.device)
         focus = round(args.focus * len(z0))
         conditioning[:focus] = blank
@@ -188,6 +204,7 @@ def train_unet(args: argparse.Namespace) -> None:
         # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
         trainer.update((error / a_t).mean(), mse=error.mean())
     model.load_state_dict(trainer.ema.module.state_dict())
+    model.vae.load_state_dict(load_file(vae_path))  # the file's decoder may be newer than the checkpoint's
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
     card = {
         "steps": trainer.step,
@@ -218,7 +235,7 @@ def main() -> None:
     parser = Parser(
         prog="python -m diffender.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["pack", "vae", "unet"])
+    parser.add_argument("stage", choices=["pack", "vae", "decoder", "unet"])
     parser.add_argument("--data", type=Path, required=True, help="folder with captions.csv, or a file of `pack`")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack`, the file to write")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
@@ -241,7 +258,7 @@ def main() -> None:
         pack(args.data, args.out)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "unet": train_unet}[args.stage](args)
+    {"vae": train_vae, "decoder": train_vae, "unet": train_unet}[args.stage](args)
 
 
 if __name__ == "__main__":
