@@ -15,11 +15,11 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffender.cli import ModelOptions, option, parse, run
+from diffender.cli import DefenseOptions, option, parse, pick, run
 
 if TYPE_CHECKING:
     from diffender.attacks import AdvP
@@ -27,37 +27,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(DefenseOptions):
     # What is defended
     data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
     images: int = option(8, "number of pictures, of those the classifier gets right", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under attack, a name of diffender.models.classifiers")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    # The defence
-    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"))
-    prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
-    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
-    draws: int = option(3, "m of Eq. 2", low=1)
-    theta: float = option(2.0, "threshold in standard deviations", low=0)
-    score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
-    shared_noise: bool = option(True, "the two predictions of a draw share their noise")
-    decoded: bool = option(False, "compare decoded pictures instead of latents")
-    sigma: float = option(1.0, "of the mask's 3x3 blur, in latents; 0: none", low=0)
-    dilation: int = option(3, "side of the square that the mask is dilated by, in latents; odd", low=1)
-    steps: int = option(10, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
-    guidance: float = option(3.0, "classifier-free guidance (paper's demo: 7.5)", low=0)
-    sampler: str = option("ddim", "ddim, or dpmpp: DPM-Solver++(2M), for few steps", choices=("ddim", "dpmpp"))
-    eta: float = option(0.0, "of ddim; 0: deterministic, 1: variance of DDPM", low=0, high=1)
-    restore: bool = option(True, "inpaint the mask; --no-restore fills it with grey (the paper's NR)")
-    composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
     # The attack
-    attack: str = option("advp", "attack, or none", choices=("advp", "none"))
+    attack: str = option("advp", "attack, or none", choices=("advp", "lavan", "none"))
     grad: str = option("bpda-mask", "backward pass of the adaptive attack", choices=("bpda", "bpda-mask", "full"))
-    area: float = option(0.05, "share of the picture that the patch covers", low=0.0005, high=0.9)
+    area: float | None = option(None, "share of the picture (default: advp 0.05, lavan 0.02)", low=0.0005, high=0.9)
     shape: str = option("square", "shape of the patch", choices=("square", "circle"))
     location: str = option("fixed", "one random place, or a new one for each EOT sample", choices=("fixed", "eot"))
-    targeted: bool = option(False, "aim at a random class instead of away from the true one")
-    iters: int = option(10, "steps of the adaptive attack (paper: 100)", low=1)
+    targeted: bool | None = option(
+        None, "aim at a random class (default: lavan), or just away from the true one (advp)"
+    )
+    iters: int = option(20, "steps of the adaptive attack (paper: 100)", low=1)
     iters_undefended: int = option(100, "steps of the attack on the classifier alone", low=1)
     eot: int = option(2, "noise samples averaged in a step", low=1)
     # The run
@@ -111,7 +96,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device),
         "seed": opts.seed,
-        "attack": "none" if opts.attack == "none" else f"{opts.attack}, {opts.shape} of {100 * opts.area:g} %",
+        "attack": "none" if adaptive is None else f"{opts.attack}, {adaptive.shape} of {100 * adaptive.area:g} %",
         "seconds": time.monotonic() - started,
         "unet_evaluations": progress.evaluations,
     }
@@ -137,8 +122,7 @@ def build_target(opts: Options) -> Defended:
     model = open_model(opts, device)
     with torch.no_grad():  # prompts are constants here
         contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
-    cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig)})
-    return Defended(DIFFender(model, contexts, cfg), classifier, opts.grad)
+    return Defended(DIFFender(model, contexts, pick(DIFFenderConfig, opts)), classifier, opts.grad)
 
 
 def build_attacks(opts: Options) -> tuple[AdvP, AdvP] | tuple[None, None]:
@@ -147,8 +131,7 @@ def build_attacks(opts: Options) -> tuple[AdvP, AdvP] | tuple[None, None]:
 
     if opts.attack == "none":
         return None, None
-    cls = ATTACKS[opts.attack]
-    adaptive = cls(**{f.name: getattr(opts, f.name) for f in fields(cls) if hasattr(opts, f.name)})
+    adaptive = pick(ATTACKS[opts.attack], opts)
     return replace(adaptive, iters=opts.iters_undefended, eot=1 if opts.location == "fixed" else opts.eot), adaptive
 
 

@@ -4,25 +4,26 @@
 
 Attacks the pictures with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
 cross-entropy of the mask (Eq. 4) + l1 to the clean picture (Eq. 5) + distance of classifier features (Eq. 6).
-Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes.
+Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes: those of the round whose masks fit a few
+held-out photographs best.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffender.cli import ModelOptions, option, parse, run
+from diffender.cli import ModelOptions, option, parse, pick, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffender.attacks.patch import Attacked
-    from diffender.diffusion import LatentDiffusion
+    from diffender.losses import TuningLoss
     from diffender.models.classifiers import Classifier
-    from diffender.pipeline import DIFFenderConfig
+    from diffender.pipeline import DIFFender
     from diffender.prompts import PromptPair
 
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 class Options(ModelOptions):
     data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
     shots: int = option(8, "number of photographs to tune on", low=1)
+    held_out: int = option(4, "further ones, whose masks choose the round that is kept; 0: keep the last", low=0)
     rounds: int = option(50, "passes over them", low=1)
     batch_size: int = option(4, "photographs in an optimiser step", low=1)
     n_ctx: int = option(16, "context vectors of each prompt", low=1, high=75)
@@ -42,10 +44,10 @@ class Options(ModelOptions):
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(2, "m of Eq. 2 while tuning", low=1)
-    theta: float = option(2.0, "threshold in standard deviations", low=0)
+    theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
     steps: int = option(3, "sampler steps of restoration while tuning", low=1, high=999)
-    sampler: str = option("ddim", "ddim, or dpmpp: DPM-Solver++(2M)", choices=("ddim", "dpmpp"))
-    guidance: float = option(3.0, "classifier-free guidance", low=0)
+    sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), or ddim (paper)", choices=("dpmpp", "ddim"))
+    guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none", low=0)
     seed: int = option(0, "of every random choice", low=0)
     out: str = option("runs/prompts.safetensors", "where the prompts go")
 
@@ -60,7 +62,7 @@ def main() -> None:
     from diffender.data import correct_subset, list_items
     from diffender.models.classifiers import load_classifier
     from diffender.noise import generator
-    from diffender.pipeline import DIFFenderConfig, Undefended
+    from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
     from diffender.prompts import MANUAL, PromptPair, save_prompts
     from diffender.runs import open_model, pick_device
 
@@ -68,7 +70,7 @@ def main() -> None:
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
     model = open_model(opts, device)
-    batch = correct_subset(list_items(opts.data), classifier, opts.shots, opts.seed)
+    batch = correct_subset(list_items(opts.data), classifier, opts.shots + opts.held_out, opts.seed)
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
@@ -80,64 +82,88 @@ def main() -> None:
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
-    cfg = DIFFenderConfig(**{f.name: getattr(opts, f.name) for f in fields(DIFFenderConfig) if hasattr(opts, f.name)})
-    last = tune(opts, model, classifier, prompts, cfg, x, attacked, batch.ids)
+    defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
+    terms = tune(opts, defense, classifier, prompts, x, attacked, batch.ids)
 
     path = Path(opts.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "last_round": last, "torch": torch.__version__}
+    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "terms": terms, "torch": torch.__version__}
     save_prompts(prompts, path, header)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
 
 
 def tune(
     opts: Options,
-    model: LatentDiffusion,
+    defense: DIFFender,
     classifier: Classifier,
     prompts: PromptPair,
-    cfg: DIFFenderConfig,
     x: Tensor,
     attacked: Attacked,
     ids: list[str],
 ) -> dict[str, float]:
-    """Descend Eq. 7 over both prompts; the mean terms of the last round."""
+    """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms."""
     import torch
     from tqdm import tqdm
 
-    from diffender.errors import named_images
-    from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
     from diffender.metrics import mask_scores
-    from diffender.pipeline import DIFFender
 
     names = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R")
-    parts = torch.arange(len(ids)).split(opts.batch_size)
+    shots, held_out = torch.arange(len(ids)).tensor_split([opts.shots])
+    parts = shots.split(opts.batch_size)
     optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
-    defense = DIFFender(model, prompts(model), cfg)
+    best, kept = {}, {}
     bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1)
     for round_ in bar:
         steps = []
         for part in parts:
-            defense.contexts = prompts(model)
-            noise = defense.sample_noise([ids[i] for i in part], opts.seed, "tuning", round_)
-            with named_images([ids[i] for i in part]):
-                out = defense(attacked.image[part], noise)
-            loss = tuning_loss(
-                mask_cross_entropy(out.z_score - opts.theta, attacked.mask[part], opts.printed_eq4),
-                restoration_l1(out.image, x[part]),
-                feature_distance(classifier.features(out.image), classifier.features(x[part])),
-            )
+            defense.contexts = prompts(defense.model)
+            loss, iou = tuning_step(opts, defense, classifier, x[part], attacked, part, ids, f"tuning {round_}")
             optimizer.zero_grad()
             loss.total.backward()
             norms = [ctx.grad.norm().item() for ctx in (prompts.ctx_locate, prompts.ctx_restore)]
             assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
             optimizer.step()
             schedule.step()
-            iou = mask_scores(out.mask, attacked.mask[part]).iou.mean()
             steps.append([*(term.item() for term in loss), iou.item(), *norms])
-        terms = dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
-        bar.write(f"round {round_:3d}  " + "  ".join(f"{name} {value:.4f}" for name, value in terms.items()))
-    return terms
+        terms = {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
+        if len(held_out):
+            with torch.no_grad():
+                defense.contexts = prompts(defense.model)
+                noise = defense.sample_noise([ids[i] for i in held_out], opts.seed, "held out")
+                found = defense.localize(attacked.image[held_out], noise)
+            terms["held_out_iou"] = mask_scores(found.mask, attacked.mask[held_out]).iou.mean().item()
+        if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
+            best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
+        bar.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+    prompts.load_state_dict(kept)
+    return best
+
+
+def tuning_step(
+    opts: Options,
+    defense: DIFFender,
+    classifier: Classifier,
+    x: Tensor,
+    attacked: Attacked,
+    rows: Tensor,
+    ids: list[str],
+    purpose: str,
+) -> tuple[TuningLoss, Tensor]:
+    """Eq. 7 on the pictures `rows`, whose clean ones are x, and the mean IoU of their masks."""
+    from diffender.errors import named_images
+    from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
+    from diffender.metrics import mask_scores
+
+    names, image, mask = [ids[i] for i in rows], attacked.image[rows], attacked.mask[rows]
+    with named_images(names):
+        out = defense(image, defense.sample_noise(names, opts.seed, purpose))
+    loss = tuning_loss(
+        mask_cross_entropy(out.z_score - opts.theta, mask, opts.printed_eq4),
+        restoration_l1(out.image, x),
+        feature_distance(classifier.features(out.image), classifier.features(x)),
+    )
+    return loss, mask_scores(out.mask, mask).iou.mean()
 
 
 if __name__ == "__main__":

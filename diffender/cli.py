@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from diffender.errors import InputError
 
 Options = TypeVar("Options")
+Fields = TypeVar("Fields")
 
 
 def option(
@@ -44,6 +45,28 @@ class ModelOptions:
     device: str = option("auto", "auto, cpu, cuda, ...")
 
 
+@dataclass(frozen=True)
+class DefenseOptions(ModelOptions):
+    """The defence: prompts, and every field of DIFFenderConfig, at what suits the embedded model."""
+
+    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"))
+    prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
+    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
+    draws: int = option(3, "m of Eq. 2", low=1)
+    theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
+    score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
+    shared_noise: bool = option(True, "the two predictions of a draw share their noise")
+    decoded: bool = option(False, "compare decoded pictures instead of latents")
+    sigma: float = option(1.0, "of the mask's 3x3 blur, in latents; 0: none", low=0)
+    dilation: int = option(3, "side of the square that the mask is dilated by, in latents; odd", low=1)
+    steps: int = option(4, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
+    guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none (paper's demo: 7.5)", low=0)
+    sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), for few steps, or ddim (paper)", choices=("dpmpp", "ddim"))
+    eta: float = option(0.0, "of ddim; 0: deterministic, 1: variance of DDPM", low=0, high=1)
+    restore: bool = option(True, "inpaint the mask; --no-restore fills it with grey (the paper's NR)")
+    composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line; argparse would print its usage first."""
@@ -57,14 +80,14 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     for f in fields(cls):
         assert f.default is not MISSING, f"option {f.name} needs a default"
         flags = {f"--{f.name.replace('_', '-')}": None, f"--{f.name}": None}
-        text = f"{f.metadata['help']} (default: {f.default})"
-        if hints[f.name] is bool:
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        hint = hints[f.name]
+        kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
+        if kind is bool:
             parser.add_argument(
                 *flags, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text
             )
         else:
-            hint = hints[f.name]
-            kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
             choices = f.metadata["choices"]
             parser.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args = parser.parse_args(argv)
@@ -74,6 +97,12 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             parser.error(f"--{f.name.replace('_', '-')} is {value}; allowed is {allowed}")
     return cls(**vars(args))
+
+
+def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
+    """A dataclass from the options of the same names; an option that is None leaves it its own default."""
+    values = {f.name: getattr(opts, f.name, None) for f in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if value is not None} | override)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

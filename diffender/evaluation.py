@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, to_8bit
-from diffender.metrics import auc, mask_scores, wilson
+from diffender.metrics import MaskScores, map_auc, mask_scores, wilson
 from diffender.pipeline import Defended, Purified
 from diffender.report import save_stages, stretch
 
 Attack = Callable[..., Attacked]
+MASK_COLUMNS = (*MaskScores._fields, "auc")
 
 
 def verdict(target: Defended, x: Tensor, ids: Sequence[str], seed: int, purpose: str) -> tuple[Purified, list[int]]:
@@ -51,19 +52,15 @@ def evaluate_batch(
     if attack_target is not None:
         base = attack_undefended(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
         adaptive = attack_target(target, x, y, ids, seed, init=base.patch)
-        _, transfer_seen = verdict(target, base.image, ids, seed, "transfer")
+        transfer_out, transfer_seen = verdict(target, base.image, ids, seed, "transfer")
         out, adaptive_seen = verdict(target, adaptive.image, ids, seed, "adaptive")
-        scores = mask_scores(out.mask, adaptive.mask)
-        truth = F.interpolate(adaptive.mask, out.heatmap.shape[-2:], mode="area")
         columns = {
             "undefended_base": undefended(base.image, None).argmax(dim=1).tolist(),
             "undefended_attacked": undefended(adaptive.image, None).argmax(dim=1).tolist(),
             "defended_transfer": transfer_seen,
             "defended_attacked": adaptive_seen,
-            "recall": scores.recall.tolist(),
-            "precision": scores.precision.tolist(),
-            "iou": scores.iou.tolist(),
-            "auc": [auc(h.flatten(), t.flatten()) for h, t in zip(out.heatmap, truth, strict=True)],
+            "masks_transfer": mask_columns(transfer_out, base.mask),
+            "masks_attacked": mask_columns(out, adaptive.mask),
         }
         for b, record in enumerate(records):
             record |= {name: column[b] for name, column in columns.items()}
@@ -79,6 +76,13 @@ def evaluate_batch(
         stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
         save_stages(pictures, record["file"], stages)
     return records
+
+
+def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
+    """How well each picture's mask and difference map fit the true mask (B, 1, H, W)."""
+    scores = (*mask_scores(out.mask, truth), map_auc(out.heatmap, truth))
+    rows = zip(*(score.tolist() for score in scores), strict=True)
+    return [dict(zip(MASK_COLUMNS, row, strict=True)) for row in rows]
 
 
 def proportion(flags: Sequence[bool]) -> dict:
@@ -113,5 +117,8 @@ def summarize(records: Sequence[dict], defense: str, adaptive: str) -> dict:
         },
         {"name": f"{defense}, adaptive: {adaptive}", "robust": right("defended_attacked")},
     ]
-    mask = {k: sum(r[k] for r in records) / len(records) for k in ("recall", "precision", "iou", "auc", "clean_area")}
-    return {"rows": rows, "mask": mask | {"n": len(records)}}
+    masks = {
+        which: {name: mean([r[f"masks_{which}"][name] for r in records]) for name in MASK_COLUMNS}
+        for which in ("transfer", "attacked")
+    }
+    return {"rows": rows, "masks": masks, "clean_area": mean([r["clean_area"] for r in records])}

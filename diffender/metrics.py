@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,3 +38,9 @@ def auc(score: Tensor, truth: Tensor) -> float:
     pos = int((truth > 0.5).sum())
     neg = len(truth) - pos
     return ((ranks[truth > 0.5].sum() - pos * (pos + 1) / 2) / (pos * neg)).item()
+
+
+def map_auc(heatmap: Tensor, truth: Tensor) -> Tensor:
+    """`auc` of each difference map (B, 1, h, w) against the true mask (B, 1, H, W), (B,)."""
+    inside = F.interpolate(truth, heatmap.shape[-2:], mode="area")
+    return torch.tensor([auc(h.flatten(), t.flatten()) for h, t in zip(heatmap, inside, strict=True)])

@@ -10,10 +10,11 @@ On one H100, in 20 minutes, from one file that is carried there:
     python -m diffender.pretrain vae  --data photos.safetensors --steps 100000 --minutes 8 --batch 64 --workers 14
     python -m diffender.pretrain unet --data photos.safetensors --steps 100000 --minutes 12 --batch 256 --workers 14
 
-A stage resumes from its checkpoint in --out and leaves `vae.safetensors` (last weights) or `tiny.safetensors` (averaged
-weights) there, with a picture and a log of its losses. `unet` needs the VAE of the first stage. With --samples it
-encodes that many pictures once and trains on them, as a CPU can; without, every sample is new. `decoder` trains the
-VAE's decoder on, alone, on whole pictures: the latents stay what they are, and so does the UNet.
+A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with a picture
+and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many pictures once and
+trains on them, as a CPU can; without, every sample is new. `decoder` trains the VAE's decoder on, alone, on whole
+pictures: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
+`unet` train a whole model on, from its first step.
 """
 
 import argparse
@@ -43,7 +44,9 @@ from diffender.prompts import manual_contexts
 from diffender.restore import composite
 from diffender.schedule import TRAIN_STEPS, q_sample
 from diffender.trainer import Trainer, plot_losses
-from diffender.weights import save_model
+from diffender.weights import load_model, save_model
+
+PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -51,7 +54,8 @@ def train_vae(args: argparse.Namespace) -> None:
     path = args.out / "vae.safetensors"
     vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
     if args.stage == "decoder":
-        vae.load_state_dict(load_file(trained(path)))
+        state, earlier = first_stage(args)
+        vae.load_state_dict(state)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     photos = load_photos(args.data, short_side=256)
@@ -73,9 +77,11 @@ def train_vae(args: argparse.Namespace) -> None:
         chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
-        loss = l1 + 20 * chroma + 0.1 * perceptual + 3e-4 * kl
+        loss = l1 + 20 * chroma + PERCEPTUAL[args.stage] * perceptual + 3e-4 * kl
         trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
-    vae.requires_grad_(False)  # its last weights: late on it changes too much for an average
+    if args.stage == "decoder":
+        vae.load_state_dict(trainer.ema.module.state_dict())  # on small batches its colours wander
+    vae.requires_grad_(False)  # of the vae stage its last weights: it changes too much for an average
     some = center_crops(photos, range(0, len(photos.images), 41)).to(args.device)
     z = torch.cat([vae.encode(x) for x in some.split(8)])
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
@@ -85,16 +91,20 @@ def train_vae(args: argparse.Namespace) -> None:
     plot_losses(trainer.log, ("l1", "perceptual"))
     card = {"steps": trainer.step, "batch": args.batch, "crop": args.crop, "seconds": round(trainer.seconds)}
     if args.stage == "decoder":
-        header = read_header(path) | {"decoder": card}
+        header = earlier | {"decoder": card}
     else:
         header = card | {"scale_factor": 1 / z.std().item()}
     save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
 
 
-def trained(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"no {path}: run the vae stage first")
-    return path
+def first_stage(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
+    """Weights of the trained VAE, from --out or else from --init, and how they came about."""
+    path = args.out / "vae.safetensors"
+    if path.is_file():
+        return load_file(path), read_header(path)
+    if args.init:
+        return load_model("tiny", args.init).vae.state_dict(), read_header(args.init)["training"]["vae"]
+    raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")
 
 
 def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
@@ -169,14 +179,15 @@ def initialize(model: LatentDiffusion) -> None:
 
 def train_unet(args: argparse.Namespace) -> None:
     """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
-    vae_path = trained(args.out / "vae.safetensors")
-    vae_card = read_header(vae_path)
+    vae, vae_card = first_stage(args)
     scale_factor = vae_card["scale_factor"]
     preset = PRESETS["tiny"]
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
     model = LatentDiffusion(cfg).to(args.device, memory_format=torch.channels_last)
     initialize(model)
-    model.vae.load_state_dict(load_file(vae_path))
+    if args.init:
+        model.load_state_dict(load_model("tiny", args.init).state_dict())
+    model.vae.load_state_dict(vae)
     model.vae.requires_grad_(False)
     empty = model.text.tokenize([""]).to(args.device)
     clean = model.text.tokenize(["clean"])[0, 1].item()
@@ -204,7 +215,7 @@ def train_unet(args: argparse.Namespace) -> None:
         # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
         trainer.update((error / a_t).mean(), mse=error.mean())
     model.load_state_dict(trainer.ema.module.state_dict())
-    model.vae.load_state_dict(load_file(vae_path))  # the file's decoder may be newer than the checkpoint's
+    model.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
     card = {
         "steps": trainer.step,
@@ -213,6 +224,8 @@ def train_unet(args: argparse.Namespace) -> None:
         "samples": args.samples or trainer.step * args.batch,
     }
     card |= {"mse": sum(losses) / len(losses), "device": args.device, "vae": vae_card}
+    if args.init:
+        card["from"] = {k: v for k, v in read_header(args.init)["training"].items() if k != "vae"}
     save_model(model, args.out / "tiny.safetensors", {"training": card})
     plot_losses(trainer.log, ("loss", "mse"))
     show_inpainting(args, model.requires_grad_(False))
@@ -238,6 +251,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["pack", "vae", "decoder", "unet"])
     parser.add_argument("--data", type=Path, required=True, help="folder with captions.csv, or a file of `pack`")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack`, the file to write")
+    parser.add_argument("--init", type=Path, help="whole model of ours that decoder and unet start from")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
     parser.add_argument("--minutes", type=float, help="stop after so many in all, and lower --lr towards that end")
     parser.add_argument("--batch", type=int, default=16)

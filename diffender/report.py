@@ -1,5 +1,10 @@
-"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures."""
+"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures.
 
+python -m diffender.report README.md docs/choices.md      # put the tables of results/ into documents, anew
+"""
+
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,14 +41,19 @@ def markdown(results: dict) -> str:
     lines = [f"| model | clean | {results['attack']} |", "|---|---|---|"]
     for row in results["rows"]:
         lines.append(f"| {row['name']} | {cell(row.get('clean'))} | {cell(row.get('robust'))} |")
-    if results.get("mask"):
-        m = results["mask"]
+    if "masks" in results:
         lines += [
             "",
-            f"Masks on attacked pictures: recall {m['recall']:.3f}, precision {m['precision']:.3f}, "
-            f"IoU {m['iou']:.3f}, AUC of the difference map {m['auc']:.3f} (means over {m['n']} pictures). "
-            f"Masked share of clean pictures: {100 * m['clean_area']:.1f} %.",
+            "| masks, means over the pictures | recall | precision | IoU | AUC of the difference map |",
+            "|---" * 5 + "|",
         ]
+        for name, which in (
+            ("patches made on the undefended classifier", "transfer"),
+            ("adaptive patches", "attacked"),
+        ):
+            m = results["masks"][which]
+            lines.append(f"| {name} | {m['recall']:.3f} | {m['precision']:.3f} | {m['iou']:.3f} | {m['auc']:.3f} |")
+        lines += ["", f"Masked share of clean pictures: {100 * results['clean_area']:.1f} %."]
     lines += [
         "",
         f"`{results['command']}`: {results['rows'][0]['clean']['n']} pictures, seed {results['seed']}, "
@@ -83,3 +93,18 @@ def class_names() -> list[str]:
 
     info = ImageNetInfo()
     return [info.index_to_description(i) for i in range(info.num_classes())]
+
+
+def fill(document: str, results: Path) -> str:
+    """The document with every NAME/table.md of `results` between its marks, <!-- results/NAME --> and <!-- end -->."""
+
+    def table(match: re.Match) -> str:
+        content = (results / match["name"] / "table.md").read_text(encoding="utf-8")
+        return f"<!-- results/{match['name']} -->\n{content}<!-- end -->"
+
+    return re.sub(r"<!-- results/(?P<name>[\w-]+) -->\n.*?<!-- end -->", table, document, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(fill(path.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")

@@ -128,6 +128,25 @@ def test_targeted_aims_at_one_class_and_eot_moves_the_patch(batch):
     assert not torch.equal(moving(victim, x, y, IDS, seed=0).mask, fixed(victim, x, y, IDS, seed=0).mask)
 
 
+def test_lavan_lowers_the_true_logit_against_the_target(batch):
+    """Linear victim: z_y - z_t is linear in the pixels, so each ends at 0 or 1 by the sign of its weight."""
+    x, y = batch
+    victim = Linear()
+    out = ATTACKS["lavan"](area=0.2, iters=60, eot=1)(victim, x, y, IDS, seed=0)
+    shift = torch.tensor([int(torch.randint(1, 5, (), generator=generator(0, i, "target"))) for i in IDS])
+    target = (y + shift) % 5
+    slope = (victim.w[y] - victim.w[target]).view(len(x), 3, SIZE, SIZE)
+    best = victim(apply_patch(x, (slope < 0).float(), out.mask))
+    rows = torch.arange(len(x))
+    for got, want in zip(victim(out.image), best, strict=True):
+        assert torch.allclose(got, want, atol=1e-4)
+    assert (best[rows, y] < best[rows, target]).float().mean() > 0.7
+    runner_up = ATTACKS["lavan"](area=0.2, iters=9, eot=1, targeted=False)(victim, x, y, IDS, seed=0)
+    margins = ATTACKS["advp"](area=0.2, iters=9, eot=1)(victim, x, y, IDS, seed=0)
+    assert torch.equal(runner_up.image, margins.image)
+    assert (ATTACKS["lavan"]().area, ATTACKS["advp"]().area) == (0.02, 0.05)
+
+
 def test_advp_breaks_the_real_classifier(classifier, photos):
     """A 5 % patch of 40 steps takes a real ImageNet network down."""
     y = classifier(photos).argmax(dim=1)

@@ -12,7 +12,7 @@ from diffender.corpus import Crops, Photos, Samples, load_photos, random_region,
 from diffender.data import sample_items
 from diffender.errors import InputError
 from diffender.files import read_header
-from diffender.weights import load_model
+from diffender.weights import EMBEDDED, load_model
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,22 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     assert torch.equal(first.vae.decoder.conv_out.weight, second.vae.decoder.conv_out.weight)
     for name in ("vae.png", "unet.png", "vae-loss.png", "unet-loss.png"):
         assert (out / name).stat().st_size > 1000
+
+
+def test_training_goes_on_from_a_whole_model(folder, monkeypatch, tmp_path):
+    """decoder and unet from the embedded weights: the decoder alone changes, then the UNet; the card keeps the past."""
+    common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "1", "--steps", "1"]
+    stage(monkeypatch, "decoder", *common, "--crop", "32", "--init", str(EMBEDDED / "tiny.safetensors"))
+    stage(monkeypatch, "unet", *common, "--init", str(EMBEDDED / "tiny.safetensors"))
+    ours, shipped = load_model("auto", tmp_path / "tiny.safetensors"), load_model("tiny")
+    assert torch.equal(ours.vae.encoder.conv_in.weight, shipped.vae.encoder.conv_in.weight)
+    change = (ours.vae.decoder.conv_in.weight - shipped.vae.decoder.conv_in.weight).abs().max()
+    assert 0 < change < 1e-3  # one step
+    assert (ours.unet.out[2].weight - shipped.unet.out[2].weight).abs().max() < 1e-3
+    assert ours.cfg == shipped.cfg
+    card = read_header(tmp_path / "tiny.safetensors")["training"]
+    assert card["steps"] == card["vae"]["decoder"]["steps"] == 1
+    assert card["from"]["steps"] > 7000
 
 
 def test_bad_input(monkeypatch, tmp_path, capsys):

@@ -23,10 +23,23 @@ def script(name, *args, cwd):
 def test_tune_then_evaluate(tmp_path):
     """train.py on one photograph, evaluate.py with its prompts: files, counts, pictures, resumption."""
     tuned = script(
-        "train.py", "--shots", "2", "--rounds", "1", "--iters", "2", "--steps", "2", "--draws", "1", cwd=tmp_path
+        "train.py",
+        "--shots",
+        "2",
+        "--held-out",
+        "1",
+        "--rounds",
+        "1",
+        "--iters",
+        "2",
+        "--steps",
+        "2",
+        "--draws",
+        "1",
+        cwd=tmp_path,
     )
     assert tuned.returncode == 0, tuned.stderr
-    for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R"):
+    for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R", "held_out_iou"):
         assert f"{term} " in tuned.stdout
     prompts = tmp_path / "runs" / "prompts.safetensors"
     assert prompts.is_file()
@@ -41,7 +54,7 @@ def test_tune_then_evaluate(tmp_path):
     assert results["rows"][0]["clean"]["right"] == 2  # the subset is correct by construction
     strongest, transfer, adaptive = (results["rows"][i]["robust"]["right"] for i in (1, 2, 3))
     assert strongest <= min(transfer, adaptive)
-    assert results["unet_evaluations"] == 2 * (5 * (2 + 4) + (2 * 2 + 4))  # 5 plain passes and one attack step each
+    assert results["unet_evaluations"] == 2 * (5 * (2 + 2) + (2 * 2 + 2))  # 5 plain passes and one attack step each
     assert (folder / "table.md").read_text() in run.stdout
     assert Image.open(folder / "grid.png").size[0] > 500
     for record in records:
@@ -62,22 +75,39 @@ def test_tune_then_evaluate(tmp_path):
 
 
 def test_without_attack_and_with_the_empty_prompt(tmp_path):
-    fast = ["--sampler", "dpmpp", "--dtype", "bfloat16", "--micro-batch", "3"]
+    fast = ["--sampler", "ddim", "--guidance", "3", "--dtype", "bfloat16", "--micro-batch", "3"]
     run = script("evaluate.py", *SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "| DIFFender (empty prompts) |" in run.stdout
 
 
-@pytest.mark.slow
-def test_ablation_changes_one_choice_at_a_time(tmp_path):
-    args = ["-m", "diffender.ablation", "--images", "1", "--iters", "2", "--draws", "1", "--out", str(tmp_path)]
+def ablation(out, *args):
+    args = ["-m", "diffender.ablation", "--iters", "2", "--draws", "1", "--steps", "2", "--out", str(out), *args]
     run = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    rows = {row["setting"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert (out / "table.md").read_text() in run.stdout
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_ablation_changes_one_choice_at_a_time(tmp_path):
+    results = ablation(tmp_path, "--images", "1")
+    rows = {row["setting"]: row for row in results["choices"]}
     assert len(rows) == len({tuple(row.values()) for row in rows.values()}) > 20
     assert rows["theta 3.0"]["auc"] == rows["base"]["auc"]  # of the map, which theta does not touch
     assert rows["theta 3.0"]["clean_area"] < rows["base"]["clean_area"] < rows["theta 1.0"]["clean_area"]
-    assert (tmp_path / "table.md").read_text() in run.stdout
+
+
+@pytest.mark.slow
+def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
+    results = ablation(tmp_path, "--study", "parts,noise,pictures", "--images", "2")
+    parts = {row["setting"]: row for row in results["parts"]}
+    assert parts["true mask, no restoration"]["l1_patch"] != parts["true mask, restored"]["l1_patch"]
+    assert parts["true mask, restored"]["clean_right"] == 1  # the subset is correct by construction
+    assert len(results["noise"]) == 18
+    assert 15 < results["pictures"]["psnr"] < 40
+    for name in ("noise.png", "pictures.png"):
+        assert Image.open(tmp_path / name).size[0] > 400
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,13 @@ class AdvP:
         if not self.targeted:
             return lambda logits: margin(logits, y)
 
-        def towards_target(logits: Tensor) -> Tensor:
+        def aim(logits: Tensor) -> Tensor:
             k = logits.shape[1]
             shift = [int(torch.randint(1, k, (), generator=generator(seed, i, "target"))) for i in image_ids]
-            return targeted_cross_entropy(logits, (y + torch.tensor(shift, device=y.device)) % k)
+            return self.towards(logits, y, (y + torch.tensor(shift, device=y.device)) % k)
 
-        return towards_target
+        return aim
+
+    def towards(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """The targeted loss, (B,)."""
+        return targeted_cross_entropy(logits, target)

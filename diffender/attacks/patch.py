@@ -62,8 +62,12 @@ def to_8bit(x: Tensor) -> Tensor:
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """z_y - max_{j != y} z_j for each picture, (B,): negative where it is fooled."""
-    true = logits.gather(1, y[:, None])[:, 0]
-    return true - logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
+    return logit(logits, y) - logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
+
+
+def logit(logits: Tensor, y: Tensor) -> Tensor:
+    """That of class y (B,), out of logits (B, K)."""
+    return logits.gather(1, y[:, None])[:, 0]
 
 
 def targeted_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
