@@ -1,6 +1,6 @@
 """Evaluate DIFFender under an adaptive patch attack.
 
-    python evaluate.py                                     embedded model, sample photographs, AdvP; under 5 minutes
+    python evaluate.py                                     embedded model, sample photographs, AdvP; 5 minutes, 2 cores
     python evaluate.py --attack advp --grad full --eot 2 --images 4     exact gradients through the whole defence
 
 Pictures that the undefended classifier gets right are attacked three ways: the classifier alone; the defence with
