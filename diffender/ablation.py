@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.patch import Attacked
-from diffender.cli import DefenseOptions, option, parse, pick, run
+from diffender.cli import TargetOptions, option, parse, pick, run
 from diffender.data import Batch, correct_subset, list_items
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
@@ -36,17 +36,15 @@ from diffender.metrics import map_auc, mask_scores
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
 from diffender.prompts import SHIPPED, Contexts, contexts_for
-from diffender.report import stretch
+from diffender.report import stretch, table
 from diffender.restore import composite
 from diffender.runs import model_hashes, open_model, pick_device, write_json
 
 
 @dataclass(frozen=True)
-class Options(DefenseOptions):
+class Options(TargetOptions):
     study: str = option("choices", "choices, parts, noise, pictures, or several with commas between")
-    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
     images: int = option(16, "number of photographs", low=1)
-    classifier: str = option("efficientnet_lite0", "classifier under attack")
     attack: str = option("advp", "made on the classifier alone", choices=("advp", "lavan"))
     area: float | None = option(None, "share of the picture (default: advp 0.05, lavan 0.02)", low=0.0005, high=0.9)
     shape: str = option("square", "shape of the patch", choices=("square", "circle"))
@@ -54,8 +52,6 @@ class Options(DefenseOptions):
         None, "aim at a random class (default: lavan), or just away from the true one (advp)"
     )
     iters: int = option(100, "steps of the attack", low=1)
-    batch_size: int = option(8, "pictures side by side; changes no result", low=1)
-    seed: int = option(0, "of every random choice", low=0)
     out: str = option("runs/ablation", "folder for results.json, table.md and curves")
 
 
@@ -120,7 +116,7 @@ def main() -> None:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, pictures")
     started = time.monotonic()
     device = pick_device(opts.device)
-    classifier = load_classifier(opts.classifier).to(device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
     model = open_model(opts, device)
     prompts = Path(opts.prompts or SHIPPED)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
@@ -286,11 +282,6 @@ def mask_cells(r: dict) -> tuple[str, ...]:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def plot_noise(results: dict, path: Path) -> None:

@@ -67,6 +67,17 @@ class DefenseOptions(ModelOptions):
     composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
 
 
+@dataclass(frozen=True)
+class TargetOptions(DefenseOptions):
+    """The classifier behind the defence, and the pictures."""
+
+    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
+    classifier: str = option("efficientnet_lite0", "classifier under attack, a name of diffender.models.classifiers")
+    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
+    seed: int = option(0, "of every random choice", low=0)
+    batch_size: int = option(8, "pictures side by side; changes no result", low=1)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line; argparse would print its usage first."""

@@ -1,81 +1,138 @@
-"""Verdicts on a batch of pictures, and their summary. Knows victims and attacks by what they can do, not by name."""
+"""Patches made, saved, loaded again and judged. Knows victims and attacks by what they can do, not by name."""
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, to_8bit
-from diffender.metrics import MaskScores, map_auc, mask_scores, wilson
+from diffender.metrics import MaskScores, map_auc, mask_scores, mcnemar, wilson
 from diffender.pipeline import Defended, Purified
-from diffender.report import save_stages, stretch
+from diffender.report import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
 MASK_COLUMNS = (*MaskScores._fields, "auc")
+VOTES = 9  # purifications that a majority is taken of
+VERDICTS = ("single", "average", "worst", "majority")
 
 
-def verdict(target: Defended, x: Tensor, ids: Sequence[str], seed: int, purpose: str) -> tuple[Purified, list[int]]:
-    """One purification with noise that no attack has seen, and the classes that the classifier then sees."""
-    out = target.defense(x, target.sample_noise(ids, seed, f"verdict {purpose}"))
-    return out, target.classifier(out.image).argmax(dim=1).tolist()
+class Plan(NamedTuple):
+    """One attack in all its variants."""
+
+    name: str
+    base: Attack  # on the classifier alone: the patches of `transfer`
+    adaptive: dict[str, tuple[Attack, Victim]]  # on the defence, starting from the base's state, by kind of gradient
+
+
+class Verdict(NamedTuple):
+    """Whether a picture is read right after purifications with fresh noise: in [0, 1] each."""
+
+    single: float  # by the first
+    average: float  # share of all
+    worst: float  # by every one: an attacker may submit again and again
+    majority: float  # by the vote of the first nine
+
+
+def verdict(seen: Sequence[int], label: int) -> Verdict:
+    """From the classes seen in N purifications of one picture. The vote takes the first 9, or the most odd below."""
+    votes = seen[: min(VOTES, len(seen) - (len(seen) + 1) % 2)]
+    right = [c == label for c in seen]
+    top = Counter(votes).most_common(1)[0][0]
+    return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
+
+
+def purifications(
+    target: Defended, x: Tensor, ids: Sequence[str], seed: int, n: int
+) -> tuple[Purified, list[list[int]]]:
+    """The first of n purifications with noise that no attack has seen, and what the classifier sees in each, a list a
+    picture. Clean pictures and all attacks get the same noise, so that pairs compare like with like."""
+    outs = [target.defense(x, target.sample_noise(ids, seed, "verdict", k)) for k in range(n)]
+    seen = torch.stack([target.classifier(out.image).argmax(dim=1) for out in outs], dim=1)
+    return outs[0], seen.tolist()
 
 
 def evaluate_batch(
     undefended: Victim,
     target: Defended,
-    attack_undefended: Attack | None,
-    attack_target: Attack | None,
+    plans: Sequence[Plan],
     ids: Sequence[str],
     x: Tensor,
     y: Tensor,
     seed: int,
-    pictures: Path,
+    folder: Path,
+    n: int = 10,
     on_step: Callable[[int], None] = lambda pictures: None,
 ) -> list[dict]:
-    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each, pictures saved.
+    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each; pictures go to `folder`.
 
-    `on_step` hears the number of pictures after each step of the attack on the undefended classifier.
+    Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there. `on_step` hears
+    the number of pictures after each step of an attack on the undefended classifier.
     """
     x = to_8bit(x)
-    labels = y.tolist()
-    clean, clean_seen = verdict(target, x, ids, seed, "clean")
+    clean, seen = purifications(target, x, ids, seed, n)
+    names = [i.replace("/", "__") for i in ids]
+    areas = clean.mask.mean(dim=(1, 2, 3)).tolist()
+    reads = undefended(x, None).argmax(dim=1).tolist()
     records = [
-        {"id": i, "file": i.replace("/", "__"), "label": label, "undefended_clean": seen, "defended_clean": defended,
-         "clean_area": area}
-        for i, label, seen, defended, area in zip(
-            ids, labels, undefended(x, None).argmax(dim=1).tolist(), clean_seen,
-            clean.mask.mean(dim=(1, 2, 3)).tolist(), strict=True,
-        )
-    ]  # fmt: skip
+        {"id": i, "file": name, "label": label, "undefended": read, "defended": labels, "masked": area, "attacks": {}}
+        for i, name, label, read, labels, area in zip(ids, names, y.tolist(), reads, seen, areas, strict=True)
+    ]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
-    if attack_target is not None:
-        base = attack_undefended(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
-        adaptive = attack_target(target, x, y, ids, seed, init=base.patch)
-        transfer_out, transfer_seen = verdict(target, base.image, ids, seed, "transfer")
-        out, adaptive_seen = verdict(target, adaptive.image, ids, seed, "adaptive")
-        columns = {
-            "undefended_base": undefended(base.image, None).argmax(dim=1).tolist(),
-            "undefended_attacked": undefended(adaptive.image, None).argmax(dim=1).tolist(),
-            "defended_transfer": transfer_seen,
-            "defended_attacked": adaptive_seen,
-            "masks_transfer": mask_columns(transfer_out, base.mask),
-            "masks_attacked": mask_columns(out, adaptive.mask),
-        }
-        for b, record in enumerate(records):
-            record |= {name: column[b] for name, column in columns.items()}
-        last = {
-            "clean": x,
-            "attacked": adaptive.image,
-            "heatmap": out.heatmap,
-            "mask": out.mask,
-            "restored": out.image,
-        }
-    for b, record in enumerate(records):
+    for plan in plans:
+        for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step):
+            variant = f"{plan.name}/{kind}"
+            image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
+            out, seen = purifications(target, image, ids, seed, n)
+            columns = {
+                "undefended": undefended(image, None).argmax(dim=1).tolist(),
+                "defended": seen,
+                "masks": mask_columns(out, mask),
+                "area": mask.mean(dim=(1, 2, 3)).tolist(),
+                "queries": made.queries.tolist(),
+                "loss": [thin(row.tolist()) for row in made.trace],
+            }
+            for b, record in enumerate(records):
+                record["attacks"][variant] = {name: column[b] for name, column in columns.items()}
+                record["attacks"][variant]["seconds"] = seconds / len(ids)
+            last = {"clean": x, "attacked": image, "heatmap": out.heatmap, "mask": out.mask, "restored": out.image}
+    for b, name in enumerate(names):
         stages = {stage: image[b].detach().cpu() for stage, image in last.items()}
         stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
-        save_stages(pictures, record["file"], stages)
+        save_stages(folder / "images", name, stages)
     return records
+
+
+def craft(plan: Plan, undefended: Victim, x: Tensor, y: Tensor, ids: Sequence[str], seed: int, on_step: Callable):  # noqa: ANN201
+    """Yields (kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
+    started = time.monotonic()
+    base = plan.base(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
+    yield "transfer", base, time.monotonic() - started
+    for kind, (attack, victim) in plan.adaptive.items():
+        started = time.monotonic()
+        made = attack(victim, x, y, ids, seed, init=base.state)
+        yield kind, made, time.monotonic() - started
+
+
+def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[Tensor, Tensor]:
+    """Attacked pictures and masks as they come back from 8-bit files."""
+    for b, name in enumerate(names):
+        save_png(made.image[b], folder / f"{name}.png")
+        save_png(made.mask[b], folder / f"{name}_mask.png")
+    image = torch.stack([load_png(folder / f"{name}.png") for name in names])
+    mask = torch.stack([load_png(folder / f"{name}_mask.png")[:1] for name in names])
+    return image.to(made.image), mask.to(made.mask)
+
+
+def thin(trace: Sequence[float], points: int = 20) -> list[float]:
+    """At most so many of the values of a curve, the first and the last among them."""
+    if len(trace) <= points:
+        return [round(v, 4) for v in trace]
+    return [round(trace[i * (len(trace) - 1) // (points - 1)], 4) for i in range(points)]
 
 
 def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
@@ -85,40 +142,42 @@ def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
     return [dict(zip(MASK_COLUMNS, row, strict=True)) for row in rows]
 
 
-def proportion(flags: Sequence[bool]) -> dict:
-    """Counts, share and Wilson interval of a list of outcomes."""
-    low, high = wilson(sum(flags), len(flags))
-    return {
-        "right": sum(flags),
-        "n": len(flags),
-        "accuracy": sum(flags) / len(flags),
-        "low": low,
-        "high": high,
-    }
+def proportion(values: Sequence[float]) -> dict:
+    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial a picture, a wide one."""
+    low, high = wilson(sum(values), len(values))
+    return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
 
 
-def summarize(records: Sequence[dict], defense: str, adaptive: str) -> dict:
-    """Rows of the table and mean mask scores. `defense` and `adaptive` name the defence and its attack's settings."""
+def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Sequence[Verdict]) -> dict:
+    columns = {column: proportion([getattr(v, column) for v in verdicts]) for column in VERDICTS}
+    return {"attack": name, "gradient": kind, "undefended": proportion(list(map(float, undefended)))} | columns
 
-    def right(*keys: str) -> dict:
-        return proportion([all(r[key] == r["label"] for key in keys) for r in records])
 
-    rows = [{"name": "undefended", "clean": right("undefended_clean")}]
-    rows.append({"name": defense, "clean": right("defended_clean")})
-    if "defended_attacked" not in records[0]:
-        return {"rows": rows}
-    rows[0]["robust"] = right("undefended_base")
-    rows[1]["robust"] = right("defended_transfer", "defended_attacked")
-    rows[1]["name"] += ", strongest attack on each picture"
-    rows += [
-        {
-            "name": f"{defense}, patches made on the undefended classifier",
-            "robust": right("defended_transfer"),
-        },
-        {"name": f"{defense}, adaptive: {adaptive}", "robust": right("defended_attacked")},
-    ]
-    masks = {
-        which: {name: mean([r[f"masks_{which}"][name] for r in records]) for name in MASK_COLUMNS}
-        for which in ("transfer", "attacked")
-    }
-    return {"rows": rows, "masks": masks, "clean_area": mean([r["clean_area"] for r in records])}
+def summarize(records: Sequence[dict]) -> dict:
+    """Rows of the table: clean, every variant, and the strongest on each picture; and mean mask scores.
+
+    The strongest takes the minimum over variants picture by picture, not the lowest row: for each verdict, a picture
+    counts as right only as far as under every patch that was made for it.
+    """
+    label = {r["id"]: r["label"] for r in records}
+    rows = [row("none", "", [r["undefended"] == r["label"] for r in records],
+                [verdict(r["defended"], r["label"]) for r in records])]  # fmt: skip
+    masks = {}
+    variants = list(dict.fromkeys(v for r in records for v in r["attacks"]))
+    judged = {v: {r["id"]: verdict(r["attacks"][v]["defended"], r["label"]) for r in records if v in r["attacks"]}
+              for v in variants}  # fmt: skip
+    for variant in variants:
+        name, kind = variant.split("/")
+        found = {r["id"]: r["attacks"][variant] for r in records if variant in r["attacks"]}
+        rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
+        base = judged[f"{name}/transfer"]
+        if kind != "transfer":
+            rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in judged[variant].items()])
+        masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in MASK_COLUMNS}
+        masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
+    if variants:
+        least = {i: [judged[v][i] for v in variants if i in judged[v]] for i in label}
+        worst = [Verdict(*(min(column) for column in zip(*verdicts, strict=True))) for verdicts in least.values()]
+        fooled = [all(a["undefended"] == r["label"] for a in r["attacks"].values()) for r in records]
+        rows.append(row("strongest on each picture", "", fooled, worst))
+    return {"rows": rows, "masks": masks, "masked_clean": mean(r["masked"] for r in records)}

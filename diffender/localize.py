@@ -72,14 +72,25 @@ def standardize_robustly(x: Tensor) -> Tensor:
 SCORES = {"z": standardize, "mad": standardize_robustly}
 
 
-def refine_mask(z_score: Tensor, theta: float, size: tuple[int, int], sigma: float = 1.0, dilation: int = 3) -> Tensor:
+def refine_mask(
+    z_score: Tensor,
+    theta: float,
+    size: tuple[int, int],
+    sigma: float = 1.0,
+    dilation: int = 3,
+    ste: str = "identity",
+    k: float = 5.0,
+) -> Tensor:
     """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
+
+    `ste` and `k` say how through the first, see `binarize`; with `soft` nothing is binary.
 
     Threshold theta, 3x3 Gaussian (none for sigma 0), square dilation, upsampling, threshold 0.5: lone pixels vanish,
     and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
     theta standard deviations above its mean (20 % at 2): larger patches escape.
     """
-    mask = binarize(z_score, theta)
+    mask = binarize(z_score, theta, ste, k)
     if sigma > 0:
         mask = gaussian_blur(mask, sigma=sigma)
-    return binarize(resize(dilate(mask, dilation), size), 0.5)
+    mask = resize(dilate(mask, dilation), size)
+    return mask if ste == "soft" else binarize(mask, 0.5)

@@ -1,4 +1,7 @@
-"""Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6), sum (Eq. 7)."""
+"""Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6), sum (Eq. 7).
+
+And two of the attacker against localisation: evasion and decoy.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,3 +51,20 @@ def feature_distance(features_r: Sequence[Tensor], features_c: Sequence[Tensor])
 def tuning_loss(mask: Tensor, l1: Tensor, feature: Tensor) -> TuningLoss:
     """Eq. 7: the plain sum."""
     return TuningLoss(mask, l1, feature, mask + l1 + feature)
+
+
+def evasion(z_score: Tensor, patch: Tensor, theta: float, k: float = 1.0) -> Tensor:
+    """How far the patch sticks out above the threshold, (B,): mean over its latents of softplus(k (z - theta)) / k.
+
+    z_score (B, 1, h, w); patch (B, 1, H, W) in {0, 1}, brought to h, w by area.
+    """
+    inside = F.interpolate(patch, z_score.shape[-2:], mode="area")
+    excess = F.softplus(k * (z_score - theta)) / k
+    return (excess * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)).clamp_min(1e-8)
+
+
+def decoy(heatmap: Tensor) -> Tensor:
+    """Minus the spread of the difference map (B, 1, h, w) over its mean, (B,): a few extreme latents raise the bar for
+    all others, since the threshold counts in standard deviations."""
+    flat = heatmap.flatten(1)
+    return -flat.std(dim=1) / flat.mean(dim=1).clamp_min(1e-8)

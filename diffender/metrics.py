@@ -1,5 +1,7 @@
 """What is measured: accuracies with their intervals, and how well the mask covers the patch."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ class MaskScores(NamedTuple):
     iou: Tensor
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion, (low, high)."""
     if n == 0:
         return 0.0, 1.0
@@ -23,6 +25,15 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:
+    """Exact two-sided McNemar test on paired outcomes in {0, 1}: the probability of a split of the pairs that differ at
+    least as uneven as this, if either were as likely to win."""
+    first, second = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    n = first + second
+    tail = sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def mask_scores(mask: Tensor, truth: Tensor) -> MaskScores:

@@ -13,9 +13,18 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard.detach() + (soft - soft.detach())
 
 
-def binarize(x: Tensor, threshold: float) -> Tensor:
-    """1 where x > threshold, else 0; the backward pass is the identity (paper B.3)."""
-    return straight_through((x > threshold).to(x.dtype), x)
+STE = ("identity", "sigmoid", "none", "soft")
+
+
+def binarize(x: Tensor, threshold: float, ste: str = "identity", k: float = 5.0) -> Tensor:
+    """1 where x > threshold, else 0. `ste` chooses the backward pass: the identity (paper B.3), sigmoid(k (x -
+    threshold)), or none. `soft` is that sigmoid forward too: a differentiable stand-in, for finite differences."""
+    if ste == "identity":
+        return straight_through((x > threshold).to(x.dtype), x)
+    if ste == "none":
+        return (x > threshold).to(x.dtype)
+    soft = (k * (x - threshold)).sigmoid()
+    return soft if ste == "soft" else straight_through((x > threshold).to(x.dtype), soft)
 
 
 def gaussian_blur(x: Tensor, kernel: int = 3, sigma: float = 1.0) -> Tensor:

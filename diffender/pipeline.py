@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError, check_finite
 from diffender.localize import SCORES, difference_map, refine_mask
+from diffender.losses import decoy, evasion
 from diffender.models.classifiers import Classifier
 from diffender.noise import Noise, sample_noise
-from diffender.ops import binarize, resize, straight_through
+from diffender.ops import STE, binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
 from diffender.samplers import check_sampler
 from diffender.schedule import noise_timestep
 
-GRADIENTS = ("full", "bpda", "bpda-mask")
+GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,34 @@ class DIFFenderConfig:
             raise InputError(f"unknown score {self.score!r}; choose one of {', '.join(SCORES)}")
         if self.dilation < 1 or self.dilation % 2 == 0:
             raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How gradients pass back through the defence. The value never depends on it, but for ste="soft".
+
+    mode       bpda       the identity for the whole defence (Athalye et al. 2018)
+               bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
+               surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
+               full       exact through localisation and restoration, thresholds straight through
+               full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
+    ste        through the threshold of the map: see `ops.binarize`
+    """
+
+    mode: str = "full"
+    ste: str = "identity"
+    ste_k: float = 5.0
+    surrogate_steps: int = 2
+    evasion: float = 1.0
+    decoy: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("gradient", self.mode, GRADIENTS), ("ste", self.ste, STE)):
+            if value not in allowed:
+                raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+
+
+EXACT = Backward()
 
 
 class Localized(NamedTuple):
@@ -76,7 +105,7 @@ class DIFFender(nn.Module):
         noise = sample_noise(self.model.cfg.latent_shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
-    def localize(self, x: Tensor, noise: Noise) -> Localized:
+    def localize(self, x: Tensor, noise: Noise, backward: Backward = EXACT) -> Localized:
         """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
         z0 = self.model.encode(resize(x, self.size), noise.image)
         cfg = self.cfg
@@ -86,52 +115,78 @@ class DIFFender(nn.Module):
         )  # fmt: skip
         check_finite("difference map", heatmap)
         z_score = SCORES[cfg.score](heatmap)
-        mask = refine_mask(z_score, cfg.theta, x.shape[-2:], cfg.sigma, cfg.dilation)
+        mask = refine_mask(
+            z_score, cfg.theta, x.shape[-2:], cfg.sigma, cfg.dilation, backward.ste, backward.ste_k
+        )  # fmt: skip
         return Localized(mask, heatmap, z_score)
 
-    def restore(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
+    def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
         """A whole new picture (B, 3, H, W) whose inside of the mask does not know what was there."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
+        small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), 0.5)
         x_hat = inpaint(
-            self.model, resize(x, self.size), binarize(resize(mask, self.size), 0.5), self.contexts.restore,
+            self.model, resize(x, self.size), small, self.contexts.restore,
             self.contexts.empty, noise.masked, noise.start,
-            noise.steps, self.cfg.steps, self.cfg.guidance, self.cfg.eta, self.cfg.sampler,
+            noise.steps, steps or self.cfg.steps, self.cfg.guidance, self.cfg.eta, self.cfg.sampler,
         )  # fmt: skip
         check_finite("restored picture", x_hat)
         return resize(x_hat, x.shape[-2:])
 
-    def forward(self, x: Tensor, noise: Noise, gradient: str = "full") -> Purified:
-        """The purified picture and how it came about. `gradient` chooses the backward pass, never the value:
-
-        full       exact through localisation and restoration (thresholds straight through)
-        bpda       the identity for the whole defence (Athalye et al. 2018)
-        bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
-        """
+    def forward(self, x: Tensor, noise: Noise, backward: Backward = EXACT) -> Purified:
+        """The purified picture and how it came about; `backward` chooses the backward pass."""
         check_images(x)
-        if gradient == "bpda":
+        if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
-        found = self.localize(x, noise)
-        if gradient == "bpda-mask":
+        found = self.localize(x, noise, backward)
+        if backward.mode in ("bpda-mask", "surrogate"):
             x_hat = self.restore(x.detach(), found.mask.detach(), noise)
-        elif gradient == "full":
+        if backward.mode == "surrogate":
+            x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
+        elif backward.mode.startswith("full"):
             x_hat = self.restore(x, found.mask, noise)
-        else:
-            raise InputError(f"unknown gradient {gradient!r}; choose one of {', '.join(GRADIENTS)}")
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 
 
 class Defended(nn.Module):
     """A victim, f(x, noise) -> logits: the classifier behind the defence."""
 
-    def __init__(self, defense: DIFFender, classifier: Classifier, gradient: str = "full"):
+    def __init__(self, defense: DIFFender, classifier: Classifier, backward: Backward = EXACT):
         super().__init__()
-        self.defense, self.classifier, self.gradient = defense, classifier, gradient
+        self.defense, self.classifier, self.backward = defense, classifier, backward
         self.sample_noise = defense.sample_noise
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
-        return self.classifier(self.defense(x, noise, self.gradient).image)
+        return self.classifier(self.defense(x, noise, self.backward).image)
+
+    def with_penalty(self, x: Tensor, noise: Noise, patch: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,); 0 but in full+loc.
+
+        patch (B, 1, H, W) in {0, 1}: where the attacker's pixels are.
+        """
+        out = self.defense(x, noise, self.backward)
+        logits, b = self.classifier(out.image), self.backward
+        if b.mode != "full+loc":
+            return logits, logits.new_zeros(len(x))
+        hide = evasion(out.z_score, patch, self.defense.cfg.theta)
+        return logits, b.evasion * hide + b.decoy * decoy(out.heatmap)
+
+
+class WithFreshNoise(nn.Module):
+    """A victim as an ordinary module, x -> logits with new noise in every call: for foolbox, torchattacks, AutoAttack.
+
+    The noise follows from (seed, place in the batch, number of the call).
+    """
+
+    def __init__(self, victim: Defended, seed: int = 0):
+        super().__init__()
+        self.victim, self.seed, self.calls = victim, seed, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        noise = self.victim.sample_noise([str(i) for i in range(len(x))], self.seed, "call", self.calls)
+        return self.victim(x, noise)
 
 
 class Undefended(nn.Module):

@@ -11,16 +11,27 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 
 
+def save_png(image: Tensor, path: Path) -> None:
+    """(C, H, W) in [0, 1] as an 8-bit PNG, which keeps multiples of 1/255 to the bit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(path)
+
+
+def load_png(path: Path) -> Tensor:
+    """What `save_png` wrote, as (3, H, W) in [0, 1]."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")).float() / 255
+
+
 def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
     """One PNG a stage: name_clean.png, name_attacked.png, ... from (C, H, W) in [0, 1]."""
-    folder.mkdir(parents=True, exist_ok=True)
     for stage, image in stages.items():
-        to_pil_image((image.clamp(0, 1) * 255).round().byte()).save(folder / f"{name}_{stage}.png")
+        save_png(image, folder / f"{name}_{stage}.png")
 
 
 def stretch(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
@@ -30,37 +41,53 @@ def stretch(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(scaled[None], size, mode="nearest")[0]
 
 
-def cell(p: dict | None) -> str:
-    if p is None:
-        return ""
-    return f"{100 * p['accuracy']:.1f} % ({p['right']}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+def counted(p: dict) -> str:
+    return f"{100 * p['accuracy']:.1f} % ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def share(p: dict) -> str:
+    return f"{100 * p['accuracy']:.1f} % ({100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def markdown(results: dict) -> str:
-    """The table of a run: accuracy in per cent (right/all; Wilson 95 % interval), then masks and cost."""
-    lines = [f"| model | clean | {results['attack']} |", "|---|---|---|"]
-    for row in results["rows"]:
-        lines.append(f"| {row['name']} | {cell(row.get('clean'))} | {cell(row.get('robust'))} |")
-    if "masks" in results:
-        lines += [
-            "",
-            "| masks, means over the pictures | recall | precision | IoU | AUC of the difference map |",
-            "|---" * 5 + "|",
-        ]
-        for name, which in (
-            ("patches made on the undefended classifier", "transfer"),
-            ("adaptive patches", "attacked"),
-        ):
-            m = results["masks"][which]
-            lines.append(f"| {name} | {m['recall']:.3f} | {m['precision']:.3f} | {m['iou']:.3f} | {m['auc']:.3f} |")
-        lines += ["", f"Masked share of clean pictures: {100 * results['clean_area']:.1f} %."]
-    lines += [
-        "",
-        f"`{results['command']}`: {results['rows'][0]['clean']['n']} pictures, seed {results['seed']}, "
-        f"{results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on {results['machine']}, "
-        f"{results['date']}.",
-    ]
-    return "\n".join(lines) + "\n"
+    """The tables of a run: accuracy in per cent (Wilson 95 % interval), masks, checks, and how it came about."""
+    head = ("attack", "gradient", "undefended", "DIFFender, single", "average", f"worst of {results['verdicts']}",
+            f"majority of {results['votes']}", "p")  # fmt: skip
+    rows = []
+    for r in results["rows"]:
+        p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
+        rows.append((r["attack"], r["gradient"], counted(r["undefended"]), counted(r["single"]),
+                     *(share(r[column]) for column in ("average", "worst", "majority")), p))  # fmt: skip
+    if results["masks"]:
+        rows[-1] = tuple(f"**{cell}**" if cell else "" for cell in rows[-1])
+    parts = [table(head, rows)]
+    if results["masks"]:
+        head = ("masks, means over the pictures", "patched", "recall", "precision", "IoU", "AUC of the map", "passes",
+                "seconds a picture")  # fmt: skip
+        rows = [(name, f"{100 * m['area']:.1f} %", *(f"{m[c]:.3f}" for c in ("recall", "precision", "iou", "auc")),
+                 f"{m['queries']:.0f}", f"{m['seconds']:.1f}") for name, m in results["masks"].items()]  # fmt: skip
+        parts.append(table(head, rows))
+    parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")
+    if results.get("trust"):
+        parts.append(trust_table(results["trust"]))
+    parts.append(
+        f"`{results['command']}`: {results['rows'][0]['single']['n']} pictures, {results['setting']}, seed "
+        f"{results['seed']}, {results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on "
+        f"{results['machine']}, {results['date']}.\n"
+    )
+    return "\n".join(parts)
+
+
+def trust_table(checks: Sequence[dict]) -> str:
+    """One line a check; a failed one is red."""
+    signs = {True: "🟢 pass", False: "🔴 **FAIL**", None: "shown"}
+    rows = [(c["name"], c["figure"], c["wanted"], signs[c["passed"]]) for c in checks]
+    return table(("can the evaluation be trusted?", "figure", "wanted", ""), rows)
 
 
 def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
@@ -68,10 +95,7 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
     from matplotlib.figure import Figure
 
     records = records[:rows]
-    attacked = "defended_attacked" in records[0]
-    stages = [stage for stage in STAGES if attacked or stage != "attacked"]
-    seen = {"clean": "undefended_clean", "attacked": "undefended_attacked"}
-    seen["restored"] = "defended_attacked" if attacked else "defended_clean"
+    stages = [stage for stage in STAGES if records[0]["attacks"] or stage != "attacked"]
     figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), len(stages), squeeze=False)
     for row, record in zip(axes, records, strict=True):
@@ -80,8 +104,10 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
             axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(stage, fontsize=8)
+            last = list(record["attacks"].values() or [record])[-1]
+            seen = {"clean": record["undefended"], "attacked": last["undefended"], "restored": last["defended"][0]}
             if stage in seen:
-                answer = record[seen[stage]]
+                answer = seen[stage]
                 colour = "green" if answer == record["label"] else "firebrick"
                 axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
     figure.savefig(path, dpi=100)

@@ -9,10 +9,13 @@ from torch import nn
 from tqdm import tqdm
 
 from diffender.checkpoints import folder_files
-from diffender.cli import ModelOptions
+from diffender.cli import ModelOptions, TargetOptions, pick
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
 from diffender.files import sha256
+from diffender.models.classifiers import load_classifier
+from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.prompts import SHIPPED, Contexts, contexts_for
 from diffender.weights import EMBEDDED, RANDOM, load_model
 
 
@@ -35,6 +38,16 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     )  # fmt: skip
     model.micro_batch = opts.micro_batch
     return model.to(device)
+
+
+def open_target(opts: TargetOptions) -> Defended:
+    """The classifier behind the defence that the flags ask for, on their device."""
+    device = pick_device(opts.device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    model = open_model(opts, device)
+    contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
+    constant = Contexts(*(c if c is None else c.detach() for c in contexts))
+    return Defended(DIFFender(model, constant, pick(DIFFenderConfig, opts)), classifier)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffender.attacks.patch import value_and_gradient
+from diffender.attacks.patch import Task, samples
 from diffender.errors import InputError, named_images
 from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
-from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig
 from diffender.prompts import Contexts, PromptPair, contexts_for, empty_contexts, manual_contexts
 from diffender.restore import composite
 from diffender.schedule import predict_x0, q_sample
@@ -173,7 +173,7 @@ def test_gradient_reaches_the_picture_through_every_part(defense, classifier, ph
     noise = noise_for(defense, 1)
     gradients = {}
     for mode in ("full", "bpda", "bpda-mask"):
-        logits = Defended(defense, classifier, mode)(x, noise)
+        logits = Defended(defense, classifier, Backward(mode))(x, noise)
         (gradients[mode],) = torch.autograd.grad(logits[0, 0], x)
         assert gradients[mode].isfinite().all()
         assert gradients[mode].abs().sum() > 0
@@ -184,7 +184,7 @@ def test_gradient_reaches_the_picture_through_every_part(defense, classifier, ph
 def test_gradient_modes_do_not_change_the_value(defense, photos):
     noise = noise_for(defense, 1)
     x = photos[:1].clone().requires_grad_()
-    full, bpda, bpda_mask = (defense(x, noise, mode).image for mode in ("full", "bpda", "bpda-mask"))
+    full, bpda, bpda_mask = (defense(x, noise, Backward(mode)).image for mode in ("full", "bpda", "bpda-mask"))
     assert torch.allclose(full, bpda, atol=1e-5)
     assert torch.allclose(full, bpda_mask, atol=1e-5)
     (g,) = torch.autograd.grad(bpda.sum(), x)
@@ -361,4 +361,5 @@ def test_nan_stops_with_the_name_of_the_image(defense, photos):
             hook.remove()
     x = torch.tensor([[1.0], [0.0]])
     with pytest.raises(InputError, match="in the attack's gradient of dog.jpg"), named_images(["cat.jpg", "dog.jpg"]):
-        value_and_gradient(lambda x, noise: x.sqrt(), x, None, lambda logits: logits.sum(dim=1))
+        task = Task(lambda x, noise: x.sqrt(), x, torch.zeros(2).long(), ["cat", "dog"], 0, lambda z: z.sum(dim=1))
+        list(samples(task, lambda k: (x, x, None), eot=2, batch=2))

@@ -13,7 +13,10 @@ from diffender.report import STAGES
 from diffender.weights import EMBEDDED
 from tests.conftest import ROOT
 
-SMALL = ["--images", "2", "--iters", "1", "--iters-undefended", "3", "--eot", "1", "--steps", "2", "--draws", "1"]
+SMALL = [
+    "--images", "2", "--iters", "1", "--iters-undefended", "3", "--steps", "2", "--draws", "1", "--verdicts", "1",
+    "--trust", "off",
+]  # fmt: skip
 
 
 def script(name, *args, cwd):
@@ -37,24 +40,30 @@ def test_tune_then_evaluate(tmp_path):
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
     assert len(records) == 2
-    assert results["rows"][0]["clean"]["right"] == 2  # the subset is correct by construction
-    strongest, transfer, adaptive = (results["rows"][i]["robust"]["right"] for i in (1, 2, 3))
-    assert strongest <= min(transfer, adaptive)
-    assert results["unet_evaluations"] == 2 * (5 * (2 + 2) + (2 * 2 + 2))  # 5 plain passes and one attack step each
+    clean, transfer, adaptive, strongest = results["rows"]
+    assert clean["undefended"]["right"] == 2  # the subset is correct by construction
+    assert strongest["single"]["right"] <= min(transfer["single"]["right"], adaptive["single"]["right"])
+    assert [(r["attack"], r["gradient"]) for r in (transfer, adaptive)] == [("advp", "transfer"), ("advp", "bpda-mask")]
+    # one pass to tell the cost, then 3 verdicts and 9 choices among patches of 2 + 2 evaluations, and one attack step
+    assert results["unet_evaluations"] == 2 * ((3 + 9) * (2 + 2) + (2 * 2 + 2))
     assert (folder / "table.md").read_text() in run.stdout
     assert Image.open(folder / "grid.png").size[0] > 500
     for record in records:
         for stage in STAGES:
             assert Image.open(folder / "images" / f"{record['file']}_{stage}.png").size == (224, 224)
+    for line in ("passes of the defence", "GiB", "left out against --preset paper", "peak memory"):
+        assert line in run.stdout
 
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
     (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])  # killed in the middle of a line
     again = script("evaluate.py", *args, "--batch-size", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "1 pictures to do, 1 done before" in again.stdout
+    assert "1 pictures done before" in again.stdout
     resumed = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     assert [r["id"] for r in resumed] == [r["id"] for r in records]
-    assert [r["defended_attacked"] for r in resumed] == [r["defended_attacked"] for r in records]
+    assert [attack["defended"] for r in resumed for attack in r["attacks"].values()] == [
+        attack["defended"] for r in records for attack in r["attacks"].values()
+    ]
     other = script("evaluate.py", *args, "--seed", "5", cwd=tmp_path)
     assert other.returncode == 2
     assert "other settings (seed" in other.stderr
@@ -64,7 +73,35 @@ def test_without_attack_and_with_the_empty_prompt(tmp_path):
     fast = ["--sampler", "ddim", "--guidance", "3", "--dtype", "bfloat16", "--micro-batch", "3"]
     run = script("evaluate.py", *SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "| DIFFender (empty prompts) |" in run.stdout
+    assert "empty prompts" in run.stdout
+    assert "| none |  | 100.0 % (2/2;" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_four_attacks_and_the_checks(tmp_path):
+    """Every attack of the paper, through every kind of gradient that it takes, and the quick checks."""
+    args = "--preset smoke --images 1 --attack all --grad bpda,full+loc --iters 1 --max-memory 6 --name all"
+    run = script("evaluate.py", *args.split(), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "runs" / "all" / "results.json").read_text())
+    made = {(r["attack"], r["gradient"]) for r in results["rows"]}
+    assert {("rhde", "queries"), ("gdpa", "full+loc"), ("lavan", "bpda"), ("advp", "transfer")} <= made
+    assert len(results["trust"]) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["universal", "gdpa"])
+def test_made_beforehand_then_used(tmp_path, kind):
+    made = tmp_path / "made.safetensors"
+    args = f"-m diffender.attacks.beforehand --kind {kind} --images 4 --updates 2 --width 2 --batch-size 2 --out {made}"
+    run = subprocess.run([sys.executable, *args.split()], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    use = {
+        "universal": ["--attack", "ready", "--patch-file"],
+        "gdpa": ["--gdpa-mode", "amortised", "--attack", "gdpa", "--generator"],
+    }
+    run = script("evaluate.py", *SMALL, *use[kind], str(made), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 def ablation(out, *args):
@@ -99,7 +136,12 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--attack", "pgd"], "invalid choice: 'pgd'"),
+        (["--attack", "advp,pgd"], "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
+        (["--grad", "exact"], "--grad exact is unknown; choose of transfer, bpda, bpda-mask"),
+        (["--attack", "ready"], "give --patch-file"),
+        (["--attack", "gdpa", "--gdpa-mode", "amortised"], "give --generator"),
+        (["--attack", "rhde", "--sticker", "dog"], "unknown sticker 'dog'; choose one of smiley"),
+        (["--max-memory", "0.6"], "--max-memory 0.6 GiB is too little"),
         (["--area", "1.5"], "--area is 1.5; allowed is from 0.0005 to 0.9"),
         (["--noise_ratio", "7"], "--noise-ratio is 7.0; allowed is from 0.02 to 1"),  # underscores are hyphens
         (["--eot", "0"], "--eot is 0; allowed is at least 1"),

@@ -1,6 +1,17 @@
-"""Patch attacks: frozen dataclasses of options, called on a victim."""
+"""Patch attacks: frozen dataclasses of options, called on a victim.
+
+`access` says what an attack may ask of its victim: gradient, queries, or none.
+"""
 
 from diffender.attacks.advp import AdvP
+from diffender.attacks.fixed import Crop, Grey, Ready, UniformNoise
+from diffender.attacks.gdpa import GDPA
 from diffender.attacks.lavan import LaVAN
+from diffender.attacks.rhde import RHDE
+from diffender.attacks.sparse_rs import SparseRS
 
-ATTACKS = {"advp": AdvP, "lavan": LaVAN}
+ATTACKS = {
+    "advp": AdvP, "lavan": LaVAN, "gdpa": GDPA, "rhde": RHDE, "sparse-rs": SparseRS, "ready": Ready,
+    "noise": UniformNoise, "grey": Grey, "crop": Crop,
+}  # fmt: skip
+PAPER = ("advp", "lavan", "gdpa", "rhde")  # the four of its tables

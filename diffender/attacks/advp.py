@@ -2,19 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffender.attacks.patch import (
     Attacked,
+    Task,
     Victim,
     apply_patch,
+    best_attempt,
+    judge,
+    judgements,
     margin,
     masks_for,
+    pick_rows,
+    rank,
+    samples,
     targeted_cross_entropy,
     to_8bit,
-    value_and_gradient,
 )
 from diffender.noise import Noise, generator
 
@@ -23,18 +30,23 @@ from diffender.noise import Noise, generator
 class AdvP:
     """Momentum-sign steps on the mean gradient over fresh noise; pixels projected to [0, 1].
 
-    At equal budget, the best patch by the mean loss of its own EOT samples competes with the last one on noise that
-    neither has seen, so that a lucky draw cannot win.
+    At equal budget, the best patch by its own EOT samples and the one that it started from compete with the last one
+    on noise that none has seen, so that a lucky draw cannot win. Restarts take other places and other first pixels.
     """
+
+    access: ClassVar[str] = "gradient"
 
     area: float = 0.05  # of the picture
     shape: str = "square"  # or circle, of the same area
-    location: str = "fixed"  # or eot: a new place for each EOT sample and for the verdict
+    location: str = "fixed"  # or corner; or eot: a new place for each EOT sample and for the verdict
     targeted: bool = False  # cross-entropy to a random class instead of the margin
     iters: int = 100
     eot: int = 10  # noise samples averaged in a step
+    eot_batch: int = 1  # of them side by side; changes no result
     lr: float = 0.05  # of the pixel range; halved after half and after three quarters of the steps
     momentum: float = 0.9
+    restarts: int = 1
+    fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
 
     def __call__(
         self,
@@ -46,48 +58,63 @@ class AdvP:
         init: Tensor | None = None,
         callback: Callable[[int], None] = lambda i: None,
     ) -> Attacked:
-        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3, S, S) starts from given patch pixels.
+        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init`, an earlier result's `state` (B, 3, S, S),
+        starts the first attempt from given patch pixels.
 
         Results depend on (seed, image id), not on the batch. `callback(i)` is called after each step.
         """
-        size = x.shape[-1]
-        loss = self.loss(y, image_ids, seed)
-        patch = init
-        if patch is None:
-            patch = torch.stack([torch.rand(3, size, size, generator=generator(seed, i, "init")) for i in image_ids])
-            patch = patch.to(x)
+        task = Task(victim, x, y, image_ids, seed, self.loss(y, image_ids, seed))
+        attempts = [self.attempt(task, r, init if r == 0 else None, callback) for r in range(self.restarts)]
+        return best_attempt(task, attempts, self.eot)
 
-        def draw(purpose: str, k: int) -> tuple[Noise | None, Tensor]:
-            """The k-th sample of what is random: the victim's noise and, if it moves, the place of the patch."""
-            key = "patch" if self.location == "fixed" else f"{purpose}/{k}"
-            mask = masks_for(image_ids, seed, key, size, self.area, self.shape).to(x)
-            return victim.sample_noise(image_ids, seed, purpose, k), mask
+    def attempt(self, task: Task, r: int, init: Tensor | None, callback: Callable[[int], None]) -> Attacked:
+        """The r-th run, from its own place and first pixels."""
+        x, size = task.x, task.x.shape[-1]
+        key = f" {r}" if r else ""
+        if init is None:
+            drawn = [torch.rand(3, size, size, generator=generator(task.seed, i, f"init{key}")) for i in task.image_ids]
+            patch = torch.stack(drawn).to(x)
+        else:
+            patch = init
 
-        def fresh_loss(patch: Tensor) -> Tensor:
-            samples = [draw("choice", k) for k in range(self.eot)]
-            values = [loss(victim(apply_patch(x, to_8bit(patch), mask), noise)) for noise, mask in samples]
-            return torch.stack(values).mean(dim=0)
+        def place(purpose: str, k: int) -> Tensor:
+            at = f"{purpose}{key}/{k}" if self.location == "eot" else f"patch{key}"
+            return masks_for(task.image_ids, task.seed, at, size, self.area, self.shape, self.location == "corner").to(
+                x
+            )
 
-        velocity = torch.zeros_like(patch)
-        best, best_loss = patch, torch.full((len(x),), torch.inf, device=x.device)
+        def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
+            purpose = f"attack {0 if self.fixed_noise else step}"
+            mask = place(purpose, k)
+            return apply_patch(x, patch, mask), mask, task.noise(purpose + key, k)
+
+        candidates = [] if init is None else [patch]
+        best, best_score = patch, torch.full((len(x),), -torch.inf, device=x.device)
+        velocity, trace = torch.zeros_like(patch), []
         for step in range(self.iters):
-            value, gradient = torch.zeros(len(x)).to(x), torch.zeros_like(x)
-            for k in range(self.eot):  # one after the other: memory does not grow with the number of samples
-                noise, mask = draw(f"attack {step}", k)
-                v, g = value_and_gradient(victim, apply_patch(x, patch, mask), noise, loss)
-                value, gradient = value + v / self.eot, gradient + g * mask / self.eot
-            best = torch.where((value < best_loss)[:, None, None, None], patch, best)
-            best_loss = torch.minimum(value, best_loss)
+            gradient, values, fooled = torch.zeros_like(x), [], []
+            for sample in samples(task, draw, self.eot, self.eot_batch):
+                gradient = gradient + sample.gradient * sample.mask / self.eot
+                values.append(sample.value)
+                fooled.append(sample.fooled)
+            score = rank(torch.stack(values), torch.stack(fooled))
+            best = pick_rows(score > best_score, patch, best)
+            best_score = torch.maximum(score, best_score)
+            trace.append(torch.stack(values).mean(dim=0))
             norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + gradient / norm
             lr = self.lr * 0.5 ** sum(step >= self.iters * share for share in (0.5, 0.75))
             patch = (patch - lr * velocity.sign()).clamp(0, 1)
             callback(step)
 
-        keep = fresh_loss(best) < fresh_loss(patch)
-        patch = to_8bit(torch.where(keep[:, None, None, None], best, patch))
-        _, mask = draw("verdict", 0)
-        return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch)
+        candidates = torch.stack([*candidates, best, patch])
+        images = [apply_patch(x, to_8bit(p), place("choice", 0)) for p in candidates]
+        chosen = torch.stack([judge(task, image, "choice" + key, self.eot) for image in images]).argmax(dim=0)
+        patch = to_8bit(candidates[chosen, torch.arange(len(x), device=x.device)])
+        mask = place("verdict", 0)
+        seen = self.eot * self.iters + judgements(task, self.eot) * len(candidates)
+        queries = torch.full((len(x),), seen, device=x.device)
+        return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch, queries, torch.stack(trace, dim=1))
 
     def loss(self, y: Tensor, image_ids: Sequence[str], seed: int) -> Callable[[Tensor], Tensor]:
         """What each picture's attacker lowers, from logits (B, K) to (B,)."""

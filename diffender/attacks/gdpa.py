@@ -1,0 +1,331 @@
+"""GDPA: pattern and place of the patch are optimised together (Li & Ji 2021), in three modes of one placement operator.
+
+direct     free pattern and place for each picture: the strongest
+generator  the authors' network, trained anew for each picture: a reparametrisation
+amortised  that network trained beforehand by `python -m diffender.attacks.beforehand`, one forward pass a picture
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+from diffender.attacks.patch import (
+    Attacked,
+    Task,
+    Victim,
+    apply_patch,
+    best_attempt,
+    judge,
+    judgements,
+    margin,
+    patch_side,
+    pick_rows,
+    rank,
+    samples,
+    to_8bit,
+)
+from diffender.errors import InputError
+from diffender.files import read_header
+from diffender.noise import Noise, generator
+
+MODES = ("direct", "generator", "amortised")
+GRID = 7  # the coarse search looks at GRID x GRID places
+
+
+def bound(size: int, side: int) -> float:
+    """The theta that brings the patch flush with the border; the authors' 0.8 pushes large ones outside."""
+    return (size - side) / (size - 1)
+
+
+def place(pattern: Tensor, theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pattern (B, 3, s, s) on an empty canvas (B, 3, S, S), and how much it covers there (B, 1, S, S).
+
+    theta (B, 2), (x, y) in units of half the picture less half a pixel: (0, 0) is the centre, positive values lead left
+    and up, as affine_grid has it. The pattern is interpolated once: its border is not darkened by its own mask.
+    """
+    b, _, side, _ = pattern.shape
+    before = (size - side) // 2
+    padding = (before, size - side - before) * 2
+    odd = 0.5 * ((size - side) % 2) * 2 / (size - 1)  # half a pixel, where the centre lies between two
+    canvas = F.pad(torch.cat([pattern, torch.ones_like(pattern[:, :1])], dim=1), padding)
+    eye = torch.eye(2).to(pattern).expand(b, 2, 2)
+    grid = F.affine_grid(torch.cat([eye, theta[:, :, None] - odd], dim=2), list(canvas.shape), align_corners=True)
+    warped = F.grid_sample(canvas, grid, align_corners=True)
+    return warped[:, :3], warped[:, 3:]
+
+
+def to_corner(theta: Tensor, size: int, side: int) -> Tensor:
+    """theta (B, 2) to the whole pixel nearest to it: (top, left), (B, 2)."""
+    shift = theta.flip(1) * (size - 1) / 2
+    return ((size - side) / 2 - shift).round().long().clamp(0, size - side)
+
+
+def to_theta(corner: Tensor, size: int, side: int) -> Tensor:
+    """The inverse of `to_corner`."""
+    return ((size - side) / 2 - corner.flip(1)) * 2 / (size - 1)
+
+
+class PatchGenerator(nn.Module):
+    """The authors' network: a picture (B, 3, S, S) to a pattern (B, 3, s, s) in [0, 1] and theta (B, 2) in the bound.
+
+    Instance instead of batch normalisation, since it sees one picture at a time; the pattern is squashed instead of
+    clamped, which would leave most pixels without gradient; beta follows the feature count, the learning rate and the
+    features' size, so that a step moves the patch as far as theirs (beta 3000 at 802,816 features and lr 5e-4).
+    """
+
+    def __init__(self, size: int, side: int, g: Generator, width: int = 64, blocks: int = 6, lr: float = 5e-4):
+        super().__init__()
+        self.size, self.side = size, side
+
+        def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, reflect: bool = True) -> nn.Sequential:
+            pad = nn.ReflectionPad2d(kernel // 2) if reflect else nn.ZeroPad2d(kernel // 2)
+            return nn.Sequential(pad, nn.Conv2d(c_in, c_out, kernel, stride), nn.InstanceNorm2d(c_out, affine=True))
+
+        w = width
+        self.stem = nn.Sequential(
+            conv(3, w, 7), nn.ReLU(), conv(w, 2 * w, 3, 2, False), nn.ReLU(), conv(2 * w, 4 * w, 3, 2, False), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(4 * w, 4 * w, 3), nn.ReLU(), conv(4 * w, 4 * w, 3)) for _ in range(blocks)
+        )
+        quarter = math.ceil(size / 4)
+        self.pattern = nn.Sequential(conv(4 * w, 3, 3, 2, False), nn.ReLU(), nn.Flatten())
+        self.to_pattern = nn.Linear(3 * math.ceil(quarter / 2) ** 2, 3 * side**2)
+        features = 4 * w * quarter**2
+        self.to_location = nn.Linear(features, 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.data.normal_(0, 0.02, generator=g)
+                module.bias.data.zero_()
+            elif isinstance(module, nn.InstanceNorm2d):
+                module.weight.data.normal_(1, 0.02, generator=g)
+        self.register_buffer("beta", torch.tensor(3000 * features / 802816 * lr / 5e-4))
+
+    def calibrate(self, x: Tensor) -> None:
+        """Scale beta by the mean feature of pictures x (B, 3, S, S); the authors' lies about 2."""
+        self.beta *= self.encode(x).detach().abs().mean() / 2
+
+    def encode(self, x: Tensor) -> Tensor:
+        f = self.stem(x)
+        for block in self.blocks:
+            f = f + block(f)
+        return f
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.encode(x)
+        location = self.to_location(f.flatten(1)) / self.beta
+        pattern = self.to_pattern(self.pattern(f)).tanh() / 2 + 0.5
+        return pattern.view(-1, 3, self.side, self.side), bound(self.size, self.side) * location.tanh()
+
+
+def load_generator(path: str, size: int, side: int) -> PatchGenerator:
+    """A trained network from its safetensors file. Raises InputError where it was made for other sizes."""
+    header = read_header(Path(path))
+    if (header.get("size"), header.get("side")) != (size, side):
+        raise InputError(
+            f"{path} makes patches of side {header.get('side')} for pictures of side {header.get('size')}; wanted are "
+            f"{side} and {size}: python -m diffender.attacks.beforehand --kind gdpa trains one"
+        )
+    net = PatchGenerator(size, side, Generator(), header["width"])
+    net.load_state_dict(load_file(path))
+    return net
+
+
+class Free(nn.Module):
+    """Pattern and place as free variables, squashed into their ranges: no pixel is ever without gradient."""
+
+    def __init__(self, pattern: Tensor, theta: Tensor, limit: float):
+        super().__init__()
+        self.limit = limit
+        self.w = nn.Parameter((2 * pattern - 1).clamp(-0.999, 0.999).atanh())
+        self.u = nn.Parameter((theta / max(limit, 1e-8)).clamp(-0.999, 0.999).atanh())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.w.tanh() / 2 + 0.5, self.limit * self.u.tanh()
+
+    def move(self, theta: Tensor) -> None:
+        self.u.data = (theta / max(self.limit, 1e-8)).clamp(-0.999, 0.999).atanh()
+
+
+class PerPicture(nn.Module):
+    """One network a picture of x (B, 3, S, S): a batch of pictures shares no weights."""
+
+    def __init__(self, nets: Sequence[PatchGenerator], x: Tensor):
+        super().__init__()
+        self.nets, self.x = nn.ModuleList(nets), x
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        patterns, thetas = zip(*(net(x[None]) for net, x in zip(self.nets, self.x, strict=True)), strict=True)
+        return torch.cat(patterns), torch.cat(thetas)
+
+
+@dataclass(frozen=True)
+class GDPA:
+    access: ClassVar[str] = "gradient"
+
+    mode: str = "direct"  # or generator, amortised
+    area: float = 0.05
+    loss: str = "margin"  # or ce, the authors'
+    iters: int = 100
+    eot: int = 10
+    eot_batch: int = 1
+    lr: float = 0.05  # of pattern and place in direct mode
+    lr_net: float = 5e-4  # of the generator
+    width: int = 64  # of the generator
+    restarts: int = 1  # of direct mode, from the next best places
+    weights: str | None = None  # the amortised generator's file
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"unknown GDPA mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.mode == "amortised" and self.weights is None:
+            raise InputError(
+                "GDPA's amortised mode needs a trained generator; give --generator a file of python -m "
+                "diffender.attacks.beforehand --kind gdpa"
+            )
+
+    def __call__(
+        self,
+        victim: Victim,
+        x: Tensor,
+        y: Tensor,
+        image_ids: Sequence[str],
+        seed: int,
+        init: Tensor | None = None,
+        callback: Callable[[int], None] = lambda i: None,
+    ) -> Attacked:
+        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3 s^2 + 2), an earlier result's `state`,
+        starts the first attempt of direct mode. Results depend on (seed, image id), not on the batch.
+        """
+        task = Task(victim, x, y, image_ids, seed, lambda z: margin(z, y) if self.loss == "margin" else -ce(z, y))
+        size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
+        if self.mode == "amortised":
+            net = load_generator(self.weights, size, side).to(x.device)
+            return self.finish(task, [join(*(t.detach() for t in net(x)))], 0, [], "")
+        if self.mode == "generator":
+            nets = [
+                PatchGenerator(size, side, generator(seed, i, "net"), self.width, lr=self.lr_net) for i in image_ids
+            ]
+            for b, net in enumerate(nets):
+                net.to(x.device).calibrate(x[b : b + 1])
+            return self.attempt(task, PerPicture(nets, x).to(x.device), [], "", callback)
+        starts, searched = ([] if init is None else [split(init, side)]), 0
+        if len(starts) < self.restarts:
+            noise = [torch.rand(3, side, side, generator=generator(seed, i, "init")) for i in image_ids]
+            corners, searched = self.search(task, torch.stack(noise).to(x)), 2 * GRID**2
+            starts += [
+                (torch.stack(noise).to(x), to_theta(c, size, side)) for c in corners[: self.restarts - len(starts)]
+            ]
+        attempts = []
+        for r, start in enumerate(starts):
+            first = [] if init is None or r else [init]
+            attempts.append(self.attempt(task, Free(*start, bound(size, side)), first, f" {r}" if r else "", callback))
+        best = best_attempt(task, attempts, self.eot)
+        return best._replace(queries=best.queries + searched)
+
+    def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
+        """Top left corners (B, 2), best first for each picture: GRID x GRID places, by the lower of the losses with a
+        grey patch and with `pattern` (ROA's exhaustive search, Wu et al. 2020)."""
+        size, side = task.x.shape[-1], pattern.shape[-1]
+        line = torch.linspace(0, size - side, GRID).round().long().tolist()
+        corners = [torch.tensor([[top, left]] * len(pattern)) for top in line for left in line]
+        noise, losses = task.noise("search"), []
+        for corner in corners:
+            worse = [paste(task.x, p, corner.to(pattern.device))[0] for p in (torch.full_like(pattern, 0.5), pattern)]
+            losses.append(torch.minimum(*(task.loss(task.victim(image, noise)).detach() for image in worse)))
+        order = torch.stack(losses).argsort(dim=0, stable=True)
+        table = torch.stack(corners).to(pattern.device)
+        return list(table[order, torch.arange(len(pattern), device=order.device)])
+
+    def attempt(
+        self, task: Task, free: nn.Module, candidates: list[Tensor], key: str, callback: Callable[[int], None]
+    ) -> Attacked:
+        """Adam on pattern and place; in direct mode also moves by forward passes, every ten steps."""
+        x, size = task.x, task.x.shape[-1]
+        direct = isinstance(free, Free)
+        lr, betas = (self.lr, (0.9, 0.999)) if direct else (self.lr_net, (0.5, 0.999))
+        optimizer = torch.optim.Adam(free.parameters(), lr, betas)
+
+        def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
+            return attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k)
+
+        best, best_score, trace = None, torch.full((len(x),), -torch.inf, device=x.device), []
+        for step in range(self.iters):
+            if direct and step % 10 == 0:
+                free.move(self.moved(task, *(t.detach() for t in free()), step, key))
+            pattern, theta = free()
+            canvas, covered = place(pattern, theta, size)
+            attacked = x * (1 - covered) + canvas
+            gradient, values, fooled = torch.zeros_like(x), [], []
+            for sample in samples(task, draw, self.eot, self.eot_batch):
+                gradient = gradient + sample.gradient / self.eot
+                values.append(sample.value)
+                fooled.append(sample.fooled)
+            score = rank(torch.stack(values), torch.stack(fooled))
+            state = join(pattern, theta).detach()
+            best = state if best is None else pick_rows(score > best_score, state, best)
+            best_score = torch.maximum(score, best_score)
+            trace.append(torch.stack(values).mean(dim=0))
+            optimizer.zero_grad()
+            attacked.backward(gradient)
+            optimizer.step()
+            callback(step)
+        last = join(*(t.detach() for t in free()))
+        return self.finish(task, [*candidates, *([] if best is None else [best]), last], self.iters, trace, key)
+
+    def moved(self, task: Task, pattern: Tensor, theta: Tensor, step: int, key: str) -> Tensor:
+        """theta (B, 2) after the best of staying and four moves, of 8 pixels in the first third of the steps, then 4,
+        then 2 (Rao et al. 2020); all on the same noise."""
+        size, side = task.x.shape[-1], pattern.shape[-1]
+        stride = (8, 4, 2)[min(2, 3 * step // self.iters)]
+        corner, noise = to_corner(theta, size, side), task.noise(f"move {step}{key}")
+        choices, losses = [], []
+        for move in ((0, 0), (stride, 0), (-stride, 0), (0, stride), (0, -stride)):
+            choice = (corner + torch.tensor(move, device=corner.device)).clamp(0, size - side)
+            losses.append(task.loss(task.victim(paste(task.x, pattern, choice)[0], noise)).detach())
+            choices.append(choice)
+        chosen = torch.stack(losses).argmin(dim=0)
+        best = torch.stack(choices)[chosen, torch.arange(len(chosen), device=chosen.device)]
+        return pick_rows(chosen == 0, theta, to_theta(best, size, side))
+
+    def finish(self, task: Task, states: list[Tensor], steps: int, trace: list[Tensor], key: str) -> Attacked:
+        """The best state of each picture on fresh noise, at whole pixels and in 8 bits."""
+        x, side = task.x, patch_side(task.x.shape[-1], self.area)
+        pasted = [paste(x, to_8bit(p), to_corner(t, x.shape[-1], side)) for p, t in (split(s, side) for s in states)]
+        scores = [judge(task, image, "choice" + key, self.eot) for image, _ in pasted]
+        chosen, rows = torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device)
+        image, mask, state = (torch.stack(list(t))[chosen, rows] for t in (*zip(*pasted, strict=True), states))
+        moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
+        seen = self.eot * steps + judgements(task, self.eot) * len(states) + moves
+        queries = torch.full((len(x),), seen, device=x.device)
+        losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
+        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, losses)
+
+
+def ce(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): pictures like x and masks (B, 1, S, S)."""
+    image, mask, side = x.clone(), torch.zeros_like(x[:, :1]), pattern.shape[-1]
+    for b, (top, left) in enumerate(corner.tolist()):
+        image[b, :, top : top + side, left : left + side] = pattern[b]
+        mask[b, :, top : top + side, left : left + side] = 1
+    return image, mask
+
+
+def join(pattern: Tensor, theta: Tensor) -> Tensor:
+    """Pattern (B, 3, s, s) and theta (B, 2) as one row a picture."""
+    return torch.cat([pattern.flatten(1), theta], dim=1)
+
+
+def split(state: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    return state[:, :-2].view(-1, 3, side, side), state[:, -2:]

@@ -1,0 +1,221 @@
+"""RHDE: a fixed sticker, its place, angle and opacity searched by differential evolution (Wei, Guo and Yu 2022).
+
+Black-box: it sees class probabilities alone, and counts every query. On a randomised defence all candidates of a
+generation share their noise, each generation has new noise, and the elite is judged again in each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from diffender.attacks.patch import Attacked, Task, Victim, margin, stack_noise, to_8bit
+from diffender.attacks.stickers import NAMES, render, side_for
+from diffender.errors import InputError
+from diffender.noise import generator
+
+GAP, BETA = 0.15, 20.0  # when to lock on to the runner-up class, and how hard to press then
+FRESH = 10  # draws that must all be fooled before the search may stop
+
+
+class Crowd(NamedTuple):
+    """Candidates: what they are and what the victim made of them."""
+
+    genes: Tensor  # (N, 4) in [0, 1]: top, left, angle, opacity
+    sticker: Tensor  # (N,): index into NAMES
+    probs: Tensor  # (N, classes)
+
+    def take(self, rows: Tensor) -> "Crowd":
+        return Crowd(*(t[rows] for t in self))
+
+
+def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
+    """What the search lowers, (N,) from probabilities (N, classes): the gap to the runner-up, and once that is
+    `locked`, the gap to it with a term relative to the true class."""
+    true = probs[:, y]
+    if locked is None:
+        others = probs.clone()
+        others[:, y] = -1
+        return true - others.amax(dim=1)
+    gap = true - probs[:, locked]
+    return BETA * gap / true.clamp_min(1e-6) + gap
+
+
+@dataclass(frozen=True)
+class RHDE:
+    access: ClassVar[str] = "queries"
+
+    area: float = 0.05  # that the sticker covers, by its opacity
+    sticker: str | None = None  # of stickers.NAMES; none: the best three of all after five queries each
+    opacity: tuple[float, float] = (0.8, 0.98)
+    population: int = 30
+    iters: int = 33  # generations
+    queries: int = 2400  # at most
+    elite: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.sticker is not None and self.sticker not in NAMES:
+            raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}")
+
+    def __call__(
+        self,
+        victim: Victim,
+        x: Tensor,
+        y: Tensor,
+        image_ids: Sequence[str],
+        seed: int,
+        init: Tensor | None = None,
+        callback: Callable[[int], None] = lambda i: None,
+    ) -> Attacked:
+        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, N, 5), an earlier result's `state`, replaces
+        the first population. One picture after the other; each depends on (seed, image id) alone.
+        """
+        results = []
+        for b, image_id in enumerate(image_ids):
+            rows = slice(b, b + 1)
+            task = Task(victim, x[rows], y[rows], [image_id], seed, lambda logits, b=b: margin(logits, y[b : b + 1]))
+            results.append(Search(self, task).run(None if init is None else init[b], callback))
+        return Attacked(*map(torch.cat, zip(*results, strict=True)))
+
+
+class Search:
+    """The search on one picture."""
+
+    def __init__(self, cfg: RHDE, task: Task):
+        self.cfg, self.task, self.y = cfg, task, int(task.y)
+        self.g: Generator = generator(task.seed, task.image_ids[0], "rhde")
+        self.seen, self.locked, self.visited = 0, None, set()
+
+    def paste(self, genes: Tensor, sticker: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates as 8-bit pictures (N, 3, S, S) and where they differ from the picture, (N, 1, S, S)."""
+        x, size = self.task.x, self.task.x.shape[-1]
+        images, masks = x.repeat(len(genes), 1, 1, 1), x.new_zeros(len(genes), 1, size, size)
+        low, high = self.cfg.opacity
+        for n, (gene, index) in enumerate(zip(genes, sticker.tolist(), strict=True)):
+            side = side_for(NAMES[index], size, self.cfg.area)
+            top, left = (round(v * (size - side)) for v in gene[:2].tolist())
+            decal = render(NAMES[index], 360 * gene[2:3], side)[0].to(x) * (low + (high - low) * gene[3]).to(x)
+            at = (n, slice(None), slice(top, top + side), slice(left, left + side))
+            images[at] = images[at] * (1 - decal[3:]) + decal[:3]
+            masks[at] = (decal[3:] > 0).to(x.dtype)
+        return to_8bit(images), masks
+
+    def ask(self, genes: Tensor, sticker: Tensor, purpose: str) -> Crowd:
+        """Query the victim, all candidates on the same noise; none beyond the budget."""
+        left = self.cfg.queries - self.seen
+        genes, sticker = genes[:left], sticker[:left]
+        if not len(genes):
+            return Crowd(genes, sticker, torch.empty(0, 0))
+        noise = stack_noise([self.task.noise(purpose)] * len(genes))
+        logits = self.task.victim(self.paste(genes, sticker)[0], noise).detach()
+        self.seen += len(genes)
+        return Crowd(genes, sticker, logits.softmax(dim=1).cpu())
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.g)
+
+    def first(self, init: Tensor | None) -> Crowd:
+        """The first population: an earlier search's, or a Latin hypercube over the best stickers."""
+        n = self.cfg.population
+        if init is not None:
+            return self.ask(init[:n, :4], init[:n, 4].long(), "attack 0")
+        if self.cfg.sticker is not None:
+            best = torch.tensor([NAMES.index(self.cfg.sticker)])
+        else:
+            kinds = torch.arange(len(NAMES)).repeat_interleave(5)
+            tried = self.ask(self.uniform(len(kinds), 4), kinds, "screening")
+            scores = energy(tried.probs, self.y, None)
+            best = torch.stack([scores[tried.sticker == k].amin() for k in range(len(NAMES))]).argsort()[:3]
+        cells = torch.stack([torch.randperm(n, generator=self.g) for _ in range(4)], dim=1)
+        genes = (cells + self.uniform(n, 4)) / n
+        return self.ask(genes, best[torch.arange(n) % len(best)], "attack 0")
+
+    def run(self, init: Tensor | None, callback: Callable[[int], None]) -> Attacked:
+        crowd, trace, done = self.first(init), [], False
+        for step in range(1, self.cfg.iters + 1):
+            crowd = crowd.take(self.energies(crowd).argsort(stable=True))
+            trace.append(self.energies(crowd)[0])
+            if self.locked is None and trace[-1] <= GAP:
+                others = crowd.probs[0].clone()
+                others[self.y] = -1
+                self.locked = int(others.argmax())  # energies follow: they are computed from the probabilities
+            callback(step - 1)
+            if done or self.seen >= self.cfg.queries:
+                done = True
+                continue
+            crowd = self.generation(crowd, f"attack {step}")
+            done = self.certain(crowd, step)
+        crowd = crowd.take(self.energies(crowd).argsort(stable=True))
+        image, mask = self.paste(crowd.genes[:1], crowd.sticker[:1])
+        state = torch.cat([crowd.genes, crowd.sticker[:, None].float()], dim=1)
+        return Attacked(image, mask, state[None], torch.tensor([self.seen]), torch.stack(trace)[None])
+
+    def energies(self, crowd: Crowd) -> Tensor:
+        return energy(crowd.probs, self.y, self.locked)
+
+    def certain(self, crowd: Crowd, step: int) -> bool:
+        """Whether the best candidate fools the victim on FRESH new draws; asked only of one that fools it now."""
+        best = crowd.take(self.energies(crowd).argmin()[None])
+        if best.probs.argmax() == self.y or self.cfg.queries - self.seen < FRESH:
+            return False
+        if self.task.noise("certain") is None:
+            return True
+        return all(
+            self.ask(best.genes, best.sticker, f"certain {step} {k}").probs.argmax() != self.y for k in range(FRESH)
+        )
+
+    def generation(self, crowd: Crowd, purpose: str) -> Crowd:
+        """One generation, `crowd` sorted best first: neighbours of the elite, best1bin for the others."""
+        n = len(crowd.genes)
+        n_elite = max(1, round(self.cfg.elite * n))
+        elite = self.ask(crowd.genes[:n_elite], crowd.sticker[:n_elite], purpose)  # no lucky draw survives
+        crowd = Crowd(crowd.genes, crowd.sticker, torch.cat([elite.probs, crowd.probs[len(elite.probs) :]]))
+        near = torch.cat([self.neighbours(gene, int(s)) for gene, s in zip(elite.genes, elite.sticker, strict=True)])
+        asked = self.ask(near, elite.sticker.repeat_interleave(8), purpose)
+        owner = torch.arange(len(asked.genes)) // 8
+        trials = [asked.take((owner == e).nonzero()[:, 0]) for e in range(n_elite)]
+        trials = [t.take(self.energies(t).argmin()[None]) for t in trials if len(t.genes)]
+        parents = list(range(len(trials)))
+        mates = (
+            torch.stack([torch.randperm(n, generator=self.g)[:2] for _ in range(n_elite, n)]) if n > n_elite else None
+        )
+        if mates is not None:
+            factor = 0.5 + 0.5 * self.uniform(1)
+            genes = crowd.genes[0] + factor * (crowd.genes[mates[:, 0]] - crowd.genes[mates[:, 1]])
+            genes = torch.where((genes < 0) | (genes > 1), self.uniform(*genes.shape), genes)
+            sticker = torch.where(self.uniform(len(genes)) < 0.5, crowd.sticker[0], crowd.sticker[n_elite:])
+            bred = self.ask(genes, sticker, purpose)
+            trials += [bred.take(torch.tensor([i])) for i in range(len(bred.genes))]
+            parents += list(range(n_elite, n_elite + len(bred.genes)))
+        fields = [list(t.unbind()) for t in crowd]
+        for parent, trial in zip(parents, trials, strict=True):
+            if self.energies(trial)[0] < self.energies(crowd.take(torch.tensor([parent])))[0]:
+                for field, value in zip(fields, trial, strict=True):
+                    field[parent] = value[0]
+        return Crowd(*map(torch.stack, fields))
+
+    def neighbours(self, gene: Tensor, sticker: int) -> Tensor:
+        """The eight places a pixel away, (8, 4). Where the search has been before, a coin decides: farther out, or
+        a new opacity; so it neither stands still nor asks twice."""
+        free = self.task.x.shape[-1] - side_for(NAMES[sticker], self.task.x.shape[-1], self.cfg.area)
+        top, left = (round(v * free) for v in gene[:2].tolist())
+        found = []
+        for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
+            opacity, distance = gene[3], 1
+            outwards = self.uniform(1).item() < 0.5
+
+            def spot(distance: int, dy: int = dy, dx: int = dx) -> tuple[int, int, int]:
+                return sticker, min(max(top + dy * distance, 0), free), min(max(left + dx * distance, 0), free)
+
+            if spot(distance) in self.visited and not outwards:
+                opacity = self.uniform(1)[0]
+            while outwards and spot(distance) in self.visited and distance < free:
+                distance += 1
+            self.visited.add(spot(distance))
+            _, y, x = spot(distance)
+            found.append(
+                torch.stack([torch.tensor(y / max(free, 1)), torch.tensor(x / max(free, 1)), gene[2], opacity])
+            )
+        return torch.stack(found)

@@ -1,0 +1,107 @@
+"""Sparse-RS patches: random search over pixels and place by margins alone (Croce et al. 2022).
+
+The gradient-free check of this threat model: where it beats white-box attacks, gradients are masked.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffender.attacks.gdpa import paste
+from diffender.attacks.patch import Attacked, Victim, margin, patch_side, pick_rows, to_8bit
+from diffender.noise import generator
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+
+
+@dataclass(frozen=True)
+class SparseRS:
+    """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube.
+
+    Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step.
+    """
+
+    access: ClassVar[str] = "queries"
+
+    area: float = 0.05
+    queries: int = 1000
+    p_init: float = 0.4  # share of the patch that is repainted at first
+
+    def __call__(
+        self,
+        victim: Victim,
+        x: Tensor,
+        y: Tensor,
+        image_ids: Sequence[str],
+        seed: int,
+        init: Tensor | None = None,
+        callback: Callable[[int], None] = lambda i: None,
+    ) -> Attacked:
+        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3 s^2 + 2), an earlier result's `state`."""
+        size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
+        draws = [generator(seed, i, "sparse-rs") for i in image_ids]
+        if init is None:
+            pattern = torch.stack([squares(side, g) for g in draws])
+            corner = torch.stack([torch.randint(0, size - side + 1, (2,), generator=g) for g in draws])
+        else:
+            pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
+        random = victim.sample_noise(image_ids, seed, "attack 0") is not None
+        steps = (self.queries - (not random)) // (2 if random else 1)
+
+        def loss(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
+            image, _ = paste(x, to_8bit(pattern).to(x), corner)
+            return margin(victim(image, victim.sample_noise(image_ids, seed, f"attack {step}")), y).detach().cpu()
+
+        value, trace = None if random else loss(pattern, corner, 0), []
+        for step in range(steps):
+            if random:
+                value = loss(pattern, corner, step)
+            proposals = [
+                self.propose(p, c, size, step / steps, step, g) for p, c, g in zip(pattern, corner, draws, strict=True)
+            ]
+            new_pattern, new_corner = map(torch.stack, zip(*proposals, strict=True))
+            new_value = loss(new_pattern, new_corner, step)
+            better = new_value < value
+            pattern, corner = pick_rows(better, new_pattern, pattern), pick_rows(better, new_corner, corner)
+            value = torch.where(better, new_value, value)
+            trace.append(value)
+            callback(step)
+        image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
+        state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
+        queries = torch.full((len(x),), 2 * steps if random else steps + 1)
+        return Attacked(image, mask, state, queries, torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0))
+
+    def propose(
+        self, pattern: Tensor, corner: Tensor, size: int, progress: float, step: int, g: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The next pattern (3, s, s) and corner (2,) to try."""
+        side = pattern.shape[-1]
+        if step % 4 == 3:
+            reach = max(1, round(0.75 * size * (1 - progress)))
+            shift = torch.randint(-reach, reach + 1, (2,), generator=g)
+            return pattern, (corner + shift).clamp(0, size - side)
+        p = self.p_init / 2 ** sum(progress * 10_000 > at for at in HALVINGS)
+        square = max(1, min(side, round(p**0.5 * side)))
+        top, left = torch.randint(0, side - square + 1, (2,), generator=g).tolist()
+        pattern = pattern.clone()
+        inside = pattern[:, top : top + square, left : left + square]
+        if progress < 0.5:
+            inside.copy_(torch.randint(0, 2, (3, 1, 1), generator=g).expand_as(inside))
+        else:
+            channel = int(torch.randint(0, 3, (), generator=g))
+            inside[channel] = 1 - inside[channel].round()
+        return pattern, corner
+
+
+def squares(side: int, g: torch.Generator, count: int = 100) -> Tensor:
+    """A pattern (3, s, s) of squares in corner colours, each pasted over the earlier ones."""
+    pattern = torch.zeros(3, side, side)
+    for _ in range(count):
+        edge = int(torch.randint(1, max(2, round(0.4**0.5 * side)), (), generator=g))
+        top, left = torch.randint(0, side - edge + 1, (2,), generator=g).tolist()
+        colour = torch.randint(0, 2, (3, 1, 1), generator=g).float()
+        pattern[:, top : top + edge, left : left + edge] = colour
+    return pattern

@@ -1,0 +1,450 @@
+"""Adaptive attacks: gradient modes, expectation over noise, verdicts, the trust report, other people's attacks."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from diffender import trust
+from diffender.attacks import ATTACKS
+from diffender.attacks.patch import Task, apply_patch, margin, masks_for, samples, to_8bit
+from diffender.data import Batch
+from diffender.errors import InputError
+from diffender.evaluation import Plan, evaluate_batch, purifications, summarize, thin, verdict
+from diffender.losses import decoy, evasion
+from diffender.memory import fit_micro_batch, footprint, peak_bytes
+from diffender.metrics import mcnemar
+from diffender.noise import generator
+from diffender.ops import binarize, gaussian_blur, straight_through
+from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, Undefended, WithFreshNoise
+from diffender.prompts import contexts_for
+from diffender.report import load_png, markdown, trust_table
+
+FAST = DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
+
+
+@pytest.fixture(scope="module")
+def target(model, classifier):
+    with torch.no_grad():
+        return Defended(DIFFender(model, contexts_for("tuned", model), FAST), classifier)
+
+
+@pytest.fixture(scope="module")
+def attacked(classifier, photos):
+    """Two photographs with patches that the bare classifier misreads."""
+    x = photos[:2]
+    y = classifier(x).argmax(dim=1)
+    return y, ATTACKS["advp"](iters=20, eot=1)(Undefended(classifier), x, y, ["a", "b"], 0)
+
+
+# A detector of bright pixels before a linear classifier: what each gradient mode can see, in closed form.
+
+
+class Toy(torch.nn.Module):
+    """Score by blurred brightness, z-threshold, fill with grey; noise moves the scores a little."""
+
+    def __init__(self, mode, sigma=0.01):
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.register_buffer("w", torch.randn(4, 3 * 32 * 32, generator=g) / 32)
+        self.mode, self.sigma = mode, sigma
+
+    def sample_noise(self, image_ids, seed, purpose, k=0):
+        return torch.stack([torch.randn(1, 32, 32, generator=generator(seed, i, purpose, k)) for i in image_ids])
+
+    def z_score(self, x, noise):
+        score = gaussian_blur((x - 0.5).square().mean(dim=1, keepdim=True), 5, 1.5) + self.sigma * noise
+        std, mean = torch.std_mean(score, dim=(2, 3), keepdim=True)
+        return (score - mean) / std
+
+    def purify(self, x, noise):
+        mask = F.max_pool2d(binarize(self.z_score(x, noise), 2.0), 3, 1, 1)
+        return x * (1 - mask) + 0.5 * mask
+
+    def forward(self, x, noise):
+        if self.mode == "bpda":
+            return straight_through(self.purify(x.detach(), noise), x).flatten(1) @ self.w.mT
+        return self.purify(x, noise).flatten(1) @ self.w.mT
+
+
+def test_gradient_through_the_mask_beats_bpda_which_is_no_better_than_transfer():
+    """attacks.md 6.1: where the mask covers the patch, only its own gradient tells how to get out of it."""
+    ids = [f"p{i}" for i in range(24)]
+    smooth = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = to_8bit(F.interpolate(smooth, 32, mode="bilinear"))
+
+    class Bare(Toy):
+        def forward(self, x, noise):
+            return x.flatten(1) @ self.w.mT
+
+    bare = Bare("none")
+    y = bare(x, None).argmax(dim=1)
+    attack = ATTACKS["advp"](area=0.05, iters=60, eot=2)
+    base = attack(bare, x, y, ids, 0)
+    assert (bare(base.image, None).argmax(dim=1) != y).float().mean() >= 0.9
+
+    def accuracy(image):
+        toy = Toy("ste")
+        right = [toy(image, toy.sample_noise(ids, 0, "judge", k)).argmax(dim=1).eq(y).float().mean() for k in range(5)]
+        return torch.stack(right).mean().item()
+
+    transfer = accuracy(base.image)
+    bpda, ste = (accuracy(attack(Toy(mode), x, y, ids, 0, init=base.state).image) for mode in ("bpda", "ste"))
+    assert min(bpda, transfer) > 0.8
+    assert ste < 0.4
+    assert abs(bpda - transfer) < 0.1
+
+
+# Expectation over noise
+
+
+def test_eot_is_the_mean_of_its_samples_side_by_side_or_not():
+    """In float64, where rounding does not hide a mistake."""
+    toy, ids = Toy("ste").double(), ["a", "b"]
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.tensor([0, 3])
+    task = Task(toy, x, y, ids, 0, lambda z: margin(z, y))
+    mask = torch.ones(2, 1, 32, 32).double()
+    one = [next(samples(task, lambda _, k=k: (x, mask, task.noise("eot", k)), 1)) for k in range(5)]
+    for batch in (1, 2, 5, 9):
+        found = list(samples(task, lambda k: (x, mask, task.noise("eot", k)), 5, batch))
+        assert len(found) == 5
+        for a, b in zip(found, one, strict=True):
+            assert all(torch.allclose(s, t, atol=1e-12) for s, t in zip(a, b, strict=True))
+    leaf = x.clone().requires_grad_()
+    total = sum(margin(toy(leaf, task.noise("eot", k)), y).sum() for k in range(5)) / 5
+    mean = sum(s.gradient for s in one) / 5
+    assert torch.allclose(torch.autograd.grad(total, leaf)[0], mean, atol=1e-6)
+    assert not torch.allclose(one[0].gradient, one[1].gradient)  # the noise is used
+
+
+def test_eot_of_the_real_defence(target, attacked):
+    y, out = (t[:1] for t in (attacked[0], attacked[1].image))
+    task = Task(target, out, y, ["a"], 0, lambda z: margin(z, y))
+    found = list(samples(task, lambda k: (out, out[:, :1], task.noise("eot", k)), 2))
+    x = out.clone().requires_grad_()
+    total = sum(margin(target(x, task.noise("eot", k)), y).sum() for k in range(2)) / 2
+    mean = sum(s.gradient for s in found) / 2
+    assert (torch.autograd.grad(total, x)[0] - mean).norm() / mean.norm() < 1e-6
+    assert not torch.equal(found[0].gradient, found[1].gradient)
+
+
+def test_eot_batch_and_batch_size_change_no_attack():
+    ids = ["a", "b", "c"]
+    x = to_8bit(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))).double()
+    toy, y = Toy("ste").double(), torch.tensor([0, 3, 1])
+    for name in ("advp", "gdpa"):
+        plain, batched = (ATTACKS[name](iters=6, eot=4, eot_batch=n)(toy, x, y, ids, 0) for n in (1, 3))
+        alone = ATTACKS[name](iters=6, eot=4)(toy, x[1:2], y[1:2], ids[1:2], 0)
+        assert torch.equal(plain.image, batched.image)
+        assert torch.equal(plain.image[1:2], alone.image)
+
+
+# Gradient modes of the real defence
+
+
+def test_modes_differ_in_gradient_alone(target, attacked):
+    _, out = attacked
+    noise = target.sample_noise(["a", "b"], 0, "modes")
+    inside = out.mask.expand_as(out.image) == 1
+    values, gradients = {}, {}
+    for mode in ("bpda", "bpda-mask", "surrogate", "full", "full+loc"):
+        x = out.image.clone().requires_grad_()
+        victim = Defended(target.defense, target.classifier, Backward(mode, surrogate_steps=1))
+        logits, penalty = victim.with_penalty(x, noise, out.mask)
+        values[mode] = logits.detach()
+        weights = torch.linspace(-1, 1, logits.shape[1])
+        (gradients[mode],) = torch.autograd.grad((logits * weights).sum() + penalty.sum(), x)
+        assert gradients[mode].isfinite().all()
+        assert (gradients[mode][inside] != 0).float().mean() > 0.99
+        assert (penalty > 0).all() == (mode == "full+loc")
+    for mode, logits in values.items():
+        assert torch.allclose(logits, values["full"], atol=1e-3), mode
+    names = list(gradients)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not torch.allclose(gradients[a], gradients[b], rtol=1e-3), (a, b)
+
+
+def test_straight_through_estimators(target, attacked):
+    """Forward strictly binary; backward identity, sigmoid, or nothing, which cuts the covered patch off."""
+    z = torch.tensor([-1.0, 2.4, 2.6, 7.0], requires_grad=True)
+    for ste, slope in (("identity", [1, 1, 1, 1]), ("sigmoid", None)):
+        mask = binarize(z, 2.5, ste, 2.0)
+        assert mask.tolist() == [0, 0, 1, 1]
+        (g,) = torch.autograd.grad(mask.sum(), z)
+        s = torch.sigmoid(2.0 * (z - 2.5))
+        assert torch.allclose(g, torch.tensor(slope).float() if slope else 2.0 * s * (1 - s))
+    assert not binarize(z, 2.5, "none").requires_grad
+    assert torch.equal(binarize(z, 2.5, "soft", 2.0), torch.sigmoid(2.0 * (z - 2.5)))
+
+    _, out = attacked
+    noise = target.sample_noise(["a", "b"], 0, "ste")
+    norms = {}
+    for ste in ("identity", "sigmoid", "none"):
+        x = out.image.clone().requires_grad_()
+        found = target.defense(x, noise, Backward(ste=ste, ste_k=1.0))
+        assert set(found.mask.unique().tolist()) <= {0.0, 1.0}
+        (g,) = torch.autograd.grad(found.image.square().sum(), x)
+        covered = (found.mask * out.mask).expand_as(g) == 1
+        assert covered.float().mean() > 0.01
+        norms[ste] = g[covered].norm()
+    assert norms["identity"] > 0
+    assert norms["sigmoid"] > 0
+    assert norms["none"] < 1e-3 * norms["identity"]
+    with pytest.raises(InputError, match="unknown ste 'tanh'; choose one of identity"):
+        Backward(ste="tanh")
+    with pytest.raises(InputError, match="unknown gradient 'exact'; choose one of bpda"):
+        Backward("exact")
+
+
+def test_localisation_losses_by_hand():
+    z = torch.zeros(1, 1, 4, 4)
+    z[..., :2, :2] = 3.0
+    patch = torch.zeros(1, 1, 8, 8)
+    patch[..., :4, :4] = 1
+    assert evasion(z, patch, 2.0).item() == pytest.approx(F.softplus(torch.tensor(1.0)).item())
+    assert evasion(z, 1 - patch, 2.0).item() == pytest.approx(F.softplus(torch.tensor(-2.0)).item())
+    flat, peaked = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    peaked[..., 0, 0] = 20
+    assert decoy(peaked) < decoy(flat) == 0
+    assert torch.allclose(decoy(peaked), decoy(3 * peaked))  # no reward for scale
+
+
+def test_hiding_loss_hides(target, attacked):
+    """With most of the weight on hiding, a few steps lower it."""
+    y, out = attacked
+    victim = Defended(target.defense, target.classifier, Backward("full+loc", evasion=100.0))
+    made = ATTACKS["advp"](iters=5, eot=1)(victim, out.image[:1], y[:1], ["a"], 0, init=out.state[:1])
+    assert made.trace[0, -1] < made.trace[0, 0]
+
+
+# Verdicts
+
+
+def test_verdicts_by_hand():
+    assert verdict([1, 1, 0, 1, 1, 0, 0, 0, 0, 1], 1) == (1.0, 0.5, 0.0, 0.0)  # of the first nine, four are right
+    assert verdict([1] * 10, 1) == (1.0, 1.0, 1.0, 1.0)
+    assert verdict([2, 1, 1], 1) == (0.0, pytest.approx(2 / 3), 0.0, 1.0)
+    assert verdict([1, 2], 1) == (1.0, 0.5, 0.0, 1.0)  # one vote: an even number has no majority
+    assert thin(list(range(100)))[:1] + thin(list(range(100)))[-1:] == [0, 99]
+
+
+def test_mcnemar_known_values():
+    assert mcnemar([(1, 0)] * 5 + [(1, 1)] * 20) == pytest.approx(2 / 32)
+    assert mcnemar([(1, 0)] * 3 + [(0, 1)] * 3) == 1
+    assert mcnemar([(1, 0)] * 10 + [(0, 1)] * 1) == pytest.approx(2 * 12 / 2**11)
+    assert mcnemar([]) == 1
+
+
+def fake_record(name, label, clean, **attacks):
+    found = {
+        variant.replace("__", "/").replace("_", "-"): {
+            "undefended": 0, "defended": seen, "area": 0.05, "queries": 3, "loss": [], "seconds": 1.0,
+            "masks": {"recall": 1.0, "precision": 1.0, "iou": 1.0, "auc": 1.0},
+        }
+        for variant, seen in attacks.items()
+    }  # fmt: skip
+    return {
+        "id": name,
+        "file": name,
+        "label": label,
+        "undefended": label,
+        "defended": clean,
+        "masked": 0.0,
+        "attacks": found,
+    }
+
+
+def test_the_headline_takes_the_strongest_patch_picture_by_picture():
+    records = [
+        fake_record("a", 1, [1, 1, 1], advp__transfer=[1, 1, 1], advp__full=[0, 0, 1]),
+        fake_record("b", 1, [1, 1, 0], advp__transfer=[0, 1, 0], advp__full=[1, 1, 1]),
+        fake_record("c", 1, [1, 1, 1], advp__transfer=[1, 1, 1]),  # the costly variant was not made for it
+    ]
+    rows = {(r["attack"], r["gradient"]): r for r in summarize(records)["rows"]}
+    assert rows["advp", "full"]["single"]["n"] == 2
+    assert rows["advp", "full"]["mcnemar"] == 1
+    clean, strongest = rows["none", ""], rows["strongest on each picture", ""]
+    assert strongest["single"]["right"] == 1
+    assert strongest["average"]["accuracy"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
+    for row in rows.values():
+        assert row["worst"]["accuracy"] <= row["average"]["accuracy"]
+        assert row["worst"]["accuracy"] <= row["single"]["accuracy"]
+    assert clean["worst"]["right"] == 2  # clean pictures are submitted again, too
+    assert clean["majority"]["right"] == 3
+
+
+def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
+    """Records, files and verdicts belong together: the saved picture under the recorded noise gives the record."""
+    ids = ["n01/a", "b"]
+    x, classifier = photos[:2], target.classifier
+    y = classifier(x).argmax(dim=1)
+    plan = Plan("advp", ATTACKS["advp"](iters=10, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
+    steps = []
+    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 3, steps.append)
+    assert steps == [2] * 10
+    for kind in ("transfer", "full"):
+        files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
+        image = torch.stack([load_png(f) for f in files])
+        mask = torch.stack([load_png(f.with_name(f"{f.stem}_mask.png"))[:1] for f in files])
+        assert torch.equal(
+            (image * (1 - mask)), to_8bit(x) * (1 - mask)
+        )  # outside the patch: the clean picture, exactly
+        _, seen = purifications(target, image, ids, 0, 3)
+        assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
+    assert json.loads(json.dumps(records)) == records
+    results = summarize(records) | {
+        "verdicts": 3, "votes": 3, "command": "c", "setting": "s", "seed": 0, "seconds": 1.0, "unet_evaluations": 1,
+        "machine": "m", "date": "d",
+    }  # fmt: skip
+    assert "| advp | full |" in markdown(results)
+
+    monkeypatch.setattr(trust, "DRAWS", 1)
+    batch = Batch(ids[:1], x[:1], y[:1], [""])
+    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, results)}
+    assert checks["the defence is random"]["passed"]
+    assert checks["patch gradient exactly zero"]["passed"]
+    assert checks["exact gradient against finite differences, soft mask"]["passed"]
+    assert len(trust_table(list(checks.values())).splitlines()) == 2 + len(checks)
+
+
+def test_a_check_can_fail(target, photos):
+    """A deterministic defence, an attack that does nothing, a row that gets weaker: each is red."""
+    x = photos[:2]
+    y = target.classifier(x).argmax(dim=1)
+
+    class Frozen(Defended):
+        def __init__(self):
+            super().__init__(target.defense, target.classifier)
+            self.sample_noise = lambda ids, seed, purpose, k=0: target.sample_noise(ids, 0, "always", 0)
+
+    record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 2, "right": 2}
+    better = {"attack": "advp", "gradient": "full", "undefended": record, "average": record}
+    base = better | {"gradient": "transfer", "average": record | {"accuracy": 0.5}}
+    bench = trust.Bench(Frozen(), None, Batch(["a", "b"], x, y, ["", ""]), 0, {"rows": [base, better]}, None, None)
+    (check,) = trust.noise_is_used(bench)
+    assert check.passed is False
+    assert [c.passed for c in trust.undefended_accuracy(bench)] == [False]
+    assert [c.passed for c in trust.ladder(bench)] == [False]
+    assert "🔴" in trust_table([check._asdict()])
+
+
+@pytest.mark.slow
+def test_every_check_runs(target, photos):
+    x = photos[:1]
+    y = target.classifier(x).argmax(dim=1)
+    plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
+    record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 1, "right": 1}
+    rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
+    checks = trust.trust_report("full", target, [plan], Batch(["a"], x, y, [""]), 0, {"rows": rows})
+    names = Counter(c["name"] for c in checks)
+    assert len(names) == len(checks) >= 18
+    for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):
+        assert names[name] == 1
+
+
+# Memory
+
+
+def test_peak_memory_is_flat_in_steps_and_eot_and_bounded_by_micro_batches(model, classifier):
+    one = footprint(model.cfg, torch.float32, classifier.net, 224)
+    assert all(v > 1e6 for v in one)
+    assert peak_bytes(one, 8, 3, None) == pytest.approx(8 * peak_bytes(one, 1, 3, None), rel=0.01)
+    assert peak_bytes(one, 8, 3, 1) < 0.6 * peak_bytes(one, 8, 3, None)
+    allowed = peak_bytes(one, 8, 3, 4)
+    assert fit_micro_batch(one, 8, 3, 0, allowed) >= 4
+    assert fit_micro_batch(one, 8, 3, 0, 10 * allowed) is None
+    with pytest.raises(InputError, match="is too little for 8 pictures side by side"):
+        fit_micro_batch(one, 8, 3, 0, 10**6)
+
+
+def test_what_autograd_keeps_does_not_grow_with_sampler_steps(model, classifier, photos):
+    """Between the networks only small tensors are kept: their bytes, counted for 2 and for 8 steps."""
+    from diffender.memory import saved_bytes
+
+    kept = {}
+    with torch.no_grad():
+        contexts = contexts_for("tuned", model)
+    for steps in (2, 8):
+        defense = DIFFender(model, contexts, DIFFenderConfig(draws=1, steps=steps, guidance=1.0, sampler="dpmpp"))
+        noise = defense.sample_noise(["a"], 0, "memory")
+        x = photos[:1].clone().requires_grad_()
+        kept[steps] = saved_bytes(model, lambda x, d=defense, n=noise: d(x, n).image, x)
+    latent = 4 * 4 * 28 * 28
+    assert kept[8] - kept[2] < 6 * 40 * latent  # some latents a step, no activations
+    assert kept[8] < 1.1 * kept[2]
+
+
+# Other people's attacks on the defended model, unchanged
+
+
+def linf_hurts(model, x, y, adversarial, eps):
+    assert (adversarial - x).abs().max() <= eps + 1e-5
+    before, after = (margin(model(image), y).mean() for image in (x, adversarial))
+    assert after < before
+
+
+@pytest.fixture
+def module(target):
+    return WithFreshNoise(target).eval()
+
+
+def test_fresh_noise_in_every_call(module, photos):
+    with torch.no_grad():
+        a, b = module(photos[:1]), module(photos[:1])
+        again = WithFreshNoise(module.victim)(photos[:1])
+    assert not torch.equal(a, b)
+    assert torch.equal(a, again)
+
+
+def test_foolbox(module, photos):
+    foolbox = pytest.importorskip("foolbox")
+    x, eps = photos[:1], 16 / 255
+    y = module.victim.classifier(x).argmax(dim=1)
+    attack = foolbox.attacks.LinfPGD(steps=3)
+    _, clipped, _ = attack(foolbox.PyTorchModel(module, bounds=(0, 1)), x, y, epsilons=eps)
+    linf_hurts(module, x, y, clipped, eps)
+
+
+def test_torchattacks(module, photos):
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    x, eps = photos[:1], 16 / 255
+    y = module.victim.classifier(x).argmax(dim=1)
+    linf_hurts(module, x, y, torchattacks.EOTPGD(module, eps=eps, steps=2, eot_iter=2)(x, y), eps)
+
+
+def test_autoattack_rand(module, photos):
+    autoattack = pytest.importorskip("pyautoattack", reason="AutoAttack (pyautoattack) is not installed")
+    x, eps = photos[:1], 16 / 255
+    y = module.victim.classifier(x).argmax(dim=1)
+    attack = autoattack.AutoAttack(module, norm="Linf", eps=eps, version="rand", seed=0)
+    attack.apgd.n_iter, attack.apgd.eot_iter, attack.apgd.n_restarts = 3, 2, 1
+    adversarial = attack.run_standard_evaluation(x, y, batch_size=1)
+    linf_hurts(module, x, y, adversarial[0] if isinstance(adversarial, tuple) else adversarial, eps)
+
+
+# The command line's arithmetic
+
+
+def test_presets_fill_what_was_not_given():
+    opts = evaluate.fill(evaluate.Options(attack="gdpa", eot=10))
+    assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (4, 10, 10, 10)
+    paper = evaluate.fill(evaluate.Options(preset="paper", iters=7))
+    assert (paper.images, paper.iters, paper.eot, paper.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
+    assert evaluate.split(evaluate.Options(images_full=3, batch_size=2), list(range(5))) == [
+        ([0, 1], True), ([2], True), ([3, 4], False),
+    ]  # fmt: skip
+    assert evaluate.costs(paper, True) > 100 * evaluate.costs(evaluate.fill(evaluate.Options()), True) / 10
+    assert evaluate.duration(90) == "90 seconds" and evaluate.duration(86400 * 3) == "3 days"
+
+
+def test_masks_of_attack_and_control_agree(photos):
+    """Controls lie where AdvP's patch lies."""
+    grey = ATTACKS["grey"]()(None, photos[:2], torch.zeros(2).long(), ["a", "b"], 0)
+    assert torch.equal(grey.mask, masks_for(["a", "b"], 0, "patch", 224, 0.05))
+    half = torch.full_like(photos[:2], 0.5)
+    assert torch.allclose(grey.image, to_8bit(apply_patch(to_8bit(photos[:2]), half, grey.mask)), atol=1e-3)
