@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
-from diffender import trust
+from diffender import plans, trust
 from diffender.attacks import ATTACKS
 from diffender.attacks.patch import Task, apply_patch, margin, masks_for, samples, to_8bit
 from diffender.data import Batch
@@ -147,14 +146,14 @@ def test_eot_batch_and_batch_size_change_no_attack():
 
 
 def test_modes_differ_in_gradient_alone(target, attacked):
-    _, out = attacked
-    noise = target.sample_noise(["a", "b"], 0, "modes")
-    inside = out.mask.expand_as(out.image) == 1
+    image, mask = attacked[1].image[:1], attacked[1].mask[:1]
+    noise = target.sample_noise(["a"], 0, "modes")
+    inside = mask.expand_as(image) == 1
     values, gradients = {}, {}
     for mode in ("bpda", "bpda-mask", "surrogate", "full", "full+loc"):
-        x = out.image.clone().requires_grad_()
+        x = image.clone().requires_grad_()
         victim = Defended(target.defense, target.classifier, Backward(mode, surrogate_steps=1))
-        logits, penalty = victim.with_penalty(x, noise, out.mask)
+        logits, penalty = victim.with_penalty(x, noise, mask)
         values[mode] = logits.detach()
         weights = torch.linspace(-1, 1, logits.shape[1])
         (gradients[mode],) = torch.autograd.grad((logits * weights).sum() + penalty.sum(), x)
@@ -181,15 +180,15 @@ def test_straight_through_estimators(target, attacked):
     assert not binarize(z, 2.5, "none").requires_grad
     assert torch.equal(binarize(z, 2.5, "soft", 2.0), torch.sigmoid(2.0 * (z - 2.5)))
 
-    _, out = attacked
-    noise = target.sample_noise(["a", "b"], 0, "ste")
+    image, mask = attacked[1].image[:1], attacked[1].mask[:1]
+    noise = target.sample_noise(["a"], 0, "ste")
     norms = {}
     for ste in ("identity", "sigmoid", "none"):
-        x = out.image.clone().requires_grad_()
+        x = image.clone().requires_grad_()
         found = target.defense(x, noise, Backward(ste=ste, ste_k=1.0))
         assert set(found.mask.unique().tolist()) <= {0.0, 1.0}
         (g,) = torch.autograd.grad(found.image.square().sum(), x)
-        covered = (found.mask * out.mask).expand_as(g) == 1
+        covered = (found.mask * mask).expand_as(g) == 1
         assert covered.float().mean() > 0.01
         norms[ste] = g[covered].norm()
     assert norms["identity"] > 0
@@ -218,7 +217,7 @@ def test_hiding_loss_hides(target, attacked):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
     victim = Defended(target.defense, target.classifier, Backward("full+loc", evasion=100.0))
-    made = ATTACKS["advp"](iters=5, eot=1)(victim, out.image[:1], y[:1], ["a"], 0, init=out.state[:1])
+    made = ATTACKS["advp"](iters=3, eot=1)(victim, out.image[:1], y[:1], ["a"], 0, init=out.state[:1])
     assert made.trace[0, -1] < made.trace[0, 0]
 
 
@@ -280,13 +279,13 @@ def test_the_headline_takes_the_strongest_patch_picture_by_picture():
 
 def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     """Records, files and verdicts belong together: the saved picture under the recorded noise gives the record."""
-    ids = ["n01/a", "b"]
-    x, classifier = photos[:2], target.classifier
+    ids = ["n01/a"]
+    x, classifier = photos[:1], target.classifier
     y = classifier(x).argmax(dim=1)
-    plan = Plan("advp", ATTACKS["advp"](iters=10, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
+    plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     steps = []
-    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 3, steps.append)
-    assert steps == [2] * 10
+    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 2, steps.append)
+    assert steps == [1] * 5
     for kind in ("transfer", "full"):
         files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
         image = torch.stack([load_png(f) for f in files])
@@ -294,17 +293,17 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         assert torch.equal(
             (image * (1 - mask)), to_8bit(x) * (1 - mask)
         )  # outside the patch: the clean picture, exactly
-        _, seen = purifications(target, image, ids, 0, 3)
+        _, seen = purifications(target, image, ids, 0, 2)
         assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
     assert json.loads(json.dumps(records)) == records
     results = summarize(records) | {
-        "verdicts": 3, "votes": 3, "command": "c", "setting": "s", "seed": 0, "seconds": 1.0, "unet_evaluations": 1,
+        "verdicts": 2, "votes": 1, "command": "c", "setting": "s", "seed": 0, "seconds": 1.0, "unet_evaluations": 1,
         "machine": "m", "date": "d",
     }  # fmt: skip
     assert "| advp | full |" in markdown(results)
 
     monkeypatch.setattr(trust, "DRAWS", 1)
-    batch = Batch(ids[:1], x[:1], y[:1], [""])
+    batch = Batch(ids, x, y, [""])
     checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, results)}
     assert checks["the defence is random"]["passed"]
     assert checks["patch gradient exactly zero"]["passed"]
@@ -431,15 +430,15 @@ def test_autoattack_rand(module, photos):
 
 
 def test_presets_fill_what_was_not_given():
-    opts = evaluate.fill(evaluate.Options(attack="gdpa", eot=10))
+    opts = plans.fill(plans.Options(attack="gdpa", eot=10))
     assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (4, 10, 10, 10)
-    paper = evaluate.fill(evaluate.Options(preset="paper", iters=7))
+    paper = plans.fill(plans.Options(preset="paper", iters=7))
     assert (paper.images, paper.iters, paper.eot, paper.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
-    assert evaluate.split(evaluate.Options(images_full=3, batch_size=2), list(range(5))) == [
+    assert plans.split(plans.Options(images_full=3, batch_size=2), list(range(5))) == [
         ([0, 1], True), ([2], True), ([3, 4], False),
     ]  # fmt: skip
-    assert evaluate.costs(paper, True) > 100 * evaluate.costs(evaluate.fill(evaluate.Options()), True) / 10
-    assert evaluate.duration(90) == "90 seconds" and evaluate.duration(86400 * 3) == "3 days"
+    assert plans.costs(paper, True) > 100 * plans.costs(plans.fill(plans.Options()), True) / 10
+    assert plans.duration(90) == "90 seconds" and plans.duration(86400 * 3) == "3 days"
 
 
 def test_masks_of_attack_and_control_agree(photos):

@@ -89,7 +89,7 @@ SMALL = {  # budgets that suffice on a linear victim of 24 pixels
     "advp": {"area": 0.2, "iters": 30, "eot": 1},
     "lavan": {"area": 0.2, "iters": 30, "eot": 1},
     "gdpa": {"area": 0.2, "iters": 30, "eot": 1, "lr": 0.3},
-    "rhde": {"area": 0.3, "iters": 6, "queries": 400},
+    "rhde": {"area": 0.3, "iters": 3, "queries": 150},
     "sparse-rs": {"area": 0.2, "queries": 400},
 }
 
@@ -188,9 +188,10 @@ def test_lavan_lowers_the_true_logit_against_the_target(batch):
 def test_advp_breaks_the_real_classifier(classifier, photos):
     """A 5 % patch of 40 steps takes a real ImageNet network down."""
     y = classifier(photos).argmax(dim=1)
+    x, y = photos[:2], y[:2]
     attack = ATTACKS["advp"](iters=40, eot=1)
-    out = attack(Undefended(classifier), photos, y, [f"p{i}" for i in range(4)], seed=0)
-    assert (classifier(out.image).argmax(dim=1) != y).sum() >= 3
+    out = attack(Undefended(classifier), x, y, ["p0", "p1"], seed=0)
+    assert (classifier(out.image).argmax(dim=1) != y).all()
     assert out.mask.mean().item() == pytest.approx(0.05, rel=0.01)
 
 
@@ -273,7 +274,7 @@ def test_gdpa_by_network(mode, batch, tmp_path):
         weights = str(tmp_path / "generator.safetensors")
         header = {"size": SIZE, "side": patch_side(SIZE, 0.2), "width": 4}
         save_atomic(net.state_dict(), tmp_path / "generator.safetensors", header)
-    attack = ATTACKS["gdpa"](mode=mode, area=0.2, iters=40, eot=1, width=4, weights=weights)
+    attack = ATTACKS["gdpa"](mode=mode, area=0.2, iters=25, eot=1, width=4, weights=weights)
     out = attack(victim, x, y, IDS, seed=0)
     assert margin(victim(out.image), y).mean() < margin(victim(x), y).mean() - 0.3
     alone = attack(victim, x[3:4], y[3:4], IDS[3:4], seed=0)  # a batch shares no weights

@@ -23,7 +23,16 @@ def script(name, *args, cwd):
     return subprocess.run([sys.executable, ROOT / name, *args], cwd=cwd, capture_output=True, text=True, timeout=1200)
 
 
-def test_tune_then_evaluate(tmp_path):
+def here(args, folder, monkeypatch, capfd):
+    """evaluate.py in this process, which spares its imports: exit code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+    with pytest.raises(SystemExit) as e:
+        cli.run(evaluate.main)
+    return e.value.code, *capfd.readouterr()
+
+
+def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     """train.py on one photograph, evaluate.py with its prompts: files, counts, pictures, resumption."""
     small = "--shots 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
     tuned = script("train.py", *small.split(), cwd=tmp_path)
@@ -44,7 +53,7 @@ def test_tune_then_evaluate(tmp_path):
     assert clean["undefended"]["right"] == 2  # the subset is correct by construction
     assert strongest["single"]["right"] <= min(transfer["single"]["right"], adaptive["single"]["right"])
     assert [(r["attack"], r["gradient"]) for r in (transfer, adaptive)] == [("advp", "transfer"), ("advp", "bpda-mask")]
-    # one pass to tell the cost, then 3 verdicts and 9 choices among patches of 2 + 2 evaluations, and one attack step
+    # 3 verdicts and 9 choices among patches of 2 + 2 evaluations, and one attack step with its recomputation
     assert results["unet_evaluations"] == 2 * ((3 + 9) * (2 + 2) + (2 * 2 + 2))
     assert (folder / "table.md").read_text() in run.stdout
     assert Image.open(folder / "grid.png").size[0] > 500
@@ -56,25 +65,26 @@ def test_tune_then_evaluate(tmp_path):
 
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
     (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])  # killed in the middle of a line
-    again = script("evaluate.py", *args, "--batch-size", "1", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "1 pictures done before" in again.stdout
+    code, out, err = here([*args, "--batch-size", "1"], tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert "1 pictures done before" in out
     resumed = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     assert [r["id"] for r in resumed] == [r["id"] for r in records]
     assert [attack["defended"] for r in resumed for attack in r["attacks"].values()] == [
         attack["defended"] for r in records for attack in r["attacks"].values()
     ]
-    other = script("evaluate.py", *args, "--seed", "5", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "other settings (seed" in other.stderr
+    code, out, err = here([*args, "--seed", "5"], tmp_path, monkeypatch, capfd)
+    assert code == 2
+    assert "other settings (seed" in err
 
 
-def test_without_attack_and_with_the_empty_prompt(tmp_path):
+def test_without_attack_and_with_the_empty_prompt(tmp_path, monkeypatch, capfd):
     fast = ["--sampler", "ddim", "--guidance", "3", "--dtype", "bfloat16", "--micro-batch", "3"]
-    run = script("evaluate.py", *SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "empty prompts" in run.stdout
-    assert "| none |  | 100.0 % (2/2;" in run.stdout
+    args = [*SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e"]
+    code, out, err = here(args, tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert "empty prompts" in out
+    assert "| none |  | 100.0 % (2/2;" in out
 
 
 @pytest.mark.slow
@@ -164,12 +174,8 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, args, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
-    with pytest.raises(SystemExit) as e:
-        cli.run(evaluate.main)
-    error = capfd.readouterr().err
-    assert e.value.code == 2
+    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    assert code == 2
     assert says in error
     assert len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.rglob("*"))  # nothing half-made is left behind

@@ -23,7 +23,7 @@ LAYERS = [
     {"attacks.lavan", "attacks.sparse_rs"},
     {"attacks", "data", "report", "runs", "memory"},
     {"evaluation", "corpus", "trainer"},
-    {"pretrain", "ablation", "trust", "attacks.beforehand"},
+    {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = {
@@ -83,7 +83,7 @@ def test_documents_show_the_committed_results():
 def test_readme_commands_are_options_that_exist():
     readme = (ROOT / "README.md").read_text()
     for name in ("train.py", "evaluate.py"):
-        source = (ROOT / name).read_text() + (PACKAGE / "cli.py").read_text()
+        source = "".join(p.read_text() for p in (ROOT / name, PACKAGE / "cli.py", PACKAGE / "plans.py"))
         for command in re.findall(rf"python {re.escape(name)}([^\n`]*)", readme):
             for flag in re.findall(r"--([a-z0-9-]+)", command):
                 assert f"    {flag.replace('-', '_')}:" in source or flag == "help", flag

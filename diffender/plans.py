@@ -1,0 +1,225 @@
+"""What an evaluation will do and what it will cost: from the command line to attacks, known before anything runs.
+
+Torch is imported inside the functions, so that --help and mistakes on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from diffender.cli import TargetOptions, option, pick
+from diffender.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffender.evaluation import Plan
+    from diffender.pipeline import Defended
+
+GRADIENTS = ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc")
+COSTLY = ("surrogate", "full", "full+loc")
+PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
+COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6}  # a step's, in forward passes
+PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer pictures and steps
+    "smoke": {
+        "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
+        "trust_images": 1, "queries": 20, "queries_undefended": 50,
+    },
+    "laptop": {
+        "images": 6, "iters": 20, "iters_undefended": 100, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 10,
+        "trust_images": 2, "queries": 100, "queries_undefended": 600,
+    },
+    "paper": {
+        "images": 512, "iters": 100, "iters_undefended": 100, "eot": 10, "restarts": 3, "grad": ",".join(GRADIENTS),
+        "verdicts": 10, "trust_images": 32, "queries": 2400, "queries_undefended": 2400,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options(TargetOptions):
+    preset: str = option("laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS))
+    images: int | None = option(None, "number of pictures, of those the classifier gets right", low=1)
+    # The attack
+    attack: str = option("advp", "names of diffender.attacks with commas between, all (the paper's four), or none")
+    grad: str | None = option(None, "backward passes of the adaptive attack, with commas: " + ", ".join(GRADIENTS))
+    images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
+    area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02)",
+                                low=0.0005, high=0.9)  # fmt: skip
+    shape: str = option("square", "shape of advp's and lavan's patch", choices=("square", "circle"))
+    location: str = option(
+        "fixed", "one random place, a corner, or a new one for each EOT sample", choices=("fixed", "corner", "eot")
+    )
+    targeted: bool | None = option(
+        None, "aim at a random class (default: lavan), or just away from the true one (advp)"
+    )
+    iters: int | None = option(None, "steps of the adaptive attack, generations of rhde", low=1)
+    iters_undefended: int | None = option(None, "steps of the attack on the classifier alone", low=1)
+    eot: int | None = option(None, "noise samples averaged in a step", low=1)
+    eot_batch: int = option(1, "of them side by side; changes no result, takes memory", low=1)
+    restarts: int | None = option(None, "attempts, of which the best on fresh noise counts", low=1)
+    ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
+    ste_k: float = option(5.0, "slope of the sigmoid", low=0.01)
+    evasion: float = option(1.0, "weight of hiding from the localiser in full+loc", low=0)
+    decoy: float = option(0.0, "weight of raising the localiser's bar in full+loc", low=0)
+    gdpa_mode: str = option("direct", "of gdpa", choices=("direct", "generator", "amortised"))
+    generator: str | None = option(None, "file of the generator that amortised gdpa uses")
+    sticker: str | None = option(None, "of rhde, a name of diffender.attacks.stickers; none: the best three")
+    queries: int | None = option(None, "of rhde and sparse-rs to the defence, a picture", low=1)
+    queries_undefended: int | None = option(None, "of rhde and sparse-rs to the classifier alone, a picture", low=1)
+    patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
+    # The verdict
+    verdicts: int | None = option(None, "purifications that judge a picture", low=1)
+    trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
+    trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
+    # The run
+    max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
+    name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
+
+
+def fill(opts: Options) -> Options:
+    """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
+    preset = dict(PRESETS[opts.preset])
+    if opts.preset == "laptop" and (opts.eot or 1) > 4:
+        preset |= {"images": 4, "iters": 10}
+    opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
+    if unknown := sorted(set(kinds(opts)) - set(GRADIENTS)):
+        raise InputError(f"--grad {', '.join(unknown)} is unknown; choose of {', '.join(GRADIENTS)}, with commas")
+    return opts
+
+
+def kinds(opts: Options) -> list[str]:
+    return opts.grad.split(",")
+
+
+def attacks(opts: Options) -> dict[str, type]:
+    """The attacks asked for, by name. Raises InputError for others."""
+    from diffender.attacks import ATTACKS, PAPER
+
+    names = {"all": list(PAPER), "none": []}.get(opts.attack, opts.attack.split(","))
+    if unknown := sorted(set(names) - set(ATTACKS)):
+        raise InputError(
+            f"--attack {', '.join(unknown)} is unknown; choose of {', '.join(ATTACKS)}, with commas, or all or none"
+        )
+    return {name: ATTACKS[name] for name in names}
+
+
+def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
+    """Batches of pictures, and whether they get the costly gradients."""
+    limit = len(todo) + max(todo, default=0) if opts.images_full is None else opts.images_full
+    groups = [([i for i in todo if i < limit], True), ([i for i in todo if i >= limit], False)]
+    return [(g[i : i + opts.batch_size], costly) for g, costly in groups for i in range(0, len(g), opts.batch_size)]
+
+
+def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
+    return plan._replace(adaptive={k: v for k, v in plan.adaptive.items() if k not in kinds})
+
+
+def build_target(opts: Options) -> Defended:
+    """The classifier behind the defence, with micro-batches that fit the memory allowed."""
+    from diffender.memory import GIB, fit_micro_batch, footprint, held_bytes
+    from diffender.runs import open_target, pick_dtype
+
+    target = open_target(opts)
+    if opts.max_memory is not None:
+        model, classifier = target.defense.model, target.classifier
+        device = classifier.mean.device
+        one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
+        rows = opts.batch_size * opts.eot_batch
+        model.micro_batch = fit_micro_batch(one, rows, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
+    return target
+
+
+def build_plans(opts: Options, target: Defended) -> list[Plan]:
+    """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
+    from diffender.evaluation import Plan
+    from diffender.pipeline import Backward, Defended
+
+    renamed = {"mode": opts.gdpa_mode, "weights": opts.generator, "file": opts.patch_file}
+    plans = []
+    for name, cls in attacks(opts).items():
+        own = {k: v for k, v in renamed.items() if k in cls.__dataclass_fields__}
+        bare = {"iters": opts.iters_undefended, "eot": 1 if opts.location != "eot" else opts.eot, "restarts": 1}
+        if cls.access == "queries":
+            bare = {"queries": opts.queries_undefended}
+            own |= {k: v for k, v in {"iters": opts.iters}.items() if k in cls.__dataclass_fields__}
+        base = pick(cls, opts, **own | {k: v for k, v in bare.items() if k in cls.__dataclass_fields__})
+        adaptive = {}
+        if cls.access == "queries":
+            adaptive["queries"] = (pick(cls, opts, **own), target)
+        elif cls.access == "gradient":
+            for kind in kinds(opts):
+                if kind != "transfer":
+                    victim = Defended(target.defense, target.classifier, pick(Backward, opts, mode=kind))
+                    adaptive[kind] = (pick(cls, opts, **own), victim)
+        plans.append(Plan(name, base, adaptive))
+    return plans
+
+
+def announce(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> int:
+    """Say before the start what the run will cost and what it leaves out; returns its UNet evaluations."""
+    from diffender.memory import GIB, footprint, held_bytes, peak_bytes
+    from diffender.runs import pick_dtype
+
+    noise = target.sample_noise(["estimate"], opts.seed, "estimate")
+    target(x, noise)
+    started = time.monotonic()
+    target(x, noise)
+    seconds = time.monotonic() - started
+    count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
+    passes = sum(n * costs(opts, costly) for costly, n in count.items())
+    checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
+    passes += opts.trust_images * checks * (opts.attack != "none")
+    one = footprint(target.defense.model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
+    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * opts.eot_batch
+    micro_batch = target.defense.model.micro_batch
+    peak = held_bytes(x.device) + peak_bytes(one, rows, opts.draws, micro_batch)
+    print(
+        f"about {duration(passes * seconds)}: {passes:.0f} passes of the defence of {seconds:.2f} s each; at most "
+        f"{peak / GIB:.1f} GiB" + (f", micro-batches of {micro_batch}" if micro_batch else "")
+    )
+    paper = PRESETS["paper"]
+    if opts.preset != "paper" and opts.attack != "none":
+        full = replace(opts, **paper)
+        print(
+            f"left out against --preset paper ({paper['images']} pictures, {paper['iters']} steps, EOT {paper['eot']}, "
+            f"{paper['restarts']} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
+            f"about {duration(paper['images'] * costs(full, True) * seconds)} here"
+        )
+    locate, restore = 2 * opts.draws, (2 if opts.guidance != 1 else 1) * opts.steps * opts.restore
+    return round(passes * (locate + restore))
+
+
+def costs(opts: Options, costly: bool) -> float:
+    """What a picture takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
+    total = float(opts.verdicts)
+    for cls in attacks(opts).values():
+        total += opts.verdicts
+        if cls.access == "queries":
+            total += opts.queries + opts.verdicts + 0.06 * opts.queries_undefended
+        elif cls.access == "gradient":
+            total += 0.25 * opts.iters_undefended
+            for kind in kinds(opts):
+                if kind != "transfer" and (costly or kind not in COSTLY):
+                    total += opts.verdicts + opts.restarts * (opts.eot * opts.iters * COST[kind] + 3 * max(3, opts.eot))
+    return total
+
+
+def duration(seconds: float) -> str:
+    """Rough words for a length of time."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def describe(opts: Options) -> str:
+    """The budget in a few words."""
+    if opts.attack == "none":
+        return "no attack"
+    return (
+        f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{'s' * (opts.restarts > 1)} "
+        f"(classifier alone: {opts.iters_undefended} steps)"
+    )
