@@ -88,7 +88,7 @@ def main() -> None:
     if opts.trust != "off" and plans:
         n = min(opts.trust_images, len(batch.ids))
         few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(device), y=batch.y[:n].to(device))
-        results["trust"] = trust_report(opts.trust, target, plans, few, opts.seed, results)
+        results["trust"] = trust_report(opts.trust, target, plans, few, opts.seed, records, results)
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(folder / "results.json", results)

@@ -172,7 +172,9 @@ def summarize(records: Sequence[dict]) -> dict:
         rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
         base = judged[f"{name}/transfer"]
         if kind != "transfer":
-            rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in judged[variant].items()])
+            same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer pictures
+            rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
+            rows[-1]["transfer"] = mean(a.average for a, _ in same)
         masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in MASK_COLUMNS}
         masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
     if variants:

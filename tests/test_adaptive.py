@@ -70,7 +70,7 @@ class Toy(torch.nn.Module):
 
 
 def test_gradient_through_the_mask_beats_bpda_which_is_no_better_than_transfer():
-    """attacks.md 6.1: where the mask covers the patch, only its own gradient tells how to get out of it."""
+    """Where the mask covers the patch, only its own gradient tells how to get out of it."""
     ids = [f"p{i}" for i in range(24)]
     smooth = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     x = to_8bit(F.interpolate(smooth, 32, mode="bilinear"))
@@ -267,6 +267,7 @@ def test_the_headline_takes_the_strongest_patch_picture_by_picture():
     rows = {(r["attack"], r["gradient"]): r for r in summarize(records)["rows"]}
     assert rows["advp", "full"]["single"]["n"] == 2
     assert rows["advp", "full"]["mcnemar"] == 1
+    assert rows["advp", "full"]["transfer"] == pytest.approx((1 + 1 / 3) / 2)  # on the same two pictures
     clean, strongest = rows["none", ""], rows["strongest on each picture", ""]
     assert strongest["single"]["right"] == 1
     assert strongest["average"]["accuracy"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
@@ -304,7 +305,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trust, "DRAWS", 1)
     batch = Batch(ids, x, y, [""])
-    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, results)}
+    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, records, results)}
     assert checks["the defence is random"]["passed"]
     assert checks["patch gradient exactly zero"]["passed"]
     assert checks["exact gradient against finite differences, soft mask"]["passed"]
@@ -322,9 +323,9 @@ def test_a_check_can_fail(target, photos):
             self.sample_noise = lambda ids, seed, purpose, k=0: target.sample_noise(ids, 0, "always", 0)
 
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 2, "right": 2}
-    better = {"attack": "advp", "gradient": "full", "undefended": record, "average": record}
-    base = better | {"gradient": "transfer", "average": record | {"accuracy": 0.5}}
-    bench = trust.Bench(Frozen(), None, Batch(["a", "b"], x, y, ["", ""]), 0, {"rows": [base, better]}, None, None)
+    base = {"attack": "advp", "gradient": "transfer", "undefended": record, "average": record | {"accuracy": 0.5}}
+    better = base | {"gradient": "full", "average": record, "transfer": 0.5}
+    bench = trust.Bench(Frozen(), None, Batch(["a", "b"], x, y, ["", ""]), 0, [], {"rows": [base, better]}, None, None)
     (check,) = trust.noise_is_used(bench)
     assert check.passed is False
     assert [c.passed for c in trust.undefended_accuracy(bench)] == [False]
@@ -339,7 +340,8 @@ def test_every_check_runs(target, photos):
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 1, "right": 1}
     rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
-    checks = trust.trust_report("full", target, [plan], Batch(["a"], x, y, [""]), 0, {"rows": rows})
+    records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
+    checks = trust.trust_report("full", target, [plan], Batch(["a"], x, y, [""]), 0, records, {"rows": rows})
     names = Counter(c["name"] for c in checks)
     assert len(names) == len(checks) >= 18
     for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):
