@@ -58,9 +58,8 @@ def times(images: int, rounds: int) -> None:
             function()
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    print(
-        f"{images} photographs, {torch.get_num_threads()} threads; a forward pass {medians['forward'] / images:.2f} s each"
-    )
+    each = medians["forward"] / images
+    print(f"{images} photographs, {torch.get_num_threads()} threads; a forward pass of one: {each:.2f} s")
     for name in GRADIENTS:
         print(f"{name:10s} {medians[name] / medians['forward']:.2f} forward passes")
 
