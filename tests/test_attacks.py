@@ -110,10 +110,10 @@ def test_every_attack_changes_only_the_patch_and_hurts(name, batch):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_queries_are_counted_to_the_last_one(name, batch):
-    x, y = batch
+    x, y = (t[:2] for t in batch)
     for sigma in (0.0, 0.3):
         victim = Counting(sigma)
-        out = ATTACKS[name](**SMALL[name])(victim, x, y, IDS, seed=0)
+        out = ATTACKS[name](**SMALL[name])(victim, x, y, IDS[:2], seed=0)
         assert victim.pictures == out.queries.sum()
         if "queries" in SMALL[name]:
             assert (out.queries <= SMALL[name]["queries"]).all()
@@ -121,16 +121,16 @@ def test_queries_are_counted_to_the_last_one(name, batch):
 
 @pytest.mark.parametrize("name", [*SMALL, "noise", "grey", "crop"])
 def test_results_depend_neither_on_batch_nor_order_and_leave_global_randomness_alone(name, batch):
-    x, y = batch
+    x, y = (t[:3] for t in batch)
     attack = ATTACKS[name](**SMALL.get(name, {}))
     victim = Linear(sigma=0.3)
     before = torch.get_rng_state()
-    together = attack(victim, x, y, IDS, seed=0)
+    together = attack(victim, x, y, IDS[:3], seed=0)
     assert torch.equal(before, torch.get_rng_state())
-    for i in (5, 2):
+    for i in (2, 0):
         alone = attack(victim, x[i : i + 1], y[i : i + 1], IDS[i : i + 1], seed=0)
         assert (alone.image[0] - together.image[i]).abs().mean() < 2e-3  # a sign step can turn on the last bit
-    assert name == "grey" or not torch.equal(attack(victim, x, y, IDS, seed=1).image, together.image)
+    assert name == "grey" or not torch.equal(attack(victim, x, y, IDS[:3], seed=1).image, together.image)
 
 
 def test_advp_reaches_the_optimum_of_a_linear_victim(batch):

@@ -95,6 +95,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
         assert (out / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_whole_model(folder, monkeypatch, tmp_path):
     """decoder and unet from the embedded weights: the decoder alone changes, then the UNet; the card keeps the past."""
     common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "1", "--steps", "1"]
