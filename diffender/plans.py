@@ -83,7 +83,7 @@ def fill(opts: Options) -> Options:
     """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
     preset = dict(PRESETS[opts.preset])
     if opts.preset == "laptop" and (opts.eot or 1) > 4:
-        preset |= {"images": 4, "iters": 10}
+        preset |= {"images": 3, "iters": 10}
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
     if unknown := sorted(set(kinds(opts)) - set(GRADIENTS)):
         raise InputError(f"--grad {', '.join(unknown)} is unknown; choose of {', '.join(GRADIENTS)}, with commas")

@@ -139,12 +139,15 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
 
 
 class Free(nn.Module):
-    """Pattern and place as free variables, squashed into their ranges: no pixel is ever without gradient."""
+    """Pattern and place as free variables, squashed into their ranges: no pixel is ever without gradient.
+
+    A pattern to start from is drawn in to [0.05, 0.95]: nearer to the ends a few steps would not move a pixel.
+    """
 
     def __init__(self, pattern: Tensor, theta: Tensor, limit: float):
         super().__init__()
         self.limit = limit
-        self.w = nn.Parameter((2 * pattern - 1).clamp(-0.999, 0.999).atanh())
+        self.w = nn.Parameter((2 * pattern - 1).clamp(-0.9, 0.9).atanh())
         self.u = nn.Parameter((theta / max(limit, 1e-8)).clamp(-0.999, 0.999).atanh())
 
     def forward(self) -> tuple[Tensor, Tensor]:
