@@ -108,7 +108,7 @@ def attacks(opts: Options) -> dict[str, type]:
 
 def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
     """Batches of pictures, and whether they get the costly gradients."""
-    limit = len(todo) + max(todo, default=0) if opts.images_full is None else opts.images_full
+    limit = float("inf") if opts.images_full is None else opts.images_full
     groups = [([i for i in todo if i < limit], True), ([i for i in todo if i >= limit], False)]
     return [(g[i : i + opts.batch_size], costly) for g, costly in groups for i in range(0, len(g), opts.batch_size)]
 

@@ -13,6 +13,7 @@ from diffender.attacks.patch import (
     Victim,
     apply_patch,
     best_attempt,
+    cross_entropy,
     judge,
     judgements,
     margin,
@@ -20,7 +21,6 @@ from diffender.attacks.patch import (
     pick_rows,
     rank,
     samples,
-    targeted_cross_entropy,
     to_8bit,
 )
 from diffender.noise import Noise, generator
@@ -79,9 +79,8 @@ class AdvP:
 
         def place(purpose: str, k: int) -> Tensor:
             at = f"{purpose}{key}/{k}" if self.location == "eot" else f"patch{key}"
-            return masks_for(task.image_ids, task.seed, at, size, self.area, self.shape, self.location == "corner").to(
-                x
-            )
+            corner = self.location == "corner"
+            return masks_for(task.image_ids, task.seed, at, size, self.area, self.shape, corner).to(x)
 
         def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
             purpose = f"attack {0 if self.fixed_noise else step}"
@@ -130,4 +129,4 @@ class AdvP:
 
     def towards(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """The targeted loss, (B,)."""
-        return targeted_cross_entropy(logits, target)
+        return cross_entropy(logits, target)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffender.attacks.gdpa import PatchGenerator, place
-from diffender.attacks.patch import Task, Victim, apply_patch, margin, masks_for, patch_side, samples
+from diffender.attacks.patch import Task, Victim, apply_patch, cross_entropy, margin, masks_for, patch_side, samples
 from diffender.cli import TargetOptions, option, parse, run
 from diffender.data import Batch, correct_subset, list_items
 from diffender.files import save_atomic
@@ -71,14 +71,7 @@ def universal_patch(
         patch = torch.zeros_like(x)
         patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
         attacked = apply_patch(x, patch, mask)
-        task = Task(
-            victim,
-            x,
-            aim,
-            ids,
-            opts.seed,
-            lambda z, aim=aim: torch.nn.functional.cross_entropy(z, aim, reduction="none"),
-        )
+        task = Task(victim, x, aim, ids, opts.seed, lambda z, aim=aim: cross_entropy(z, aim))
         gradient, value = mean_gradient(task, attacked, mask, step, opts.eot)
         optimizer.zero_grad()
         attacked.backward(gradient)

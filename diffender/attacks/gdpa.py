@@ -22,6 +22,7 @@ from diffender.attacks.patch import (
     Victim,
     apply_patch,
     best_attempt,
+    cross_entropy,
     judge,
     judgements,
     margin,
@@ -207,7 +208,9 @@ class GDPA:
         """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3 s^2 + 2), an earlier result's `state`,
         starts the first attempt of direct mode. Results depend on (seed, image id), not on the batch.
         """
-        task = Task(victim, x, y, image_ids, seed, lambda z: margin(z, y) if self.loss == "margin" else -ce(z, y))
+        task = Task(
+            victim, x, y, image_ids, seed, lambda z: margin(z, y) if self.loss == "margin" else -cross_entropy(z, y)
+        )
         size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
         if self.mode == "amortised":
             net = load_generator(self.weights, size, side).to(x.device)
@@ -310,10 +313,6 @@ class GDPA:
         queries = torch.full((len(x),), seen, device=x.device)
         losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
         return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, losses)
-
-
-def ce(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="none")
 
 
 def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:

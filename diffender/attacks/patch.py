@@ -93,8 +93,8 @@ def logit(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None])[:, 0]
 
 
-def targeted_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """CE(z, t) for each picture, (B,): small where it is fooled into t."""
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """CE(z, t) for each picture, (B,): small where it is taken for t."""
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
