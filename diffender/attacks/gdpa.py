@@ -180,7 +180,8 @@ class GDPA:
     iters: int = 100
     eot: int = 10
     eot_batch: int = 1
-    lr: float = 0.05  # of pattern and place in direct mode
+    lr: float = 0.15  # of the pattern in direct mode
+    lr_place: float = 0.005  # of the place there: about half a pixel a step, so that the pattern can follow
     lr_net: float = 5e-4  # of the generator
     width: int = 64  # of the generator
     restarts: int = 1  # of direct mode, from the next best places
@@ -256,8 +257,11 @@ class GDPA:
         """Adam on pattern and place; in direct mode also moves by forward passes, every ten steps."""
         x, size = task.x, task.x.shape[-1]
         direct = isinstance(free, Free)
-        lr, betas = (self.lr, (0.9, 0.999)) if direct else (self.lr_net, (0.5, 0.999))
-        optimizer = torch.optim.Adam(free.parameters(), lr, betas)
+        if direct:
+            groups = [{"params": [free.w], "lr": self.lr}, {"params": [free.u], "lr": self.lr_place}]
+            optimizer = torch.optim.Adam(groups)
+        else:
+            optimizer = torch.optim.Adam(free.parameters(), self.lr_net, (0.5, 0.999))
 
         def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
             return attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k)
