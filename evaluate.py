@@ -8,7 +8,8 @@
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
 kind of gradient that --grad lists and fresh noise for each of --eot samples. Verdicts fall on 8-bit files, after
 --verdicts purifications with noise that no attack has seen. The headline counts a picture as right only as far as under
-the strongest patch made for it. Everything goes to runs/<name>/; a killed run resumes with --name.
+the strongest patch made for it. Everything goes to runs/<name>/; a killed run resumes with --name, and
+shards of one run may share a folder: --name big --shard 0/2 and --name big --shard 1/2, at once or one after the other.
 """
 
 import os
@@ -29,6 +30,7 @@ from diffender.plans import (
     build_target,
     describe,
     fill,
+    share,
     split,
     without,
 )  # fmt: skip
@@ -45,7 +47,7 @@ def main() -> None:
     from diffender.pipeline import Undefended
     from diffender.prompts import SHIPPED
     from diffender.report import class_names, markdown, save_grid
-    from diffender.runs import Progress, append_records, open_run, write_json
+    from diffender.runs import Progress, append_records, open_run, read_records, write_json
     from diffender.trust import trust_report
 
     attacks(opts)  # an unknown name shows at once
@@ -56,10 +58,12 @@ def main() -> None:
     batch = correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
     folder = Path("runs") / (opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}")
     settings = resolved(opts)
-    done = {r["id"] for r in open_run(folder, settings)}
+    shard, shards = share(opts.shard)
+    own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
+    done = {r["id"] for r in open_run(folder, settings, own)}
     device = target.classifier.mean.device
     print(f"{opts.prompt} prompts; {device}; {len(done)} pictures done before; results in {folder}")
-    parts = split(opts, [i for i, image_id in enumerate(batch.ids) if image_id not in done])
+    parts = split(opts, [i for i, name in enumerate(batch.ids) if i % shards == shard and name not in done])
     total = announce(opts, target, batch.x[:1].to(device), parts)
     with Progress(target.defense.model, total, opts.attack) as progress:
         for part, costly in parts:
@@ -72,9 +76,12 @@ def main() -> None:
                 )  # fmt: skip
             spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
             shares = {name: value / len(records) for name, value in spent.items()}
-            append_records(folder / "per_image.jsonl", [record | shares for record in records])
+            append_records(own, [record | shares for record in records])
 
-    records = sorted(open_run(folder, settings), key=lambda r: batch.ids.index(r["id"]))
+    records = sorted(read_records(folder), key=lambda r: batch.ids.index(r["id"]))
+    if len(records) < len(batch.ids):
+        print(f"{len(records)} of {len(batch.ids)} pictures are done; the shard that ends last writes the table")
+        return
     results = {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -106,7 +113,8 @@ def resolved(opts: Options) -> dict:
     from diffender.prompts import SHIPPED
     from diffender.runs import model_hashes, pick_device, pick_dtype
 
-    no_matter = ("name", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust", "trust_images")
+    no_matter = ("name", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust", "trust_images",
+                 "shard")  # fmt: skip
     settings = {k: v for k, v in asdict(opts).items() if k not in no_matter}
     settings["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
     hashes = {"model": model_hashes(opts)}

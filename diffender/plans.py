@@ -75,6 +75,7 @@ class Options(TargetOptions):
     trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
     trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
     # The run
+    shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
     max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
 
@@ -87,6 +88,8 @@ def fill(opts: Options) -> Options:
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
     if unknown := sorted(set(kinds(opts)) - set(GRADIENTS)):
         raise InputError(f"--grad {', '.join(unknown)} is unknown; choose of {', '.join(GRADIENTS)}, with commas")
+    if share(opts.shard)[1] > 1 and opts.name is None:
+        raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     return opts
 
 
@@ -104,6 +107,14 @@ def attacks(opts: Options) -> dict[str, type]:
             f"--attack {', '.join(unknown)} is unknown; choose of {', '.join(ATTACKS)}, with commas, or all or none"
         )
     return {name: ATTACKS[name] for name in names}
+
+
+def share(shard: str) -> tuple[int, int]:
+    """ "i/n" as numbers. Raises InputError unless 0 <= i < n."""
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise InputError(f"--shard is {shard}; give i/n with i from 0 to n-1, as 0/2 and 1/2")
+    return int(i), int(n)
 
 
 def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:

@@ -1,6 +1,7 @@
 """A run's folder, its progress, its device. Results are appended picture by picture, so a killed run can go on."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,13 +66,16 @@ def model_hashes(opts: ModelOptions) -> list[str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.rename(path)
 
 
-def open_run(folder: Path, config: dict) -> list[dict]:
-    """Make the folder, or resume in it: the records that are there. Another configuration there is refused."""
+def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
+    """Make the folder, or resume in it: the records that are there. Another configuration there is refused.
+
+    Each process appends to its `own` file; a last line there that a killed run left unfinished is cut off.
+    """
     path = folder / "config.json"
     config = json.loads(json.dumps(config))
     if path.is_file():
@@ -82,18 +86,22 @@ def open_run(folder: Path, config: dict) -> list[dict]:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
-    return read_records(folder / "per_image.jsonl")
+    if own.is_file():
+        text = own.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            own.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    return read_records(folder)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The lines of a JSONL file; a last line that a killed run left unfinished is cut off."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+def read_records(folder: Path) -> list[dict]:
+    """The records of all processes, one for each picture; a line that is being written is left out."""
+    records = {}
+    for path in sorted(folder.glob("per_image*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                records.setdefault(record["id"], record)
+    return list(records.values())
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:

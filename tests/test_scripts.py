@@ -77,6 +77,13 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert code == 2
     assert "other settings (seed" in err
 
+    for shard, said in (("1/2", "1 of 2 pictures are done"), ("0/2", "DIFFender, single")):
+        code, out, err = here([*args, "--name", "s", "--shard", shard], tmp_path, monkeypatch, capfd)
+        assert code == 0, err
+        assert said in out
+    shared = json.loads((tmp_path / "runs" / "s" / "results.json").read_text())
+    assert shared["rows"] == results["rows"]
+
 
 def test_without_attack_and_with_the_empty_prompt(tmp_path, monkeypatch, capfd):
     fast = ["--sampler", "ddim", "--guidance", "3", "--dtype", "bfloat16", "--micro-batch", "3"]
@@ -147,6 +154,8 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
     ("args", "says"),
     [
         (["--attack", "advp,pgd"], "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
+        (["--shard", "2/2"], "--shard is 2/2; give i/n with i from 0 to n-1"),
+        (["--shard", "1/2"], "--shard 1/2 needs --name"),
         (["--grad", "exact"], "--grad exact is unknown; choose of transfer, bpda, bpda-mask"),
         (["--attack", "ready"], "give --patch-file"),
         (["--attack", "gdpa", "--gdpa-mode", "amortised"], "give --generator"),
