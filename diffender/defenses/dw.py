@@ -1,0 +1,86 @@
+"""DW, "digital watermarking" (Hayes 2018), blind variant: remove what the saliency map shows as one dense blob.
+
+OUR RECONSTRUCTION: no implementation is public. The steps are those that the DIFFender paper names (saliency, erosion)
+and that Hayes's abstract describes; their sizes are ours.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffender.defenses.fill import harmonic
+from diffender.models.classifiers import Classifier
+from diffender.ops import dilate, gaussian_blur
+
+
+@dataclass(frozen=True)
+class DW:
+    network: Classifier  # whose saliency it is: `guided(classifier)`, or the classifier where it has no ReLUs
+    sigma: float = 4.0  # of the blur, for pictures of side 224, as the two below
+    erosion: int = 7
+    dilation: int = 13
+    quantile: float = 0.95
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, S, S) in [0, 1] with the blob filled, and the mask (B, 1, S, S). The mask has no gradient."""
+        scale = x.shape[-1] / 224
+        sigma = self.sigma * scale
+        density = gaussian_blur(self.salience(x), 2 * math.ceil(3 * sigma) + 1, sigma)
+        bar = density.flatten(1).quantile(self.quantile, dim=1)[:, None, None, None]
+        mask = dilate(erode((density > bar).to(x), odd(self.erosion * scale)), odd(self.dilation * scale))
+        return harmonic(x, mask), mask
+
+    def salience(self, x: Tensor) -> Tensor:
+        """|d max logit / dx|, the largest over colours, (B, 1, H, W)."""
+        with torch.enable_grad():  # also where the caller evaluates without gradients
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.network(leaf).amax(dim=1).sum(), leaf)
+        return gradient.abs().amax(dim=1, keepdim=True)
+
+
+def erode(x: Tensor, kernel: int) -> Tensor:
+    """Erosion of (B, C, H, W) in [0, 1] by a square; what lies outside the picture erodes nothing."""
+    return 1 - dilate(1 - x, kernel)
+
+
+def odd(n: float) -> int:
+    return 2 * round((n - 1) / 2) + 1
+
+
+class GuidedReLU(torch.autograd.Function):
+    """min(max(x, 0), limit), whose backward pass lets positive gradients of active units through alone (Springenberg
+    et al. 2015)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, limit: float) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.clamp(0, limit)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        (x,) = ctx.saved_tensors
+        return gradient.clamp_min(0) * ((x > 0) & (x < ctx.limit)), None
+
+
+class Guided(nn.Module):
+    def __init__(self, limit: float):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return GuidedReLU.apply(x, self.limit)
+
+
+def guided(classifier: Classifier) -> Classifier:
+    """A copy that shares the weights and whose modules ReLU and ReLU6 are guided."""
+    memo = {id(t): t for t in (*classifier.parameters(), *classifier.buffers())}
+    twin = copy.deepcopy(classifier, memo)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU | nn.ReLU6):
+                setattr(parent, name, Guided(6.0 if isinstance(child, nn.ReLU6) else math.inf))
+    return twin

@@ -1,0 +1,176 @@
+"""Jedi (Tarchoun et al. 2023): where entropy is too high, an autoencoder completes the mask, and it is filled.
+
+    python -m diffender.defenses.jedi          # trains the autoencoder on drawn masks: weights/jedi.safetensors
+
+The original's autoencoder saw the patches of its own data set; ours sees squares, rectangles and ellipses. The original
+fills by coherence transport, we by a harmonic surface.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+from diffender.cli import option, parse, run
+from diffender.defenses.fill import harmonic
+from diffender.defenses.smoothing import mirrored
+from diffender.errors import InputError
+from diffender.noise import generator
+from diffender.ops import dilate
+
+WINDOWS, STRIDES = (9, 13, 17), (4, 6, 8)  # for pictures up to 800 pixels; MATLAB's ranges include both ends
+PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
+CLEAN = {  # mean and standard deviation over clean pictures of the entropy in a window, bits
+    "official": ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07)),
+}
+GREY = (0.2989, 0.5870, 0.1140)
+SIDE, HIDDEN = 64, 100
+WEIGHTS = Path(__file__).parents[2] / "weights" / "jedi.safetensors"
+
+
+class Autoencoder(nn.Module):
+    """One hidden layer between two sigmoids, as MATLAB's trainAutoencoder builds it: masks (B, 4096) to themselves."""
+
+    def __init__(self, hidden: int = HIDDEN):
+        super().__init__()
+        self.encode = nn.Linear(SIDE**2, hidden)
+        self.decode = nn.Linear(hidden, SIDE**2)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return self.logits(mask).sigmoid()
+
+    def logits(self, mask: Tensor) -> Tensor:
+        return self.decode(self.encode(mask).sigmoid())
+
+
+@dataclass(frozen=True)
+class Jedi:
+    autoencoder: Autoencoder
+    completion: str = "autoencoder"  # or none: the mask stays as it was found
+    stats: str = "official"
+    min_area: float = 0.005  # of connected regions, as a share of the picture
+    threshold: float = 0.33  # of the autoencoder's output
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("statistics", self.stats, CLEAN), ("completion", self.completion, ("autoencoder", "none")),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise InputError(f"unknown {name} {value!r} of Jedi; choose one of {', '.join(allowed)}")
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, H, W) in [0, 1] filled, and the mask (B, 1, H, W). Histograms have no gradient."""
+        mask = without_small(suspicious(x.detach(), *CLEAN[self.stats]), self.min_area)
+        if self.completion == "autoencoder":
+            mask = complete(self.autoencoder.to(x), mask, self.threshold)
+        return harmonic(x, mask), mask
+
+
+def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
+    """Shannon entropy in bits of 256 grey levels in windows centred on pixels 0, stride, 2 stride, ..., (B, h, w)."""
+    grey = (x * torch.tensor(GREY).to(x)[:, None, None]).sum(dim=1)
+    grey = (255 * grey).round().clamp(0, 255).long()
+    rows, columns = (mirrored(n, window).to(x.device) for n in grey.shape[-2:])
+    windows = grey[:, rows][:, :, columns].unfold(1, window, stride).unfold(2, window, stride).flatten(-2)
+    counts = x.new_zeros(*windows.shape[:-1], 256).scatter_add_(-1, windows, torch.ones_like(windows, dtype=x.dtype))
+    p = counts / window**2
+    return -torch.special.xlogy(p, p).sum(dim=-1) / math.log(2)
+
+
+def thresholds(mean: Tensor, i: int, clean_mean: tuple[float, ...], clean_std: tuple[float, ...]) -> Tensor:
+    """Of scale i, for pictures whose windows have this mean entropy (B,)."""
+    pm, ps, cm, cs = PATCH_MEAN[i], PATCH_STD[i], clean_mean[i], clean_std[i]
+    return pm + 1.5 * ps - 2 * ps * (pm - cm) / pm + ps * (mean - cm) / cs
+
+
+def suspicious(x: Tensor, clean_mean: tuple[float, ...], clean_std: tuple[float, ...]) -> Tensor:
+    """Pixels (B, 1, H, W) in {0, 1} whose nearest window's entropy is above the threshold, in any scale."""
+    found = torch.zeros_like(x[:, :1], dtype=torch.bool)
+    for i, (window, stride) in enumerate(zip(WINDOWS, STRIDES, strict=True)):
+        e = entropy_windows(x, window, stride)
+        high = e > thresholds(e.flatten(1).mean(dim=1), i, clean_mean, clean_std)[:, None, None]
+        rows, columns = (
+            (torch.arange(n, device=x.device) / stride).round().long().clamp_max(m - 1)
+            for n, m in zip(x.shape[-2:], e.shape[-2:], strict=True)
+        )
+        found |= high[:, rows][:, :, columns][:, None]
+    return found.to(x)
+
+
+def without_small(mask: Tensor, min_area: float) -> Tensor:
+    """Mask (B, 1, H, W) in {0, 1} without its 8-connected regions below a share of the picture."""
+    pixels = mask[0].numel()
+    own = torch.arange(1, pixels + 1, device=mask.device, dtype=torch.float64).view(1, *mask.shape[1:])
+    labels, before = own * mask, None
+    while before is None or not torch.equal(labels, before):  # each region ends with the largest number in it
+        before, labels = labels, dilate(labels) * mask
+    flat = labels.flatten(1).long()
+    sizes = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=torch.long)
+    sizes = sizes.scatter_add_(1, flat, torch.ones_like(flat)).gather(1, flat).view_as(mask)
+    return mask * (sizes >= min_area * pixels)
+
+
+def load_autoencoder(path: Path = WEIGHTS) -> Autoencoder:
+    net = Autoencoder()
+    net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return net.requires_grad_(False)
+
+
+def complete(net: Autoencoder, mask: Tensor, threshold: float) -> Tensor:
+    """The mask (B, 1, H, W) as the nearest patch-like one; an empty one stays empty."""
+    small = F.interpolate(mask, (SIDE, SIDE), mode="area").flatten(1)
+    found = (net(small) > threshold).to(mask) * small.amax(dim=1, keepdim=True).gt(0)
+    return F.interpolate(found.view(-1, 1, SIDE, SIDE), mask.shape[-2:], mode="nearest")
+
+
+def draw_mask(g: Generator) -> Tensor:
+    """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of a picture, somewhere, (64, 64) in {0, 1}."""
+    kind, (u, v, w, a) = int(torch.randint(3, (), generator=g)), torch.rand(4, generator=g).tolist()
+    area, ratio = (0.01 + 0.09 * a) * SIDE**2, 1 if kind == 0 else 0.7 * 2**w
+    if kind == 2:
+        area *= 4 / math.pi
+    height, width = (min(round(n), SIDE) for n in (math.sqrt(area * ratio), math.sqrt(area / ratio)))
+    top, left = round(u * (SIDE - height)), round(v * (SIDE - width))
+    y, x = torch.arange(SIDE)[:, None] - top - (height - 1) / 2, torch.arange(SIDE)[None] - left - (width - 1) / 2
+    if kind == 2:
+        return ((2 * y / height) ** 2 + (2 * x / width) ** 2 <= 1).float()
+    return ((y.abs() < height / 2) & (x.abs() < width / 2)).float()
+
+
+@dataclass(frozen=True)
+class Training:
+    out: str = option(str(WEIGHTS), "where the weights go, in float16")
+    masks: int = option(8000, "drawn masks", low=1)
+    epochs: int = option(30, "over them", low=1)
+    lr: float = option(2e-3, "of Adam", low=0)
+    seed: int = option(0, "of masks and weights", low=0)
+
+
+def main() -> None:
+    from diffender.files import save_atomic
+
+    opts = parse(Training, __doc__)
+    g = generator(opts.seed, "jedi")
+    masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
+    net = Autoencoder()
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0)
+    optimizer = torch.optim.Adam(net.parameters(), opts.lr)
+    for epoch in range(opts.epochs):
+        total = 0.0
+        for batch in masks[torch.randperm(len(masks), generator=g)].split(64):
+            loss = F.binary_cross_entropy_with_logits(net.logits(batch), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch) / len(masks)
+        print(f"epoch {epoch} loss {total:.4f}")
+    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), asdict(opts))
+
+
+if __name__ == "__main__":
+    run(main)

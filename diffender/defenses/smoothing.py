@@ -1,0 +1,28 @@
+"""Spatial smoothing: the median filter of feature squeezing (Xu et al. 2018)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    window: int = 3
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Each value of x (B, C, H, W) becomes the median of its window; the gradient goes to the one selected.
+
+        As scipy.ndimage.median_filter: the border repeats in a mirror, an even window leans to the upper left and
+        takes the upper of the two middle values.
+        """
+        k = self.window
+        x = x[..., mirrored(x.shape[-2], k).to(x.device), :][..., mirrored(x.shape[-1], k).to(x.device)]
+        windows = x.unfold(2, k, 1).unfold(3, k, 1).flatten(-2)
+        return windows.kthvalue(k * k // 2 + 1).values
+
+
+def mirrored(n: int, k: int) -> Tensor:
+    """Indices of a line of n with the border that a window of k needs, (n + k - 1,): c b a | a b c d | d c b."""
+    i = torch.arange(-(k // 2), n + (k - 1) // 2)
+    return torch.where(i < 0, -1 - i, torch.where(i >= n, 2 * n - 1 - i, i))

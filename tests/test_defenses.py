@@ -1,0 +1,286 @@
+"""Baseline defences: against Pillow and scipy, worked examples, and what each must and must not do."""
+
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from diffender.defenses import DEFENSES, build, split
+from diffender.defenses.dw import guided
+from diffender.defenses.fill import FILLS, harmonic
+from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
+from diffender.defenses.jedi import (
+    CLEAN,
+    complete,
+    draw_mask,
+    entropy_windows,
+    load_autoencoder,
+    suspicious,
+    thresholds,
+    without_small,
+)
+from diffender.defenses.jpeg import JPEG
+from diffender.defenses.lgs import LGS, gradient_magnitude
+from diffender.defenses.patchcleanser import PatchCleanser
+from diffender.defenses.smoothing import Smoothing
+from diffender.errors import InputError
+from diffender.models.classifiers import CLASSIFIERS, Classifier
+from diffender.noise import generator
+from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig
+from diffender.prompts import contexts_for
+
+BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
+
+
+@pytest.fixture(scope="module")
+def target(model, classifier):
+    with torch.no_grad():
+        cfg = DIFFenderConfig(noise_ratio=0.2, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
+        return Defended(DIFFender(model, contexts_for("tuned", model), cfg), classifier)
+
+
+def through_pillow(x, quality):
+    buffer = io.BytesIO()
+    to_pil_image(x[0]).save(buffer, "JPEG", quality=quality)
+    return pil_to_tensor(Image.open(buffer))[None] / 255
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_jpeg_is_pillows(photos, quality):
+    """Above 40 dB, at an odd size, and each picture of a batch by itself."""
+    x = (255 * F.interpolate(photos[:2], (299, 299), mode="bilinear").clamp(0, 1)).round() / 255
+    both = JPEG(quality)(x)
+    for i in range(2):
+        error = (both[i : i + 1] - through_pillow(x[i : i + 1], quality)).square().mean()
+        assert -10 * error.log10() > 40
+    assert torch.equal(both[1:], JPEG(quality)(x[1:]))
+
+
+def test_jpeg_of_full_quality_and_its_gradient(photos):
+    x = photos[:1].clone().requires_grad_()
+    y = JPEG(100)(x)
+    assert (y - x).abs().mean() < 0.01
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_smoothing_is_scipys(photos, window):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x = photos[:2, :, :60, :51]
+    expected = ndimage.median_filter(x.numpy(), size=(1, 1, window, window), mode="reflect")
+    assert torch.equal(Smoothing(window)(x), torch.from_numpy(expected))
+
+
+def test_smoothing_by_hand():
+    x = torch.tensor([[1.0, 5.0, 2.0], [9.0, 3.0, 8.0], [4.0, 7.0, 6.0]])[None, None].requires_grad_()
+    y = Smoothing(3)(x)
+    assert y[0, 0, 1, 1] == 5
+    assert y[0, 0, 0, 0] == 3  # 1 1 5, 1 1 5, 9 9 3
+    (gradient,) = torch.autograd.grad(y[0, 0, 1, 1], x)
+    assert gradient.nonzero().tolist() == [[0, 0, 0, 1]]
+
+
+def test_lgs_sees_noise_everywhere():
+    """Also in the corners, which the published block grid misses."""
+    for top in (0, 174):
+        for left in (0, 174):
+            x = torch.full((1, 3, 224, 224), 0.5)
+            x[..., top : top + 50, left : left + 50] = torch.rand(1, 3, 50, 50, generator=generator("lgs"))
+            kept = LGS().dense(gradient_magnitude(x))
+            assert kept[..., top : top + 49, left : left + 49].all()
+
+
+def test_lgs_of_a_flat_picture_and_of_a_batch(photos):
+    flat = torch.full((1, 3, 224, 224), 0.3, requires_grad=True)
+    y = LGS()(flat)
+    assert torch.equal(y, flat)
+    assert torch.autograd.grad(y.sum(), flat)[0].isfinite().all()
+    assert torch.equal(LGS()(photos)[1:2], LGS()(photos[1:2]))
+
+
+def test_harmonic_fill():
+    """A ramp is harmonic: a hole in it comes back; so do constants; nothing masked, nothing changed."""
+    ramp = torch.linspace(0, 1, 224).expand(1, 3, 224, 224)
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 80:130, 60:110] = 1
+    assert (harmonic(ramp, mask) - ramp).abs().max() < 0.005
+    hidden = ramp * (1 - mask) + 7 * mask
+    assert torch.equal(harmonic(hidden, mask), harmonic(ramp, mask))
+    assert (harmonic(torch.full_like(ramp, 0.3), mask) - 0.3).abs().max() < 1e-5
+    for fill in FILLS.values():
+        assert torch.equal(fill(ramp, torch.zeros_like(mask)), ramp)
+        assert fill(ramp, torch.ones_like(mask)).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "count"), [("inception_v3", 15), ("resnet50", 16), ("efficientnet_lite0", 17),
+                                             ("swin_s", 24), ("vit_b_16", 12)])  # fmt: skip
+def test_fnc_clips_where_it_should(name, count):
+    timm = pytest.importorskip("timm")
+    cfg = CLASSIFIERS[name]
+    classifier = Classifier(timm.create_model(cfg.tag), cfg)
+    twin = fnc(classifier)
+    assert sum(bool(m._forward_hooks) for m in twin.net.modules()) == count
+    assert not any(m._forward_hooks for m in classifier.net.modules())
+    assert len(classifier.features(torch.rand(1, 3, cfg.size, cfg.size))) == len(cfg.taps)
+
+
+def test_fnc_caps_norms_and_keeps_directions():
+    f = torch.randn(2, 8, 5, 5, generator=generator("fnc")).double()
+    f[0, :, 2, 2] *= 50
+    clipped = clip_norm(f, 1.1)
+    cap = 1.1 * f.norm(dim=1).mean(dim=(1, 2))
+    assert (clipped.norm(dim=1) <= cap[:, None, None] + 1e-9).all()
+    assert torch.allclose(F.cosine_similarity(f, clipped), torch.ones(2, 5, 5).double())
+    assert torch.equal(clip_norm(f, 1e3), f)
+    dead = torch.zeros(1, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.grad(clip_norm(dead, 1.0).sum(), dead)[0].isfinite().all()
+    assert torch.autograd.gradcheck(lambda f: clip_norm(f, 1.1), f[:, :, :2, :2].clone().requires_grad_())
+    tokens = f.flatten(2).mT
+    assert torch.equal(clip_tokens(tokens, 0.5)[:, 0], tokens[:, 0])
+
+
+def test_fnc_statistics_are_those_of_the_pictures(classifier, photos):
+    """And those of the classifier itself stay."""
+    twin = fnc(classifier, alpha=1e3)
+    first = twin.net.bn1
+    before = classifier.net.bn1.running_mean.clone()
+    reestimate_statistics(twin, [photos])
+    stem = twin.net.conv_stem((photos - classifier.mean) / classifier.std)
+    assert torch.allclose(first.running_mean, stem.mean(dim=(0, 2, 3)), atol=1e-5)
+    assert not first.training
+    assert torch.equal(classifier.net.bn1.running_mean, before)
+
+
+def test_guided_gradients_are_positive_ones(classifier, photos):
+    twin = guided(classifier)
+    assert torch.equal(twin(photos[:1]), classifier(photos[:1]))
+    assert twin.net.conv_stem.weight is classifier.net.conv_stem.weight
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False))
+    net[0].weight.data, net[2].weight.data = torch.eye(2), torch.tensor([[1.0, -1.0]])
+    x = torch.ones(1, 2, requires_grad=True)
+    assert torch.autograd.grad(net(x).sum(), x)[0].tolist() == [[1, -1]]
+    assert torch.autograd.grad(guided(net)(x).sum(), x)[0].tolist() == [[1, 0]]
+
+
+def test_jedi_constants_and_entropy():
+    """The thresholds' constant parts, and windows whose entropy is known."""
+    for i, constant in enumerate((5.491, 6.248, 6.670)):
+        mean, std = (s[i] for s in CLEAN["official"])
+        assert thresholds(torch.tensor(mean), i, *CLEAN["official"]).item() == pytest.approx(constant, abs=6e-4)
+    levels = torch.arange(81.0).view(1, 1, 9, 9).expand(1, 3, 9, 9) / 255
+    assert entropy_windows(levels, 9, 4)[0, 1, 1].item() == pytest.approx(math.log2(81))
+    assert entropy_windows(torch.full((1, 3, 32, 32), 0.2), 9, 4).abs().max() == 0
+
+
+def test_jedi_finds_noise(photos):
+    """On a smooth picture, and nothing on a flat one."""
+    x = F.avg_pool2d(photos[:1], 31, 1, 15, count_include_pad=False)
+    x[..., 100:160, 40:100] = torch.rand(1, 3, 60, 60, generator=generator("jedi test"))
+    found = without_small(suspicious(x, *CLEAN["official"]), 0.005)
+    assert found[..., 108:152, 48:92].mean() > 0.9  # where windows lie inside
+    assert suspicious(torch.full((1, 3, 224, 224), 0.5), *CLEAN["official"]).sum() == 0
+
+
+def test_small_regions_go():
+    mask = torch.zeros(2, 1, 40, 40)
+    mask[0, 0, 1:3, 1:3] = 1  # 4 pixels of 1600
+    mask[0, 0, 10:14, 10:14], mask[0, 0, 14:18, 14:18] = 1, 1  # touch at a corner: one region of 32
+    left = without_small(mask, 0.01)
+    assert left[0].sum() == 32
+    assert left[0, 0, 1, 1] == 0
+    assert left[1].sum() == 0
+
+
+def test_autoencoder_completes_masks():
+    """Masks it has never seen, with holes and false alarms: nearer to the truth than before."""
+    g = generator("jedi", "unseen")
+    truth = torch.stack([draw_mask(g) for _ in range(64)])[:, None]
+    flip = torch.rand(truth.shape, generator=g)
+    damaged = torch.where(truth == 1, (flip > 0.4).float(), (flip > 0.98).float())
+    found = complete(load_autoencoder(), damaged, 0.33)
+
+    def iou(mask):
+        return ((mask * truth).sum(dim=(1, 2, 3)) / (mask + truth).clamp_max(1).sum(dim=(1, 2, 3))).mean()
+
+    assert iou(found) > iou(damaged) + 0.05
+    assert complete(load_autoencoder(), torch.zeros(1, 1, 224, 224), 0.33).sum() == 0
+
+
+@pytest.mark.parametrize(("size", "patch"), [(224, 50), (64, 20), (30, 7)])
+def test_patchcleanser_covers_every_place(classifier, size, patch):
+    windows = PatchCleanser(classifier, patch).windows(size)
+    assert len(windows) <= 36
+    side = windows[0][2]
+    for axis in (0, 1):
+        starts = {w[axis] for w in windows}
+        assert all(any(s <= at and at + patch <= s + side for s in starts) for at in range(size - patch + 1))
+    if size == 224:
+        assert (len(windows), side, windows[1][1]) == (36, 79, 30)
+
+
+def test_patchcleanser_decides_and_certifies():
+    """A toy that answers 1 where it sees anything bright: one bright spot is masked away by the second round."""
+
+    class Bright(torch.nn.Module):
+        mean = torch.zeros(3, 1, 1)
+
+        def forward(self, x):
+            seen = (x > 0.9).flatten(1).any(dim=1).float()
+            return torch.stack([1 - seen, seen], dim=1)
+
+    x = torch.full((3, 30, 30), 0.5)
+    cleanser = PatchCleanser(Bright(), 5, masks=3)
+    assert cleanser(x) == 0
+    assert cleanser.certified(x, 0)
+    x[:, 4, 4] = 1
+    assert cleanser(x) == 0  # a dissenter that every second mask confirms
+    assert not cleanser.certified(x, 1)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_defence(target, classifier, photos, name):
+    """Shapes, range, finite gradients; bpda is the identity backwards; batches do not mix."""
+    y = photos[:2]
+    defended = build(name, target)
+    noise = defended.sample_noise(["a", "b"], 0, "test")
+    out = defended.defense(y, noise)
+    assert out.image.shape == y.shape
+    assert out.image.min() >= 0
+    assert out.image.max() <= 1
+    x = y.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(defended.defense(x, noise, Backward("bpda")).image.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
+    (gradient,) = torch.autograd.grad(defended(x, noise).amax(dim=1).sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+    alone = defended.sample_noise(["b"], 0, "test")
+    assert torch.allclose(defended(y[1:], alone), defended(y, noise)[1:], atol=2e-3)
+    assert classifier(y[:1]).shape == defended(y[:1], None if noise is None else noise[:1]).shape
+
+
+def test_diffpure_without_noise_is_the_round_trip(target, photos):
+    vae, pure = build("vae", target), build("diffpure:t_star=0", target)
+    noise = pure.sample_noise(["a"], 0, "test")
+    assert torch.equal(pure.defense(photos[:1], noise).image, vae.defense(photos[:1], noise[:, :2]).image)
+    strong = build("diffpure:t_star=0.5,steps=3", target)
+    noise = strong.sample_noise(["a"], 0, "test")
+    once, twice = (strong.defense(photos[:1], noise).image for _ in range(2))
+    assert torch.equal(once, twice)
+    assert (once - pure.defense(photos[:1], noise).image).abs().mean() > 0.01
+
+
+def test_settings_in_the_name():
+    assert split("jpeg:quality=50") == ("jpeg", {"quality": 50})
+    assert split("jedi:completion=none,min_area=0.01") == ("jedi", {"completion": "none", "min_area": 0.01})
+    for text, said in (("blur", "unknown defence 'blur'"), ("jpeg:q=5", "defaults: quality=75"),
+                       ("jpeg:quality=high", "quality=high"), ("none:x=1", "defaults: none")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            split(text)
+    with pytest.raises(InputError, match="from 1 to 100"):
+        JPEG(0)
