@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, to_8bit
-from diffender.metrics import MaskScores, map_auc, mask_scores, mcnemar, wilson
+from diffender.metrics import map_auc, mask_scores, mcnemar, wilson
 from diffender.pipeline import Defended, Purified
 from diffender.report import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
-MASK_COLUMNS = (*MaskScores._fields, "auc")
 VOTES = 9  # purifications that a majority is taken of
 VERDICTS = ("single", "average", "worst", "majority")
 
@@ -51,9 +50,10 @@ def purifications(
 ) -> tuple[Purified, list[list[int]]]:
     """The first of n purifications with noise that no attack has seen, and what the classifier sees in each, a list a
     picture. Clean pictures and all attacks get the same noise, so that pairs compare like with like."""
-    outs = [target.defense(x, target.sample_noise(ids, seed, "verdict", k)) for k in range(n)]
+    noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
+    outs = [target.defense(x, noise) for noise in (noises if noises[0] is not None else noises[:1])]
     seen = torch.stack([target.classifier(out.image).argmax(dim=1) for out in outs], dim=1)
-    return outs[0], seen.tolist()
+    return outs[0], seen.expand(-1, n).tolist()  # without randomness one says it all
 
 
 def evaluate_batch(
@@ -67,16 +67,18 @@ def evaluate_batch(
     folder: Path,
     n: int = 10,
     on_step: Callable[[int], None] = lambda pictures: None,
+    bases: dict | None = None,
 ) -> list[dict]:
     """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each; pictures go to `folder`.
 
     Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there. `on_step` hears
-    the number of pictures after each step of an attack on the undefended classifier.
+    the number of pictures after each step of an attack on the undefended classifier. `bases` keeps the patches made on
+    it, for other defences of the same classifier.
     """
     x = to_8bit(x)
     clean, seen = purifications(target, x, ids, seed, n)
     names = [i.replace("/", "__") for i in ids]
-    areas = clean.mask.mean(dim=(1, 2, 3)).tolist()
+    areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
     reads = undefended(x, None).argmax(dim=1).tolist()
     records = [
         {"id": i, "file": name, "label": label, "undefended": read, "defended": labels, "masked": area, "attacks": {}}
@@ -84,7 +86,7 @@ def evaluate_batch(
     ]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
     for plan in plans:
-        for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step):
+        for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step, {} if bases is None else bases):
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
             out, seen = purifications(target, image, ids, seed, n)
@@ -101,17 +103,24 @@ def evaluate_batch(
                 record["attacks"][variant]["seconds"] = seconds / len(ids)
             last = {"clean": x, "attacked": image, "heatmap": out.heatmap, "mask": out.mask, "restored": out.image}
     for b, name in enumerate(names):
-        stages = {stage: image[b].detach().cpu() for stage, image in last.items()}
-        stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
+        stages = {stage: image[b].detach().cpu() for stage, image in last.items() if image is not None}
+        if "heatmap" in stages:
+            stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
         save_stages(folder / "images", name, stages)
     return records
 
 
-def craft(plan: Plan, undefended: Victim, x: Tensor, y: Tensor, ids: Sequence[str], seed: int, on_step: Callable):  # noqa: ANN201
-    """Yields (kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
-    started = time.monotonic()
-    base = plan.base(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
-    yield "transfer", base, time.monotonic() - started
+def craft(
+    plan: Plan, undefended: Victim, x: Tensor, y: Tensor, ids: Sequence[str], seed: int, on_step: Callable, bases: dict
+) -> Iterator[tuple[str, Attacked, float]]:
+    """(kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
+    key = plan.base, tuple(ids)
+    if key not in bases:
+        started = time.monotonic()
+        base = plan.base(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
+        bases[key] = base, time.monotonic() - started
+    base, seconds = bases[key]
+    yield "transfer", base, seconds
     for kind, (attack, victim) in plan.adaptive.items():
         started = time.monotonic()
         made = attack(victim, x, y, ids, seed, init=base.state)
@@ -136,10 +145,11 @@ def thin(trace: Sequence[float], points: int = 20) -> list[float]:
 
 
 def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
-    """How well each picture's mask and difference map fit the true mask (B, 1, H, W)."""
-    scores = (*mask_scores(out.mask, truth), map_auc(out.heatmap, truth))
-    rows = zip(*(score.tolist() for score in scores), strict=True)
-    return [dict(zip(MASK_COLUMNS, row, strict=True)) for row in rows]
+    """How well each picture's mask and difference map fit the true mask (B, 1, H, W), as far as there are any."""
+    scores = {} if out.mask is None else mask_scores(out.mask, truth)._asdict()
+    if out.heatmap is not None:
+        scores["auc"] = map_auc(out.heatmap, truth)
+    return [{name: score[b].item() for name, score in scores.items()} for b in range(len(truth))]
 
 
 def proportion(values: Sequence[float]) -> dict:
@@ -175,11 +185,13 @@ def summarize(records: Sequence[dict]) -> dict:
             same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer pictures
             rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
             rows[-1]["transfer"] = mean(a.average for a, _ in same)
-        masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in MASK_COLUMNS}
+        columns = next(iter(found.values()))["masks"]
+        masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
         masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
     if variants:
         least = {i: [judged[v][i] for v in variants if i in judged[v]] for i in label}
         worst = [Verdict(*(min(column) for column in zip(*verdicts, strict=True))) for verdicts in least.values()]
         fooled = [all(a["undefended"] == r["label"] for a in r["attacks"].values()) for r in records]
         rows.append(row("strongest on each picture", "", fooled, worst))
-    return {"rows": rows, "masks": masks, "masked_clean": mean(r["masked"] for r in records)}
+    masked = [r["masked"] for r in records if r["masked"] is not None]
+    return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

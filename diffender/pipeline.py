@@ -19,7 +19,7 @@ from diffender.restore import composite, inpaint
 from diffender.samplers import check_sampler
 from diffender.schedule import noise_timestep
 
-GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc")
+GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Backward:
                surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
                full       exact through localisation and restoration, thresholds straight through
                full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
+               auto       of other defences: exact where they are differentiable, straight through elsewhere
     ste        through the threshold of the map: see `ops.binarize`
     """
 
@@ -144,7 +145,7 @@ class DIFFender(nn.Module):
             x_hat = self.restore(x.detach(), found.mask.detach(), noise)
         if backward.mode == "surrogate":
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
-        elif backward.mode.startswith("full"):
+        elif backward.mode in ("full", "full+loc", "auto"):
             x_hat = self.restore(x, found.mask, noise)
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 

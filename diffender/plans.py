@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from diffender.evaluation import Plan
     from diffender.pipeline import Defended
 
-GRADIENTS = ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc")
+GRADIENTS = {  # by defence
+    "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc"),
+    "others": ("transfer", "bpda", "auto"),
+}
 COSTLY = ("surrogate", "full", "full+loc")
 PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
-COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6}  # a step's, in forward passes
+COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
+# forward passes
 PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer pictures and steps
     "smoke": {
         "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
@@ -32,8 +36,9 @@ PRESETS = {  # what the options that default to none become; laptop: with EOT ab
         "trust_images": 2, "queries": 100, "queries_undefended": 600,
     },
     "paper": {
-        "images": 512, "iters": 100, "iters_undefended": 100, "eot": 10, "restarts": 3, "grad": ",".join(GRADIENTS),
-        "verdicts": 10, "trust_images": 32, "queries": 2400, "queries_undefended": 2400,
+        "images": 512, "iters": 100, "iters_undefended": 100, "eot": 10, "restarts": 3,
+        "grad": ",".join(GRADIENTS["diffender"]), "verdicts": 10, "trust_images": 32,
+        "queries": 2400, "queries_undefended": 2400,
     },
 }  # fmt: skip
 
@@ -42,6 +47,7 @@ PRESETS = {  # what the options that default to none become; laptop: with EOT ab
 class Options(TargetOptions):
     preset: str = option("laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS))
     images: int | None = option(None, "number of pictures, of those the classifier gets right", low=1)
+    defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
     # The attack
     attack: str = option("advp", "names of diffender.attacks with commas between, all (the paper's four), or none")
     grad: str | None = option(None, "backward passes of the adaptive attack, with commas: " + ", ".join(GRADIENTS))
@@ -82,15 +88,26 @@ class Options(TargetOptions):
 
 def fill(opts: Options) -> Options:
     """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
-    preset = dict(PRESETS[opts.preset])
-    if opts.preset == "laptop" and (opts.eot or 1) > 4:
-        preset |= {"images": 3, "iters": 10}
+    preset = budget(opts, opts.preset)
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
-    if unknown := sorted(set(kinds(opts)) - set(GRADIENTS)):
-        raise InputError(f"--grad {', '.join(unknown)} is unknown; choose of {', '.join(GRADIENTS)}, with commas")
+    allowed = GRADIENTS["diffender" if opts.defense == "diffender" else "others"]
+    if unknown := sorted(set(kinds(opts)) - set(allowed)):
+        raise InputError(
+            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
+        )
     if share(opts.shard)[1] > 1 and opts.name is None:
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     return opts
+
+
+def budget(opts: Options, preset: str) -> dict:
+    """The values of a preset, as they are for this defence."""
+    values = dict(PRESETS[preset])
+    if preset == "laptop" and (opts.eot or 1) > 4:
+        values |= {"images": 3, "iters": 10}
+    if opts.defense != "diffender":
+        values |= {"grad": ",".join(GRADIENTS["others"][1:])}
+    return values
 
 
 def kinds(opts: Options) -> list[str]:
@@ -130,6 +147,7 @@ def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
 
 def build_target(opts: Options) -> Defended:
     """The classifier behind the defence, with micro-batches that fit the memory allowed."""
+    from diffender.defenses import build
     from diffender.memory import GIB, fit_micro_batch, footprint, held_bytes
     from diffender.runs import open_target, pick_dtype
 
@@ -140,7 +158,7 @@ def build_target(opts: Options) -> Defended:
         one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
         rows = opts.batch_size * opts.eot_batch
         model.micro_batch = fit_micro_batch(one, rows, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
-    return target
+    return build(opts.defense, target)
 
 
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
@@ -169,11 +187,8 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
     return plans
 
 
-def announce(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> int:
-    """Say before the start what the run will cost and what it leaves out; returns its UNet evaluations."""
-    from diffender.memory import GIB, footprint, held_bytes, peak_bytes
-    from diffender.runs import pick_dtype
-
+def estimate(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> int:
+    """Say before the start what the run will cost and what it leaves out; returns its worth in UNet evaluations."""
     noise = target.sample_noise(["estimate"], opts.seed, "estimate")
     target(x, noise)
     started = time.monotonic()
@@ -183,15 +198,9 @@ def announce(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[
     passes = sum(n * costs(opts, costly) for costly, n in count.items())
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
     passes += opts.trust_images * checks * (opts.attack != "none")
-    one = footprint(target.defense.model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
-    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * opts.eot_batch
-    micro_batch = target.defense.model.micro_batch
-    peak = held_bytes(x.device) + peak_bytes(one, rows, opts.draws, micro_batch)
-    print(
-        f"about {duration(passes * seconds)}: {passes:.0f} passes of the defence of {seconds:.2f} s each; at most "
-        f"{peak / GIB:.1f} GiB" + (f", micro-batches of {micro_batch}" if micro_batch else "")
-    )
-    paper = PRESETS["paper"]
+    print(f"about {duration(passes * seconds)}: {passes:.0f} passes of the defence of {seconds:.2f} s each"
+          + memory_needed(opts, target, x, parts))  # fmt: skip
+    paper = budget(opts, "paper")
     if opts.preset != "paper" and opts.attack != "none":
         full = replace(opts, **paper)
         print(
@@ -200,7 +209,21 @@ def announce(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[
             f"about {duration(paper['images'] * costs(full, True) * seconds)} here"
         )
     locate, restore = 2 * opts.draws, (2 if opts.guidance != 1 else 1) * opts.steps * opts.restore
-    return round(passes * (locate + restore))
+    return round(passes * (locate + restore if opts.defense == "diffender" else PLAIN))
+
+
+def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
+    """In words, for a defence with a diffusion model."""
+    from diffender.memory import GIB, footprint, held_bytes, peak_bytes
+    from diffender.runs import pick_dtype
+
+    model = target.defense.model
+    if model is None:
+        return ""
+    one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
+    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * opts.eot_batch
+    peak = held_bytes(x.device) + peak_bytes(one, rows, opts.draws, model.micro_batch)
+    return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
 
 
 def costs(opts: Options, costly: bool) -> float:

@@ -56,8 +56,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(results: dict) -> str:
     """The tables of a run: accuracy in per cent (Wilson 95 % interval), masks, checks, and how it came about."""
-    head = ("attack", "gradient", "undefended", "DIFFender, single", "average", f"worst of {results['verdicts']}",
-            f"majority of {results['votes']}", "p")  # fmt: skip
+    head = ("attack", "gradient", "undefended", f"{results['defense']}, single", "average",
+            f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
     rows = []
     for r in results["rows"]:
         p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
@@ -67,12 +67,14 @@ def markdown(results: dict) -> str:
         rows[-1] = tuple(f"**{cell}**" if cell else "" for cell in rows[-1])
     parts = [table(head, rows)]
     if results["masks"]:
-        head = ("masks, means over the pictures", "patched", "recall", "precision", "IoU", "AUC of the map", "passes",
-                "seconds a picture")  # fmt: skip
-        rows = [(name, f"{100 * m['area']:.1f} %", *(f"{m[c]:.3f}" for c in ("recall", "precision", "iou", "auc")),
+        scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}
+        scores = {c: title for c, title in scores.items() if all(c in m for m in results["masks"].values())}
+        head = ("masks, means over the pictures", "patched", *scores.values(), "passes", "seconds a picture")
+        rows = [(name, f"{100 * m['area']:.1f} %", *(f"{m[c]:.3f}" for c in scores),
                  f"{m['queries']:.0f}", f"{m['seconds']:.1f}") for name, m in results["masks"].items()]  # fmt: skip
         parts.append(table(head, rows))
-    parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")
+    if results["masked_clean"] is not None:
+        parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")
     if results.get("trust"):
         parts.append(trust_table(results["trust"]))
     parts.append(
@@ -95,7 +97,7 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
     from matplotlib.figure import Figure
 
     records = records[:rows]
-    stages = [stage for stage in STAGES if records[0]["attacks"] or stage != "attacked"]
+    stages = [stage for stage in STAGES if (folder / f"{records[0]['file']}_{stage}.png").is_file()]
     figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), len(stages), squeeze=False)
     for row, record in zip(axes, records, strict=True):

@@ -112,13 +112,14 @@ def append_records(path: Path, records: Sequence[dict]) -> None:
 class Progress:
     """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran.
 
-    Work on the classifier alone is told to `advance`, at its worth in UNet evaluations.
+    Work on the classifier alone is told to `advance`, at its worth in UNet evaluations; so it is for a defence without
+    a diffusion model (None).
     """
 
-    def __init__(self, model: LatentDiffusion, total: int, description: str):
+    def __init__(self, model: LatentDiffusion | None, total: int, description: str):
         self.evaluations = 0
         self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True)
-        unets = [unet for unet in (model.unet, model.locator) if unet is not None]
+        unets = [] if model is None else [unet for unet in (model.unet, model.locator) if unet is not None]
         self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
 
     def count(self, _module: nn.Module, args: tuple) -> None:

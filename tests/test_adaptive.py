@@ -299,7 +299,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     assert json.loads(json.dumps(records)) == records
     results = summarize(records) | {
         "verdicts": 2, "votes": 1, "command": "c", "setting": "s", "seed": 0, "seconds": 1.0, "unet_evaluations": 1,
-        "machine": "m", "date": "d",
+        "machine": "m", "date": "d", "defense": "DIFFender",
     }  # fmt: skip
     assert "| advp | full |" in markdown(results)
 

@@ -156,7 +156,7 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
         (["--attack", "advp,pgd"], "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
         (["--shard", "2/2"], "--shard is 2/2; give i/n with i from 0 to n-1"),
         (["--shard", "1/2"], "--shard 1/2 needs --name"),
-        (["--grad", "exact"], "--grad exact is unknown; choose of transfer, bpda, bpda-mask"),
+        (["--grad", "exact"], "--grad exact is unknown for diffender; choose of transfer, bpda, bpda-mask"),
         (["--attack", "ready"], "give --patch-file"),
         (["--attack", "gdpa", "--gdpa-mode", "amortised"], "give --generator"),
         (["--attack", "rhde", "--sticker", "dog"], "unknown sticker 'dog'; choose one of smiley"),

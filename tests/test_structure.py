@@ -19,11 +19,23 @@ LAYERS = [
     {"localize", "restore", "prompts"},
     {"pipeline"},
     {"attacks.patch", "attacks.stickers"},
+    {
+        "defenses.fill",
+        "defenses.jpeg",
+        "defenses.smoothing",
+        "defenses.lgs",
+        "defenses.fnc",
+        "defenses.diffpure",
+        "defenses.patchcleanser",
+    },
+    {"defenses.dw", "defenses.jedi"},
+    {"defenses"},
     {"attacks.advp", "attacks.gdpa", "attacks.rhde", "attacks.fixed"},
     {"attacks.lavan", "attacks.sparse_rs"},
     {"attacks", "data", "report", "runs", "memory"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
+    {"experiment"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = {

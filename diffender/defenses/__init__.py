@@ -15,6 +15,7 @@ from diffender.defenses.jedi import Jedi, load_autoencoder
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.smoothing import Smoothing
+from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
 from diffender.ops import resize, straight_through
 from diffender.pipeline import EXACT, Backward, Defended, Purified, check_images
@@ -27,9 +28,10 @@ class Purifier(nn.Module):
     what is not, as each defence's own file says.
     """
 
-    def __init__(self, purify: Callable, random: bool = False):
+    def __init__(self, purify: Callable, model: LatentDiffusion | None = None):
         super().__init__()
-        self.purify, self.random = purify, random
+        self.purify, self.model = purify, model
+        self.random = model is not None  # the only ones that draw are those that diffuse
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
         return self.purify.sample_noise(image_ids, seed, purpose, k) if self.random else None
@@ -81,7 +83,7 @@ def build_fnc(target: Defended, **settings: float) -> Defended:
 def build_diffpure(target: Defended, **settings: float) -> Defended:
     d = target.defense
     purify = DiffPure(d.model, d.contexts.empty, d.blank, **settings)
-    return Defended(Purifier(purify, random=True), target.classifier)
+    return Defended(Purifier(purify, d.model), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:

@@ -1,0 +1,156 @@
+"""One defence under attack in one folder: prepared, worked on picture by picture, resumed, finished.
+
+A table is a list of experiments on the same pictures; they share the patches made on the undefended classifier.
+"""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from diffender.data import Batch, correct_subset, list_items
+from diffender.errors import named_images
+from diffender.evaluation import VOTES, Plan, evaluate_batch, summarize
+from diffender.files import read_header, sha256
+from diffender.pipeline import Defended, Undefended
+from diffender.plans import (
+    COSTLY,
+    PLAIN,
+    Options,
+    attacks,
+    build_plans,
+    build_target,
+    describe,
+    estimate,
+    share,
+    split,
+    without,
+)  # fmt: skip
+from diffender.prompts import SHIPPED
+from diffender.report import class_names, markdown, save_grid
+from diffender.runs import (
+    Progress,
+    append_records,
+    model_hashes,
+    open_run,
+    pick_device,
+    pick_dtype,
+    read_records,
+    write_json,
+)
+from diffender.trust import trust_report
+
+NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
+             "trust_images", "shard", "table", "figure")  # fmt: skip
+
+
+class Experiment(NamedTuple):
+    opts: Options
+    folder: Path
+    own: Path  # the records of this process
+    target: Defended
+    plans: list[Plan]
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.classifier.mean.device
+
+
+def prepare(opts: Options) -> Experiment:
+    """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
+    attacks(opts)  # an unknown name shows at once
+    target = build_target(opts)
+    folder = Path("runs") / (opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}")
+    shard, shards = share(opts.shard)
+    own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
+    return Experiment(opts, folder, own, target, build_plans(opts, target))
+
+
+def pictures(opts: Options, target: Defended) -> Batch:
+    """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
+    tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
+    return correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+
+
+def work(experiments: Sequence[Experiment], batch: Batch) -> None:
+    """Attack and judge what is not done yet; pictures outermost, so that experiments can share what they share.
+
+    Raises InputError where a folder holds a run with other settings.
+    """
+    opts = experiments[0].opts
+    done = [{r["id"] for r in open_run(e.folder, resolved(e.opts), e.own)} for e in experiments]
+    shard, shards = share(opts.shard)
+    parts = split(opts, [i for i in range(len(batch.ids)) if i % shards == shard])
+    left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
+    total = sum(
+        estimate(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
+    )
+    model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
+    with Progress(model, total, opts.attack) as progress:
+        for turn in zip(*left, strict=True):
+            bases = {}  # the patches on the undefended classifier, for this batch
+            for e, (part, costly) in zip(experiments, turn, strict=True):
+                if part:
+                    judge_part(e, batch, part, costly, progress, bases)
+
+
+def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, bases: dict) -> None:
+    ids, x, y = [batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device)
+    begun, before = time.monotonic(), progress.evaluations
+    with named_images(ids):
+        records = evaluate_batch(
+            Undefended(e.target.classifier), e.target, [without(p, () if costly else COSTLY) for p in e.plans],
+            ids, x, y, e.opts.seed, e.folder, e.opts.verdicts, lambda n: progress.advance(n * PLAIN), bases,
+        )  # fmt: skip
+    spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
+    shares = {name: value / len(records) for name, value in spent.items()}
+    append_records(e.own, [record | shares for record in records])
+
+
+def finish(e: Experiment, batch: Batch) -> dict | None:
+    """Tables, checks and pictures of a run whose records are all there; None while other shards are at work."""
+    opts = e.opts
+    found = {r["id"]: r for r in read_records(e.folder)}
+    records = [found[i] for i in batch.ids if i in found]
+    if len(records) < len(batch.ids):
+        print(f"{len(records)} of {len(batch.ids)} pictures are done; the shard that ends last writes the table")
+        return None
+    results = {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores" if e.device.type == "cpu" else str(e.device),
+        "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
+        "seed": opts.seed,
+        "setting": describe(opts),
+        "verdicts": opts.verdicts,
+        "votes": min(VOTES, opts.verdicts - (opts.verdicts + 1) % 2),
+    } | summarize(records)
+    checked = time.monotonic()
+    if opts.trust != "off" and e.plans:
+        n = min(opts.trust_images, len(batch.ids))
+        few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(e.device), y=batch.y[:n].to(e.device))
+        results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results)
+    results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
+    results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
+    write_json(e.folder / "results.json", results)
+    (e.folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    save_grid(e.folder / "images", records, e.folder / "grid.png", class_names())
+    return results
+
+
+def resolved(opts: Options) -> dict:
+    """All that a picture's result depends on: what a resumed run must share. More pictures may join."""
+    settings = {k: v for k, v in asdict(opts).items() if k not in NO_MATTER}
+    settings["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
+    hashes = {"model": model_hashes(opts)}
+    files = {"classifier": opts.classifier_weights, "generator": opts.generator, "patches": opts.patch_file}
+    hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
+    if opts.prompt == "tuned":
+        hashes["prompts"] = sha256(Path(opts.prompts or SHIPPED))
+    return settings | {"torch": torch.__version__, "sha256": hashes}
