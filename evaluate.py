@@ -3,6 +3,8 @@
     python evaluate.py                                  embedded model, sample photographs, AdvP; 5 minutes, 2 cores
     python evaluate.py --attack gdpa --eot 10           another attack; --attack all runs the paper's four
     python evaluate.py --grad bpda,bpda-mask,full       one attack after the other, each with its row in the table
+    python evaluate.py --defense jpeg:quality=50        a baseline under the same attacks
+    python evaluate.py --table 1                        a table of the paper: every defence, the four attacks
     python evaluate.py --preset paper --data DATA       512 pictures, 100 steps, EOT 10, every gradient, 3 restarts
 
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
@@ -17,13 +19,19 @@ from diffender.plans import Options, fill
 
 
 def main() -> None:
-    opts = fill(parse(Options, __doc__))
+    given = parse(Options, __doc__)
+    opts = fill(given)
     # Imported after the options are known to be good: torch and timm take seconds.
     from diffender.experiment import finish, pictures, prepare, work
     from diffender.memory import GIB, most_held_bytes
     from diffender.report import markdown
     from diffender.runs import read_records
 
+    if opts.table is not None:
+        from diffender.tables import run_table
+
+        print(run_table(opts.table, given))
+        return
     experiment = prepare(opts)
     batch = pictures(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))

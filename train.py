@@ -38,6 +38,9 @@ class Options(ModelOptions):
     ctx_init: str = option("words", "start from the manual prompts' words or from noise", choices=("words", "noise"))
     lr: float = option(0.01, "of Adam, on the context vectors; falls to zero along a cosine", low=0)
     printed_eq4: bool = option(False, "Eq. 4 as printed, without its negative term")
+    without: str = option(
+        "none", "leave a term of Eq. 7 out, as Table 2 does", choices=("none", "mask", "l1", "feature")
+    )
     area: float = option(0.05, "share of the picture that a patch covers", low=0.0005, high=0.9)
     iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.models.classifiers")
@@ -163,6 +166,8 @@ def tuning_step(
         restoration_l1(out.image, x),
         feature_distance(classifier.features(out.image), classifier.features(x)),
     )
+    if opts.without != "none":
+        loss = loss._replace(total=loss.total - getattr(loss, opts.without))
     return loss, mask_scores(out.mask, mask).iou.mean()
 
 

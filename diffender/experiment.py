@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from diffender.data import Batch, correct_subset, list_items
+from diffender.diffusion import LatentDiffusion
 from diffender.errors import named_images
 from diffender.evaluation import VOTES, Plan, evaluate_batch, summarize
 from diffender.files import read_header, sha256
@@ -43,11 +44,12 @@ from diffender.runs import (
     pick_dtype,
     read_records,
     write_json,
-)
+    write_text,
+)  # fmt: skip
 from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
-             "trust_images", "shard", "table", "figure")  # fmt: skip
+             "trust_images", "shard", "table", "tuning_data")  # fmt: skip
 
 
 class Experiment(NamedTuple):
@@ -62,10 +64,10 @@ class Experiment(NamedTuple):
         return self.target.classifier.mean.device
 
 
-def prepare(opts: Options) -> Experiment:
+def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
     attacks(opts)  # an unknown name shows at once
-    target = build_target(opts)
+    target = build_target(opts, model)
     folder = Path("runs") / (opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}")
     shard, shards = share(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
@@ -139,7 +141,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)
-    (e.folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    write_text(e.folder / "table.md", markdown(results))
     save_grid(e.folder / "images", records, e.folder / "grid.png", class_names())
     return results
 

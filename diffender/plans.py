@@ -15,6 +15,7 @@ from diffender.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffender.diffusion import LatentDiffusion
     from diffender.evaluation import Plan
     from diffender.pipeline import Defended
 
@@ -81,6 +82,8 @@ class Options(TargetOptions):
     trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
     trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
     # The run
+    table: int | None = option(None, "make a table of the paper, 1 to 5, instead of a single run", low=1, high=5)
+    tuning_data: str = option("samples", "photographs that Table 2 tunes prompts on; none is evaluated")
     shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
     max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
@@ -145,13 +148,13 @@ def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
     return plan._replace(adaptive={k: v for k, v in plan.adaptive.items() if k not in kinds})
 
 
-def build_target(opts: Options) -> Defended:
+def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:
     """The classifier behind the defence, with micro-batches that fit the memory allowed."""
     from diffender.defenses import build
     from diffender.memory import GIB, fit_micro_batch, footprint, held_bytes
     from diffender.runs import open_target, pick_dtype
 
-    target = open_target(opts)
+    target = open_target(opts, model)
     if opts.max_memory is not None:
         model, classifier = target.defense.model, target.classifier
         device = classifier.mean.device

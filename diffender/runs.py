@@ -41,11 +41,11 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     return model.to(device)
 
 
-def open_target(opts: TargetOptions) -> Defended:
-    """The classifier behind the defence that the flags ask for, on their device."""
+def open_target(opts: TargetOptions, model: LatentDiffusion | None = None) -> Defended:
+    """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = open_model(opts, device)
+    model = open_model(opts, device) if model is None else model
     contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
     constant = Contexts(*(c if c is None else c.detach() for c in contexts))
     return Defended(DIFFender(model, constant, pick(DIFFenderConfig, opts)), classifier)
@@ -65,10 +65,15 @@ def model_hashes(opts: ModelOptions) -> list[str]:
     return [sha256(file) for file in files]
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: Path, content: str) -> None:
+    """The whole file or none of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     partial.rename(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def open_run(folder: Path, config: dict, own: Path) -> list[dict]:

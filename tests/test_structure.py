@@ -35,7 +35,8 @@ LAYERS = [
     {"attacks", "data", "report", "runs", "memory"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
-    {"experiment"},
+    {"experiment", "paper"},
+    {"tables"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = {
