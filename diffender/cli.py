@@ -71,8 +71,10 @@ class DefenseOptions(ModelOptions):
 class TargetOptions(DefenseOptions):
     """The classifier behind the defence, and the pictures."""
 
-    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
-    classifier: str = option("efficientnet_lite0", "classifier under attack, a name of diffender.models.classifiers")
+    data: str = option("samples", "samples, a folder by wnid, a csv of file and label; faces: by person, or identity")
+    classifier: str = option("efficientnet_lite0", "a name of diffender.models.classifiers, timm:TAG, or a recogniser "
+                             "of faces: facenet, mobilefacenet")  # fmt: skip
+    fold: int = option(0, "of faces: which picture of each person is the probe; the others are the gallery", low=0)
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
     seed: int = option(0, "of every random choice", low=0)
     batch_size: int = option(8, "pictures side by side; changes no result", low=1)

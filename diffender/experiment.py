@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffender.data import Batch, correct_subset, list_items
+from diffender.data import Batch, correct_subset
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import named_images
 from diffender.evaluation import VOTES, Plan, evaluate_batch, summarize
@@ -39,6 +39,7 @@ from diffender.runs import (
     Progress,
     append_records,
     model_hashes,
+    open_items,
     open_run,
     pick_device,
     pick_dtype,
@@ -49,7 +50,7 @@ from diffender.runs import (
 from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
-             "trust_images", "shard", "table", "tuning_data")  # fmt: skip
+             "trust_images", "shard", "table", "tuning_data", "folds")  # fmt: skip
 
 
 class Experiment(NamedTuple):
@@ -77,7 +78,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
 def pictures(opts: Options, target: Defended) -> Batch:
     """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
     tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
-    return correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+    return correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
 
 
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:
@@ -142,7 +143,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)
     write_text(e.folder / "table.md", markdown(results))
-    save_grid(e.folder / "images", records, e.folder / "grid.png", class_names())
+    save_grid(e.folder / "images", records, e.folder / "grid.png", e.target.classifier.names or class_names())
     return results
 
 

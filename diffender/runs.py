@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from diffender.checkpoints import folder_files
 from diffender.cli import ModelOptions, TargetOptions, pick
+from diffender.data import Item, list_items
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
+from diffender.faces import RECOGNIZERS, identify, list_faces, split_faces
 from diffender.files import sha256
-from diffender.models.classifiers import load_classifier
+from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
 from diffender.prompts import SHIPPED, Contexts, contexts_for
 from diffender.weights import EMBEDDED, RANDOM, load_model
@@ -44,11 +46,25 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 def open_target(opts: TargetOptions, model: LatentDiffusion | None = None) -> Defended:
     """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
     device = pick_device(opts.device)
-    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    classifier = open_classifier(opts).to(device)
     model = open_model(opts, device) if model is None else model
     contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
     constant = Contexts(*(c if c is None else c.detach() for c in contexts))
     return Defended(DIFFender(model, constant, pick(DIFFenderConfig, opts)), classifier)
+
+
+def open_classifier(opts: TargetOptions) -> Classifier:
+    """The classifier that the flags ask for; a recogniser of faces takes its gallery from --data."""
+    if opts.classifier in RECOGNIZERS:
+        return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
+    return load_classifier(opts.classifier, opts.classifier_weights)
+
+
+def open_items(opts: TargetOptions) -> list[Item]:
+    """The pictures that --data names; of faces, the probes."""
+    if opts.classifier in RECOGNIZERS:
+        return split_faces(list_faces(opts.data), opts.fold).probes
+    return list_items(opts.data)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

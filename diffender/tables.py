@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 5, a command each: python evaluate.py --table 1 [--preset smoke|laptop|paper].
+"""The paper's tables, a command each: python evaluate.py --table 1 [--preset smoke|laptop|paper].
 
 A table is a list of experiments on the same pictures, each in a folder of its own, so it resumes. A cell is the share
 of right answers under the strongest of the patches made for each picture, first purification; the csv has all verdicts.
@@ -15,12 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from diffender.evaluation import VERDICTS, proportion, verdict
-from diffender.experiment import Experiment, finish, pictures, prepare, work
+from diffender.errors import InputError
+from diffender.evaluation import Verdict, proportion, verdict
+from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
+from diffender.faces import RECOGNIZERS
+from diffender.filming import run_film
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import table
-from diffender.runs import open_model, pick_device, read_records, write_text
+from diffender.runs import open_model, open_run, pick_device, read_records, write_text
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -38,12 +41,6 @@ class Row(NamedTuple):
     changes: dict  # of the options
 
 
-class Cell(NamedTuple):
-    """Four verdicts over n pictures, as `proportion` gives them, under the strongest patch for each."""
-
-    verdicts: dict[str, dict]
-
-
 def rows_of(number: int, opts: Options) -> list[Row]:
     ours = Row("diffender", {})
     if number == 1:
@@ -53,10 +50,14 @@ def rows_of(number: int, opts: Options) -> list[Row]:
         terms = ("mask", "feature", "l1")
         tuned = [Row(f"without {term}", {"prompts": retuned(opts, term)}) for term in terms]
         return [*tuned, Row("diffender", {"prompts": retuned(opts, "none")})]
+    prompts = [Row("EP", {"prompt": "empty"}), Row("MP", {"prompt": "manual"})]
+    if number == 6:
+        others = ("jpeg", "smoothing", "dw", "lgs", "fnc", "jedi")
+        return [*(Row(name, {"defense": name, "grad": None}) for name in others), *prompts, ours]
     if number == 3:
         return [Row("NR", {"restore": False}), ours]
     if number == 4:
-        return [Row("EP", {"prompt": "empty"}), Row("MP", {"prompt": "manual"}), ours]
+        return [*prompts, ours]
     return [ours]
 
 
@@ -71,12 +72,35 @@ def retuned(opts: Options, without: str) -> str:
     return str(path)
 
 
+def columns(number: int) -> tuple[str, ...]:
+    return ("clean", "gdpa", "rhde") if number == 6 else COLUMNS
+
+
+class Line(NamedTuple):
+    classifier: str
+    key: str  # of NAMES
+    verdicts: dict[str, list[Verdict]]  # by column: of each picture, under the strongest of its patches
+
+
 def run_table(number: int, opts: Options) -> str:
     """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
-    classifiers = TRANSFER_TO if number == 5 else (opts.classifier,)
-    blocks = [run_block(number, opts, classifier) for classifier in classifiers]
     folder = Path("runs") / f"table{number}-{opts.preset}"
-    lines = [line for block in blocks for line in block]
+    if number == 7:
+        own = fill(replace(opts, attack="none", trust="off", name=f"{folder.name}/{opts.classifier}"))
+        experiment = prepare(own)
+        batch = pictures(own, experiment.target)
+        open_run(experiment.folder, resolved(own), experiment.own)
+        return run_film(experiment, batch, own, command())
+    if number == 6 and opts.classifier not in RECOGNIZERS:
+        raise InputError(
+            f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
+            "--data with a folder for each person"
+        )
+    parts = [(c, opts.fold) for c in TRANSFER_TO] if number == 5 else [(opts.classifier, opts.fold)]
+    if number == 6:
+        parts = [(opts.classifier, fold) for fold in range(opts.folds)]
+    blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
+    lines = pool([line for block in blocks for line in block])
     text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_csv(lines))
@@ -84,88 +108,96 @@ def run_table(number: int, opts: Options) -> str:
     return text
 
 
-class Line(NamedTuple):
-    classifier: str
-    key: str
-    cells: dict[str, Cell]  # by column
+def command() -> str:
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def run_block(number: int, opts: Options, classifier: str) -> list[Line]:
-    opts = replace(opts, classifier=classifier, attack="all", trust="off")
-    rows = rows_of(number, opts)
+def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
+    """The lines of one classifier and one choice of probes."""
+    attack = ",".join(columns(number)[1:])
+    opts = replace(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
+    rows, folder = rows_of(number, opts), f"table{number}-{opts.preset}/{classifier}" + (f"-{fold}" if fold else "")
     model = open_model(opts, pick_device(opts.device))  # once for all
-    experiments = []
-    for row in rows:
-        name = f"table{number}-{opts.preset}/{classifier}/{row.key.replace(' ', '-')}"
-        experiments.append(prepare(fill(replace(opts, **row.changes, name=name)), model))
+    experiments = [
+        prepare(fill(replace(opts, **row.changes, name=f"{folder}/{row.key.replace(' ', '-')}")), model) for row in rows
+    ]
     batch = pictures(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
-    lines = []
-    for row, experiment in zip(rows, experiments, strict=True):
+    for experiment in experiments:
         finish(experiment, batch)
-        lines.append(Line(classifier, row.key, cells(experiment, batch.ids)))
-    bare = undefended(experiments[-1], batch.ids)
-    return lines if number in (2, 3, 4) else [Line(classifier, "undefended", bare), *lines]
+    lines = [Line(classifier, row.key, strongest(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    if number in (2, 3, 4):
+        return lines
+    return [Line(classifier, "undefended", undefended(experiments[-1], batch.ids)), *lines]
 
 
-def cells(experiment: Experiment, ids: Sequence[str]) -> dict[str, Cell]:
+def strongest(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
+    """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
     records = [r for r in read_records(experiment.folder) if r["id"] in ids]
-    found = {"clean": [[verdict(r["defended"], r["label"])] for r in records]}
-    for name in COLUMNS[1:]:
-        found[name] = [
-            [verdict(a["defended"], r["label"]) for variant, a in r["attacks"].items() if variant.startswith(name)]
-            for r in records
-        ]
-    return {
-        name: Cell({v: proportion([min(getattr(one, v) for one in some) for some in verdicts]) for v in VERDICTS})
-        for name, verdicts in found.items()
-    }
+    found = {"clean": [verdict(r["defended"], r["label"]) for r in records]}
+    for name in experiment.opts.attack.split(","):
+        found[name] = []
+        for r in records:
+            some = [verdict(a["defended"], r["label"]) for v, a in r["attacks"].items() if v.split("/")[0] == name]
+            found[name].append(Verdict(*map(min, zip(*some, strict=True))))
+    return found
 
 
-def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, Cell]:
+def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """The classifier alone, under the patches made on it."""
     records = [r for r in read_records(experiment.folder) if r["id"] in ids]
-    right = {"clean": [float(r["undefended"] == r["label"]) for r in records]}
-    for name in COLUMNS[1:]:
-        right[name] = [float(r["attacks"][f"{name}/transfer"]["undefended"] == r["label"]) for r in records]
-    return {name: Cell({v: proportion(values) for v in VERDICTS}) for name, values in right.items()}
+    seen = {"clean": [r["undefended"] for r in records]}
+    for name in experiment.opts.attack.split(","):
+        seen[name] = [r["attacks"][f"{name}/transfer"]["undefended"] for r in records]
+    labels = [r["label"] for r in records]
+    return {name: [verdict([c], y) for c, y in zip(classes, labels, strict=True)] for name, classes in seen.items()}
+
+
+def pool(lines: Sequence[Line]) -> list[Line]:
+    """Lines of one classifier and one defence as one: the folds of faces."""
+    pooled = {}
+    for line in lines:
+        known = pooled.setdefault(line[:2], {})
+        for column, verdicts in line.verdicts.items():
+            known[column] = known.get(column, []) + verdicts
+    return [Line(*key, verdicts) for key, verdicts in pooled.items()]
+
+
+def share(line: Line, column: str, name: str = "single") -> dict:
+    return proportion([getattr(v, name) for v in line.verdicts[column]])
 
 
 def markdown(number: int, lines: Sequence[Line]) -> str:
     """Ours in per cent (right of n), the best defence of a column bold; the paper's beside them."""
-    quoted = QUOTED[number]
-    head = ["classifier", "defence", *COLUMNS, *(f"{c}, quoted ({' / '.join(quoted)})" for c in COLUMNS)]
+    quoted, shown = QUOTED[number], columns(number)
     out = []
     for line in lines:
-        numbers = [model.get(line.key) for model in quoted.values()]
-        beside = [" / ".join("" if n is None else f"{n[i]:.1f}" for n in numbers) for i in range(len(COLUMNS))]
-        mine = []
-        for column in COLUMNS:
-            p = line.cells[column].verdicts["single"]
+        theirs = [model[line.key] for model in quoted.values() if line.key in model]
+        beside = [" / ".join(f"{numbers[i]:.1f}" for numbers in theirs) for i in range(len(shown))]
+        ours = []
+        for column in shown:
+            p = share(line, column)
             text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']})"
-            mine.append(f"**{text}**" if p["accuracy"] == best(lines, line.classifier, column) else text)
-        out.append([line.classifier, NAMES[line.key], *mine, *(b.strip(" /") for b in beside)])
-    return table(head, out)
+            ours.append(f"**{text}**" if p["accuracy"] == best(lines, line.classifier, column) else text)
+        out.append([line.classifier, NAMES[line.key], *ours, *beside])
+    return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
 
 def best(lines: Sequence[Line], classifier: str, column: str) -> float:
-    compared = [
-        line for line in lines
-        if line.classifier == classifier and line.key != "undefended" and "control" not in NAMES[line.key]
-    ]  # fmt: skip
-    return max(line.cells[column].verdicts["single"]["accuracy"] for line in compared)
+    defences = [n for n in lines if n.classifier == classifier and n.key not in ("undefended", "resize", "vae")]
+    return max(share(line, column)["accuracy"] for line in defences)
 
 
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
-    n = lines[0].cells["clean"].verdicts["single"]["n"]
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was run, and how it departs from the paper."""
+    full = fill(replace(opts, attack="all"))
     return (
-        f"`{command}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
-        f"picture. {n} pictures, {describe(fill(replace(opts, attack='all')))}, seed {opts.seed}. Departures from the "
+        f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
+        f"picture. {len(lines[0].verdicts['clean'])} pictures, {describe(full)}, seed {opts.seed}. Departures from the "
         f"paper: classifier {', '.join(dict.fromkeys(line.classifier for line in lines))} (theirs in the heads of the "
-        f"quoted columns), data {opts.data} (theirs 512 of ImageNet), diffusion model "
-        f"{opts.weights or 'the embedded one'} (theirs Stable Diffusion), and the budget above (theirs 100 steps). "
-        f"Baselines take `bpda` and `auto` gradients, DIFFender {fill(opts).grad}; the paper BPDA.\n"
+        f"quoted columns), data {opts.data} (theirs 512 pictures of {'LFW' if number == 6 else 'ImageNet'}), diffusion "
+        f"model {opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps). "
+        f"Baselines are attacked through `bpda` and `auto` gradients, DIFFender through {full.grad} (theirs BPDA).\n"
     )
 
 
@@ -174,18 +206,20 @@ def as_csv(lines: Sequence[Line]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["classifier", "defence", "attack", "verdict", "right", "n", "accuracy", "low", "high"])
     for line in lines:
-        for column, cell in line.cells.items():
-            for name, p in cell.verdicts.items():
-                numbers = (p["right"], p["n"], *(round(p[k], 4) for k in ("accuracy", "low", "high")))
+        for column in line.verdicts:
+            for name in Verdict._fields:
+                p = share(line, column, name)
+                numbers = (round(p[k], 4) for k in ("right", "n", "accuracy", "low", "high"))
                 writer.writerow([line.classifier, line.key, column, name, *numbers])
     return text.getvalue()
 
 
 def as_latex(number: int, lines: Sequence[Line]) -> str:
     """Ours alone, for \\usepackage{booktabs}."""
-    out = [r"\begin{tabular}{ll" + "r" * len(COLUMNS) + "}", r"\toprule"]
-    out += ["classifier & defence & " + " & ".join(COLUMNS) + r" \\", r"\midrule"]
+    shown = columns(number)
+    out = [r"\begin{tabular}{ll" + "r" * len(shown) + "}", r"\toprule"]
+    out += ["classifier & defence & " + " & ".join(shown) + r" \\", r"\midrule"]
     for line in lines:
-        values = [f"{100 * line.cells[c].verdicts['single']['accuracy']:.1f}" for c in COLUMNS]
+        values = [f"{100 * share(line, c)['accuracy']:.1f}" for c in shown]
         out.append(" & ".join([line.classifier, NAMES[line.key], *values]).replace("_", r"\_") + r" \\")
     return "\n".join([*out, r"\bottomrule", r"\end{tabular}", ""])

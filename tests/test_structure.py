@@ -13,7 +13,7 @@ PACKAGE = ROOT / "diffender"
 LAYERS = [
     {"errors", "ops", "schedule", "layouts"},
     {"noise", "metrics", "cli", "files", "samplers"},
-    {"models.text", "models.unet", "models.vae", "models.classifiers"},
+    {"models.text", "models.unet", "models.vae", "models.classifiers", "models.faces"},
     {"diffusion", "losses", "checkpoints", "official"},
     {"weights"},
     {"localize", "restore", "prompts"},
@@ -32,10 +32,13 @@ LAYERS = [
     {"defenses"},
     {"attacks.advp", "attacks.gdpa", "attacks.rhde", "attacks.fixed"},
     {"attacks.lavan", "attacks.sparse_rs"},
-    {"attacks", "data", "report", "runs", "memory"},
+    {"attacks", "data", "report", "memory"},
+    {"faces"},
+    {"runs"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
-    {"experiment", "paper"},
+    {"experiment", "paper", "physical"},
+    {"filming"},
     {"tables"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

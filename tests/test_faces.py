@@ -1,0 +1,137 @@
+"""Face recognisers, galleries and protocols."""
+
+import pytest
+import torch
+from PIL import Image
+
+from diffender import runs
+from diffender.cli import TargetOptions
+from diffender.data import correct_subset, load_image
+from diffender.errors import InputError
+from diffender.faces import RECOGNIZERS, embed, identify, list_faces, load_recognizer, read_pairs, split_faces, verify
+from diffender.files import save_atomic
+from diffender.models.faces import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
+from tests.conftest import SHARED
+
+FACES = SHARED / "data" / "faces"
+WEIGHTS = FACES / "mobilefacenet.safetensors"
+
+
+@pytest.fixture
+def faces():
+    if not WEIGHTS.is_file():
+        pytest.skip("no faces and no recogniser here: neither may be part of the repository")
+    return FACES
+
+
+def test_facenet_has_the_published_size():
+    for classes, parameters, entries in ((None, 23_482_624, 714), (8631, 27_910_327, 716)):
+        net = InceptionResnetV1(classes)
+        assert sum(p.numel() for p in net.parameters()) == parameters
+        assert len(net.state_dict()) == entries
+
+
+def test_facenet_is_facenet_pytorchs():
+    module = pytest.importorskip("facenet_pytorch.models.inception_resnet_v1", reason="facenet-pytorch not installed")
+    theirs, ours = module.InceptionResnetV1(pretrained=None).eval(), InceptionResnetV1().eval()
+    g = torch.Generator().manual_seed(0)
+    for name, t in theirs.state_dict().items():
+        if t.is_floating_point():
+            scale = 1 if t.ndim < 2 else (2 / t[0].numel()) ** 0.5
+            t.copy_(
+                torch.rand(t.shape, generator=g) + 0.5 if "var" in name else scale * torch.randn(t.shape, generator=g)
+            )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 160, 160, generator=g)
+    assert (ours(x) - theirs(x)).abs().max() < 1e-6
+
+
+def test_published_file_loads_without_its_class_head(tmp_path):
+    net = InceptionResnetV1(10)
+    save_atomic(net.state_dict(), tmp_path / "f.safetensors", {})
+    loaded = load_recognizer("facenet", str(tmp_path / "f.safetensors"))
+    assert torch.equal(loaded.last_linear.weight, net.last_linear.weight)
+    with pytest.raises(InputError, match="does not fit mobilefacenet"):
+        load_recognizer("mobilefacenet", str(tmp_path / "f.safetensors"))
+    with pytest.raises(InputError, match="20180402-114759-vggface2.pt"):
+        load_recognizer("facenet", None)
+
+
+def test_gallery_by_hand():
+    e = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]])
+    p = prototypes(e, torch.tensor([0, 1, 1]))
+    assert torch.allclose(p[0], e[0])
+    assert torch.allclose(p[1], torch.tensor([0.6, 1.8]) / 3.6**0.5)
+    logits = Gallery(torch.nn.Identity(), p)(e[:1])
+    assert torch.allclose(logits, 64 * torch.tensor([[1.0, 0.6 / 3.6**0.5]]))
+
+
+def lfw(root):
+    """Ann has 3 pictures, Bob 2, Cy one."""
+    for name, n in (("Ann", 3), ("Bob", 2), ("Cy", 1)):
+        (root / name).mkdir()
+        for i in range(1, n + 1):
+            Image.new("RGB", (250, 250), (40 * i, 100, 50)).save(root / name / f"{name}_{i:04d}.jpg")
+    return root
+
+
+def test_probes_are_not_in_the_gallery(tmp_path):
+    faces = list_faces(str(lfw(tmp_path)))
+    for fold, probes in ((0, ["Ann/Ann_0001", "Bob/Bob_0001"]), (2, ["Ann/Ann_0003"])):
+        split = split_faces(faces, fold)
+        assert [item.id for item in split.probes] == probes
+        assert not {item.id for item in split.probes} & {item.id for item in split.gallery}
+        assert len(split.probes) + len(split.gallery) == 5  # Cy cannot be found again
+        assert split.names == ["Ann", "Bob"]
+    with pytest.raises(InputError, match="--fold 3"):
+        split_faces(faces, 3)
+    with pytest.raises(InputError, match="no faces at"):
+        list_faces(str(tmp_path / "nobody"))
+
+
+def test_an_lfw_face_is_the_middle(tmp_path):
+    image = Image.new("RGB", (250, 250))
+    image.paste((255, 0, 0), (45, 45, 205, 205))
+    image.save(tmp_path / "a.png")
+    x = load_image(tmp_path / "a.png", RECOGNIZERS["facenet"])
+    assert x.shape == (3, 160, 160)
+    assert x[0].min() == 1
+
+
+def test_pairs_of_lfw(tmp_path):
+    (tmp_path / "pairs.txt").write_text("1\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\n")
+    same, different = read_pairs(tmp_path / "pairs.txt", tmp_path)
+    assert same == (tmp_path / "Ann" / "Ann_0001.jpg", tmp_path / "Ann" / "Ann_0002.jpg", True)
+    assert different == (tmp_path / "Ann" / "Ann_0001.jpg", tmp_path / "Bob" / "Bob_0002.jpg", False)
+
+
+def test_verification_by_hand():
+    distances = torch.tensor([0.1, 0.9, 0.2, 0.8] * 5)
+    same = torch.tensor([True, False, True, False] * 5)
+    result = verify(distances, same, folds=5)
+    assert result.accuracy == 1
+    assert 0.2 <= result.threshold < 0.8
+    assert verify(distances, ~same, folds=5).accuracy <= 0.5
+
+
+def test_real_faces_are_recognised(faces):
+    net = load_recognizer("mobilefacenet", str(WEIGHTS))
+    cfg = RECOGNIZERS["mobilefacenet"]
+    pairs = read_pairs(faces / "pairs.csv", faces)
+    known = {p: None for a, b, _ in pairs for p in (a, b)}
+    with torch.no_grad():
+        known = {p: embed(net, cfg, load_image(p, cfg)[None])[0] for p in known}
+    distances = torch.stack([(known[a] - known[b]).square().sum() for a, b, _ in pairs])
+    assert verify(distances, torch.tensor([s for _, _, s in pairs])).accuracy > 0.98
+    split = split_faces(list_faces(str(faces / "identities.csv")))
+    classifier = identify("mobilefacenet", str(WEIGHTS), split)
+    assert len(correct_subset(split.probes, classifier, 9, 0).ids) == 9
+    assert len(classifier.features(torch.rand(1, 3, 224, 224))) == len(classifier.cfg.taps)
+
+
+def test_the_flags_open_a_recogniser(faces):
+    opts = TargetOptions(
+        data=str(faces / "identities.csv"), classifier="mobilefacenet", classifier_weights=str(WEIGHTS)
+    )
+    assert isinstance(runs.open_classifier(opts).net.embed, MobileFaceNet)
+    assert len(runs.open_items(opts)) == 9

@@ -1,0 +1,97 @@
+"""The camera of the physical test: closed forms, and that a frame is a frame."""
+
+import math
+
+import pytest
+import torch
+
+from diffender.attacks import ATTACKS
+from diffender.noise import generator
+from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
+
+
+def at(pose, size, points):
+    h = homography(torch.tensor([list(pose)], dtype=torch.float64), size)[0]
+    p = torch.tensor([[u, v, 1.0] for u, v in points], dtype=torch.float64) @ h.T
+    return p[:, :2] / p[:, 2:]
+
+
+def test_nothing_moves_without_a_pose(photos):
+    h = homography(torch.tensor([[0.0, 0.0, 1.0]]), 224)
+    assert torch.allclose(h / h[0, 2, 2], torch.eye(3)[None], atol=1e-5)
+    assert (warp(photos[:1], h) - photos[:1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("yaw", "pitch"), [(15, 0), (-30, 0), (0, 15), (0, -15)])
+def test_homography_has_the_closed_form(yaw, pitch):
+    size, c = 299, 149.0
+    f = d = 299.0
+    points = [(0, 0), (298, 0), (40, 210), (298, 298)]
+    found = at((yaw, pitch, 1), size, points).tolist()
+    for (u, v), (u2, v2) in zip(points, found, strict=True):
+        x, y = u - c, v - c
+        th, ph = math.radians(yaw), math.radians(pitch)
+        depth = d - x * math.sin(th) + y * math.sin(ph)
+        assert u2 - c == pytest.approx(f * x * math.cos(th) / depth, abs=1e-6)
+        assert v2 - c == pytest.approx(f * y * math.cos(ph) / depth, abs=1e-6)
+
+
+def test_numbers_of_the_specification():
+    """Corners at yaw 15, and areas at distances 1.5 and 2."""
+    corners = at((15, 0, 1), 299, [(0, 0), (298, 0), (298, 298), (0, 298)])
+    assert corners[:, 0].min().item() == pytest.approx(21.5, abs=0.1)
+    assert corners[:, 0].max().item() == pytest.approx(314.2, abs=0.1)
+    assert corners[:, 1].min().item() == pytest.approx(-22, abs=0.5)
+    for distance, area in ((1.5, 0.444), (2.0, 0.25)):
+        side = at((0, 0, distance), 299, [(0, 0), (298, 0)])
+        assert ((side[1, 0] - side[0, 0]) / 298).item() ** 2 == pytest.approx(area, abs=1e-3)
+
+
+def test_far_away_shows_the_scene_smaller():
+    x = torch.zeros(1, 1, 225, 225)
+    x[..., 72:153, 72:153] = 1
+    near, far = (warp(x, homography(torch.tensor([[0.0, 0.0, d]]), 225)) for d in (1.0, 2.0))
+    assert far[..., 56:169, 56:169].sum().item() == pytest.approx(near.sum().item() / 4, rel=0.03)
+
+
+def test_a_frame_is_a_function_of_what_it_drew(photos):
+    x = photos[:2].clone().requires_grad_()
+    poses = [Pose(), CONFIGURATIONS["yaw ±30°"][0]]
+    frame = draw_frame(poses, 224, generator("frame"))
+    y = photograph(x, x, frame)
+    assert torch.equal(y, photograph(x, x, frame))
+    assert not torch.equal(y, photograph(x, x, draw_frame(poses, 224, generator("other"))))
+    assert y.min() >= 0
+    assert y.max() <= 1
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_beyond_the_picture_lies_the_clean_scene():
+    """A patch at the border is seen once."""
+    scene = torch.full((1, 3, 65, 65), 0.5)
+    x = scene.clone()
+    x[..., :20, :20] = 1
+    frame = draw_frame([Pose(distance=3)], 65, generator("far"))
+    plain = frame._replace(
+        gain=torch.ones(1, 3), bias=torch.zeros(1, 1), gamma=torch.ones(1, 1), blur=torch.zeros(1, 1),
+        grain=torch.zeros(1, 1),
+    )  # fmt: skip
+    brighter = photograph(x, scene, plain)[0, 0] > 0.6
+    assert 0 < brighter.sum() < 60
+
+
+def test_print_stays_in_its_range_and_its_place(photos):
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 50:100, 50:100] = 1
+    black = torch.zeros_like(photos[:1])
+    printed = print_patch(photos[:1] * (1 - mask) + black * mask, mask, torch.zeros(1, 1))
+    assert torch.equal(printed * (1 - mask), photos[:1] * (1 - mask))
+    assert printed[..., 55:95, 55:95].min().item() == pytest.approx(0.05, abs=1e-3)
+
+
+def test_patches_are_made_before_the_camera(classifier, photos):
+    """An attack on the filmed classifier lowers its loss over frames it draws itself."""
+    victim = Filmed(classifier, photos[:1])
+    y = classifier(photos[:1]).argmax(dim=1)
+    made = ATTACKS["advp"](iters=8, eot=2)(victim, photos[:1], y, ["a"], 0)
+    assert made.trace[0, -2:].mean() < made.trace[0, :2].mean()
