@@ -5,6 +5,7 @@
     python evaluate.py --grad bpda,bpda-mask,full       one attack after the other, each with its row in the table
     python evaluate.py --defense jpeg:quality=50        a baseline under the same attacks
     python evaluate.py --table 1                        a table of the paper: every defence, the four attacks
+    python evaluate.py --figure 5                       a figure of the paper, from our pictures
     python evaluate.py --preset paper --data DATA       512 pictures, 100 steps, EOT 10, every gradient, 3 restarts
 
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
@@ -27,10 +28,11 @@ def main() -> None:
     from diffender.report import markdown
     from diffender.runs import read_records
 
-    if opts.table is not None:
+    if opts.table is not None or opts.figure is not None:
+        from diffender.figures import run_figure
         from diffender.tables import run_table
 
-        print(run_table(opts.table, given))
+        print(run_table(opts.table, given) if opts.table is not None else run_figure(opts.figure, given))
         return
     experiment = prepare(opts)
     batch = pictures(opts, experiment.target)

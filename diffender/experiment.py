@@ -50,7 +50,7 @@ from diffender.runs import (
 from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
-             "trust_images", "shard", "table", "tuning_data", "folds")  # fmt: skip
+             "trust_images", "shard", "table", "figure", "tuning_data", "folds")  # fmt: skip
 
 
 class Experiment(NamedTuple):

@@ -83,6 +83,7 @@ class Options(TargetOptions):
     trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
     # The run
     table: int | None = option(None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7)
+    figure: int | None = option(None, "make a figure of the paper: 1, 3, 4, 5, 8 or 9", low=1, high=9)
     folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
     tuning_data: str = option("samples", "photographs that Table 2 tunes prompts on; none is evaluated")
     shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")

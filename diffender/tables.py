@@ -116,26 +116,30 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
     opts = replace(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
-    rows, folder = rows_of(number, opts), f"table{number}-{opts.preset}/{classifier}" + (f"-{fold}" if fold else "")
+    name = f"table{number}-{opts.preset}/{classifier}" + f"-{fold}" * (fold > 0)
+    lines = run_rows(rows_of(number, opts), opts, name)
+    return lines[1:] if number in (2, 3, 4) else lines
+
+
+def run_rows(rows: Sequence[Row], opts: Options, name: str) -> list[Line]:
+    """Lines of the undefended classifier and of each row, on the same pictures; experiments live in runs/<name>/."""
     model = open_model(opts, pick_device(opts.device))  # once for all
     experiments = [
-        prepare(fill(replace(opts, **row.changes, name=f"{folder}/{row.key.replace(' ', '-')}")), model) for row in rows
+        prepare(fill(replace(opts, **row.changes, name=f"{name}/{row.key.replace(' ', '-')}")), model) for row in rows
     ]
     batch = pictures(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
     for experiment in experiments:
         finish(experiment, batch)
-    lines = [Line(classifier, row.key, strongest(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
-    if number in (2, 3, 4):
-        return lines
-    return [Line(classifier, "undefended", undefended(experiments[-1], batch.ids)), *lines]
+    lines = [Line(opts.classifier, row.key, strongest(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    return [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids)), *lines]
 
 
 def strongest(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
     records = [r for r in read_records(experiment.folder) if r["id"] in ids]
     found = {"clean": [verdict(r["defended"], r["label"]) for r in records]}
-    for name in experiment.opts.attack.split(","):
+    for name in (plan.name for plan in experiment.plans):
         found[name] = []
         for r in records:
             some = [verdict(a["defended"], r["label"]) for v, a in r["attacks"].items() if v.split("/")[0] == name]
@@ -147,7 +151,7 @@ def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Ver
     """The classifier alone, under the patches made on it."""
     records = [r for r in read_records(experiment.folder) if r["id"] in ids]
     seen = {"clean": [r["undefended"] for r in records]}
-    for name in experiment.opts.attack.split(","):
+    for name in (plan.name for plan in experiment.plans):
         seen[name] = [r["attacks"][f"{name}/transfer"]["undefended"] for r in records]
     labels = [r["label"] for r in records]
     return {name: [verdict([c], y) for c, y in zip(classes, labels, strict=True)] for name, classes in seen.items()}

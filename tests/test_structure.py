@@ -40,6 +40,7 @@ LAYERS = [
     {"experiment", "paper", "physical"},
     {"filming"},
     {"tables"},
+    {"figures"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = {

@@ -1,0 +1,112 @@
+"""Tables and figures of the paper: rows, pooling, every format, and mistakes. Whole runs of them are slow tests."""
+
+import csv
+import io
+import subprocess
+import sys
+
+import pytest
+
+from diffender.defenses import DEFENSES
+from diffender.errors import InputError
+from diffender.evaluation import Verdict
+from diffender.figures import run_figure
+from diffender.paper import COLUMNS, QUOTED
+from diffender.plans import Options, fill
+from diffender.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
+from tests.conftest import ROOT, SHARED
+
+RIGHT, WRONG = Verdict(1.0, 1.0, 1.0, 1.0), Verdict(0.0, 0.5, 0.0, 1.0)
+
+
+def line(key, right, of=4, classifier="efficientnet_lite0"):
+    verdicts = [RIGHT] * right + [WRONG] * (of - right)
+    return Line(classifier, key, dict.fromkeys(COLUMNS, verdicts))
+
+
+def test_quoted_numbers_are_in_the_paper():
+    path = SHARED / "reference" / "paper.txt"
+    if not path.is_file():
+        pytest.skip("the paper's text is not part of the repository")
+    text = path.read_text().replace("\n", " ")
+    for models in QUOTED.values():
+        for rows in models.values():
+            for numbers in rows.values():
+                assert all(f"{n:.1f}" in text for n in numbers)
+    flat = text.replace("\t", " ")
+    assert "91.4 88.3 71.9 75.0 53.5 93.8 94.5 85.9 82.4 70.3" in " ".join(flat.split())
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 6])
+def test_rows_are_those_of_the_paper(number):
+    rows = rows_of(number, Options())
+    quoted = set().union(*QUOTED[number].values())
+    assert {row.key for row in rows} - {"resize", "vae"} == quoted - {"undefended"}
+    for row in rows:
+        assert row.key in NAMES
+        opts = fill(Options(**row.changes))
+        assert opts.defense in DEFENSES
+        assert opts.grad == ("bpda-mask" if opts.defense == "diffender" else "bpda,auto")
+    assert len(columns(number)) == len(next(iter(next(iter(QUOTED[number].values())).values())))
+
+
+def test_table_in_every_format():
+    lines = [line("undefended", 0), line("vae", 4), line("jpeg", 1), line("diffender", 3)]
+    text = markdown(1, lines)
+    assert "| efficientnet_lite0 | DIFFender | **75.0 (3/4)** |" in text
+    assert "100.0 (4/4)" in text and "**100.0" not in text  # a control is no defence
+    assert "| 88.3 / 94.5 |" in text
+    rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
+    assert len(rows) == 4 * 5 * 4
+    worst = [r for r in rows if (r["defence"], r["attack"], r["verdict"]) == ("jpeg", "advp", "average")]
+    assert float(worst[0]["accuracy"]) == pytest.approx(2.5 / 4)
+    latex = as_latex(1, lines)
+    assert r"efficientnet\_lite0 & DIFFender & 75.0" in latex
+    assert latex.count(r"\\") == 5
+
+
+def test_folds_are_pooled():
+    both = pool([line("jpeg", 1), line("diffender", 4), line("jpeg", 2)])
+    assert [(found.key, len(found.verdicts["advp"])) for found in both] == [("jpeg", 8), ("diffender", 4)]
+
+
+def test_mistakes():
+    with pytest.raises(InputError, match="--table 6 is of faces"):
+        run_table(6, Options(preset="smoke"))
+    with pytest.raises(InputError, match="no figure 2; there are 1, 3, 4, 5, 8, 9"):
+        run_figure(2, Options(preset="smoke"))
+
+
+def evaluate(cwd, *args):
+    run = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *args], cwd=cwd, capture_output=True, text=True, timeout=3000
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7])
+def test_every_table_runs_and_resumes(tmp_path, number):
+    args = ("--table", str(number), "--preset", "smoke", "--images", "1", "--iters", "1", "--queries", "2")
+    first = evaluate(tmp_path, *args)
+    assert "quoted" in first
+    assert evaluate(tmp_path, *args).splitlines()[-6:] == first.splitlines()[-6:]
+
+
+@pytest.mark.slow
+def test_faces_run(tmp_path):
+    faces = SHARED / "data" / "faces"
+    if not faces.is_dir():
+        pytest.skip("no faces here")
+    data = ("--data", str(faces / "identities.csv"), "--classifier-weights", str(faces / "mobilefacenet.safetensors"))
+    args = ("--table", "6", "--classifier", "mobilefacenet", "--preset", "smoke", "--images", "2", "--iters", "1")
+    assert "57.2" in evaluate(tmp_path, *args, *data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 8, 9])
+def test_every_figure_is_drawn(tmp_path, number):
+    out = evaluate(tmp_path, "--figure", str(number), "--preset", "smoke", "--images", "1", "--iters", "1")
+    assert (tmp_path / "runs" / f"figure{number}-smoke" / "figure.png").stat().st_size > 5000
+    assert f"--figure {number}" in out
