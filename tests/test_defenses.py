@@ -14,10 +14,11 @@ from diffender.defenses.dw import guided
 from diffender.defenses.fill import FILLS, harmonic
 from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
 from diffender.defenses.jedi import (
-    CLEAN,
+    OFFICIAL,
     complete,
     draw_mask,
     entropy_windows,
+    jedi,
     load_autoencoder,
     suspicious,
     thresholds,
@@ -171,8 +172,8 @@ def test_guided_gradients_are_positive_ones(classifier, photos):
 def test_jedi_constants_and_entropy():
     """The thresholds' constant parts, and windows whose entropy is known."""
     for i, constant in enumerate((5.491, 6.248, 6.670)):
-        mean, std = (s[i] for s in CLEAN["official"])
-        assert thresholds(torch.tensor(mean), i, *CLEAN["official"]).item() == pytest.approx(constant, abs=6e-4)
+        mean, std = (s[i] for s in OFFICIAL)
+        assert thresholds(torch.tensor(mean), i, *OFFICIAL).item() == pytest.approx(constant, abs=6e-4)
     levels = torch.arange(81.0).view(1, 1, 9, 9).expand(1, 3, 9, 9) / 255
     assert entropy_windows(levels, 9, 4)[0, 1, 1].item() == pytest.approx(math.log2(81))
     assert entropy_windows(torch.full((1, 3, 32, 32), 0.2), 9, 4).abs().max() == 0
@@ -182,9 +183,18 @@ def test_jedi_finds_noise(photos):
     """On a smooth picture, and nothing on a flat one."""
     x = F.avg_pool2d(photos[:1], 31, 1, 15, count_include_pad=False)
     x[..., 100:160, 40:100] = torch.rand(1, 3, 60, 60, generator=generator("jedi test"))
-    found = without_small(suspicious(x, *CLEAN["official"]), 0.005)
+    found = without_small(suspicious(x, *OFFICIAL), 0.005)
     assert found[..., 108:152, 48:92].mean() > 0.9  # where windows lie inside
-    assert suspicious(torch.full((1, 3, 224, 224), 0.5), *CLEAN["official"]).sum() == 0
+    assert suspicious(torch.full((1, 3, 224, 224), 0.5), *OFFICIAL).sum() == 0
+
+
+def test_jedi_has_both_statistics():
+    """Resized photographs are denser than the original's: its own raise the mean entropy, so more is flagged."""
+    own, official = jedi(stats="own", completion="none"), jedi(completion="none")
+    assert all(a > b for a, b in zip(own.clean_mean, official.clean_mean, strict=True))
+    assert own.autoencoder is None
+    with pytest.raises(InputError, match="choose one of official, own"):
+        jedi(stats="mine")
 
 
 def test_small_regions_go():

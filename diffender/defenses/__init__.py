@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc
-from diffender.defenses.jedi import Jedi, load_autoencoder
+from diffender.defenses.jedi import jedi
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.smoothing import Smoothing
@@ -72,10 +72,6 @@ def build_dw(target: Defended, **settings: float) -> Defended:
     return Defended(Purifier(DW(network, **settings)), target.classifier)
 
 
-def build_jedi(target: Defended, **settings: object) -> Defended:
-    return Defended(Purifier(Jedi(load_autoencoder(), **settings)), target.classifier)
-
-
 def build_fnc(target: Defended, **settings: float) -> Defended:
     return Defended(Purifier(nn.Identity()), fnc(target.classifier, **settings))
 
@@ -101,7 +97,7 @@ DEFENSES = {
     "lgs": pure(LGS),
     "fnc": Entry(fnc, build_fnc),
     "diffpure": Entry(DiffPure, build_diffpure),
-    "jedi": Entry(Jedi, build_jedi),
+    "jedi": pure(jedi),
 }
 CONTROLS = ("none", "resize", "vae")  # the others are the rows of the paper's Table 1, in its order
 

@@ -1,13 +1,14 @@
 """Jedi (Tarchoun et al. 2023): where entropy is too high, an autoencoder completes the mask, and it is filled.
 
-    python -m diffender.defenses.jedi          # trains the autoencoder on drawn masks: weights/jedi.safetensors
+    python -m diffender.defenses.jedi --data PHOTOS       # makes weights/jedi.safetensors
 
+That trains the autoencoder on drawn masks and estimates the entropy of clean pictures on 100 photographs (`stats=own`).
 The original's autoencoder saw the patches of its own data set; ours sees squares, rectangles and ellipses. The original
 fills by coherence transport, we by a harmonic surface.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,17 +17,18 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from diffender.cli import option, parse, run
+from diffender.data import list_items, load_image
 from diffender.defenses.fill import harmonic
 from diffender.defenses.smoothing import mirrored
 from diffender.errors import InputError
+from diffender.files import read_header, save_atomic
+from diffender.models.classifiers import CLASSIFIERS
 from diffender.noise import generator
 from diffender.ops import dilate
 
 WINDOWS, STRIDES = (9, 13, 17), (4, 6, 8)  # for pictures up to 800 pixels; MATLAB's ranges include both ends
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
-CLEAN = {  # mean and standard deviation over clean pictures of the entropy in a window, bits
-    "official": ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07)),
-}
+OFFICIAL = (2.75, 3.19, 3.47), (1.16, 1.13, 1.07)  # mean and deviation of a window's entropy in clean pictures, bits
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
 WEIGHTS = Path(__file__).parents[2] / "weights" / "jedi.safetensors"
@@ -49,25 +51,31 @@ class Autoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class Jedi:
-    autoencoder: Autoencoder
-    completion: str = "autoencoder"  # or none: the mask stays as it was found
-    stats: str = "official"
-    min_area: float = 0.005  # of connected regions, as a share of the picture
-    threshold: float = 0.33  # of the autoencoder's output
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("statistics", self.stats, CLEAN), ("completion", self.completion, ("autoencoder", "none")),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise InputError(f"unknown {name} {value!r} of Jedi; choose one of {', '.join(allowed)}")
+    autoencoder: Autoencoder | None  # completes masks; none: they stay as they were found
+    clean_mean: tuple[float, ...]
+    clean_std: tuple[float, ...]
+    min_area: float  # of connected regions, as a share of the picture
+    threshold: float  # of the autoencoder's output
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [0, 1] filled, and the mask (B, 1, H, W). Histograms have no gradient."""
-        mask = without_small(suspicious(x.detach(), *CLEAN[self.stats]), self.min_area)
-        if self.completion == "autoencoder":
+        mask = without_small(suspicious(x.detach(), self.clean_mean, self.clean_std), self.min_area)
+        if self.autoencoder is not None:
             mask = complete(self.autoencoder.to(x), mask, self.threshold)
         return harmonic(x, mask), mask
+
+
+def jedi(
+    stats: str = "official", completion: str = "autoencoder", min_area: float = 0.005, threshold: float = 0.33
+) -> Jedi:
+    """`stats` of clean entropy: official, or own, estimated on resized photographs; `completion`: autoencoder, none."""
+    allowed = (("statistics", stats, ("official", "own")), ("completion", completion, ("autoencoder", "none")))
+    for name, value, known in allowed:
+        if value not in known:
+            raise InputError(f"unknown {name} {value!r} of Jedi; choose one of {', '.join(known)}")
+    header = read_header(WEIGHTS)
+    mean, std = OFFICIAL if stats == "official" else (tuple(header["clean_mean"]), tuple(header["clean_std"]))
+    return Jedi(load_autoencoder() if completion == "autoencoder" else None, mean, std, min_area, threshold)
 
 
 def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
@@ -143,6 +151,9 @@ def draw_mask(g: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Training:
+    data: str = option("samples", "photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv")
+    images: int = option(100, "of them", low=2)
+    size: int = option(224, "side that they are brought to", low=32)
     out: str = option(str(WEIGHTS), "where the weights go, in float16")
     masks: int = option(8000, "drawn masks", low=1)
     epochs: int = option(30, "over them", low=1)
@@ -151,8 +162,6 @@ class Training:
 
 
 def main() -> None:
-    from diffender.files import save_atomic
-
     opts = parse(Training, __doc__)
     g = generator(opts.seed, "jedi")
     masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
@@ -169,7 +178,22 @@ def main() -> None:
             optimizer.step()
             total += loss.item() * len(batch) / len(masks)
         print(f"epoch {epoch} loss {total:.4f}")
-    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), asdict(opts))
+    mean, std = clean_statistics(opts)
+    print(f"entropy of clean windows: {mean}, deviations {std}")
+    header = asdict(opts) | {"clean_mean": mean, "clean_std": std}
+    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
+
+
+def clean_statistics(opts: Training) -> tuple[list[float], list[float]]:
+    """Over pictures, of their mean window entropy in each scale."""
+    items = list_items(opts.data)
+    order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
+    cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))
+    pictures = [load_image(items[i].path, cfg)[None] for i in order]
+    means = torch.tensor(
+        [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in pictures]
+    )
+    return [[round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0))]
 
 
 if __name__ == "__main__":
