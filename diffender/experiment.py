@@ -24,11 +24,12 @@ from diffender.plans import (
     COSTLY,
     PLAIN,
     Options,
+    announce,
     attacks,
     build_plans,
     build_target,
     describe,
-    estimate,
+    forecast,
     share,
     split,
     without,
@@ -91,11 +92,12 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     shard, shards = share(opts.shard)
     parts = split(opts, [i for i in range(len(batch.ids)) if i % shards == shard])
     left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
-    total = sum(
-        estimate(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
-    )
+    forecasts = [
+        forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
+    ]
+    announce(opts, forecasts)
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
-    with Progress(model, total, opts.attack) as progress:
+    with Progress(model, sum(f.work for f in forecasts), opts.attack) as progress:
         for turn in zip(*left, strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
             for e, (part, costly) in zip(experiments, turn, strict=True):

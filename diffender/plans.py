@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffender.cli import TargetOptions, option, pick
 from diffender.errors import InputError
@@ -192,29 +192,53 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
     return plans
 
 
-def estimate(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> int:
-    """Say before the start what the run will cost and what it leaves out; returns its worth in UNet evaluations."""
+class Forecast(NamedTuple):
+    """What an experiment will cost, from one measured pass of its defence."""
+
+    passes: float
+    seconds: float  # of a pass
+    evaluations: int  # of a UNet in a pass, or what a pass is worth in them
+    memory: str  # in words
+
+    @property
+    def work(self) -> int:
+        return round(self.passes * self.evaluations)
+
+
+def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
+    """For the pictures of `parts`, measured on x (1, 3, S, S)."""
+    from diffender.runs import Progress
+
     noise = target.sample_noise(["estimate"], opts.seed, "estimate")
     target(x, noise)
-    started = time.monotonic()
-    target(x, noise)
-    seconds = time.monotonic() - started
+    with Progress(target.defense.model, 0, "", hidden=True) as progress:
+        started = time.monotonic()
+        target(x, noise)
+        seconds = time.monotonic() - started
     count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
     passes = sum(n * costs(opts, costly) for costly, n in count.items())
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
     passes += opts.trust_images * checks * (opts.attack != "none")
-    print(f"about {duration(passes * seconds)}: {passes:.0f} passes of the defence of {seconds:.2f} s each"
-          + memory_needed(opts, target, x, parts))  # fmt: skip
-    paper = budget(opts, "paper")
+    return Forecast(passes, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
+
+
+def announce(opts: Options, forecasts: list[Forecast]) -> None:
+    """Say before the start what will be done, what it will cost, and what it leaves out."""
+    total = sum(f.passes * f.seconds for f in forecasts)
+    if len(forecasts) > 1:
+        print(f"{len(forecasts)} experiments, about {duration(total)}{max((f.memory for f in forecasts), key=len)}")
+    else:
+        (only,) = forecasts
+        each = f"{only.passes:.0f} passes of the defence of {only.seconds:.2f} s each"
+        print(f"about {duration(total)}: {each}{only.memory}")
     if opts.preset != "paper" and opts.attack != "none":
-        full = replace(opts, **paper)
+        paper = replace(opts, **budget(opts, "paper"))
+        whole = paper.images * costs(paper, True) * sum(f.seconds for f in forecasts)
         print(
-            f"left out against --preset paper ({paper['images']} pictures, {paper['iters']} steps, EOT {paper['eot']}, "
-            f"{paper['restarts']} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
-            f"about {duration(paper['images'] * costs(full, True) * seconds)} here"
+            f"left out against --preset paper ({paper.images} pictures, {paper.iters} steps, EOT {paper.eot}, "
+            f"{paper.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
+            f"about {duration(whole)} here"
         )
-    locate, restore = 2 * opts.draws, (2 if opts.guidance != 1 else 1) * opts.steps * opts.restore
-    return round(passes * (locate + restore if opts.defense == "diffender" else PLAIN))
 
 
 def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:

@@ -137,9 +137,9 @@ class Progress:
     a diffusion model (None).
     """
 
-    def __init__(self, model: LatentDiffusion | None, total: int, description: str):
+    def __init__(self, model: LatentDiffusion | None, total: int, description: str, hidden: bool = False):
         self.evaluations = 0
-        self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True)
+        self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True, disable=hidden)
         unets = [] if model is None else [unet for unet in (model.unet, model.locator) if unet is not None]
         self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
 

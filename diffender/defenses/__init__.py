@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from diffender.data import list_items, load_image
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
-from diffender.defenses.fnc import fnc
+from diffender.defenses.fnc import fnc, reestimate_statistics
 from diffender.defenses.jedi import jedi
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
@@ -72,8 +74,14 @@ def build_dw(target: Defended, **settings: float) -> Defended:
     return Defended(Purifier(DW(network, **settings)), target.classifier)
 
 
-def build_fnc(target: Defended, **settings: float) -> Defended:
-    return Defended(Purifier(nn.Identity()), fnc(target.classifier, **settings))
+def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Defended:
+    """`statistics` names photographs (a folder or csv, 1000 or more, none evaluated) to estimate BatchNorm's anew."""
+    twin = fnc(target.classifier, alpha)
+    if statistics:
+        items, cfg = list_items(statistics), target.classifier.cfg
+        parts = [items[i : i + 50] for i in range(0, len(items), 50)]
+        reestimate_statistics(twin, (torch.stack([load_image(i.path, cfg) for i in part]) for part in parts))
+    return Defended(Purifier(nn.Identity()), twin)
 
 
 def build_diffpure(target: Defended, **settings: float) -> Defended:
@@ -95,7 +103,7 @@ DEFENSES = {
     "smoothing": pure(Smoothing),
     "dw": Entry(DW, build_dw),
     "lgs": pure(LGS),
-    "fnc": Entry(fnc, build_fnc),
+    "fnc": Entry(build_fnc, build_fnc),
     "diffpure": Entry(DiffPure, build_diffpure),
     "jedi": pure(jedi),
 }
