@@ -152,6 +152,11 @@ def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
     return [{name: score[b].item() for name, score in scores.items()} for b in range(len(truth))]
 
 
+def strongest(verdicts: Sequence[Verdict]) -> Verdict:
+    """The least of several patches' verdicts, one by one."""
+    return Verdict(*map(min, zip(*verdicts, strict=True)))
+
+
 def proportion(values: Sequence[float]) -> dict:
     """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial a picture, a wide one."""
     low, high = wilson(sum(values), len(values))
@@ -164,7 +169,8 @@ def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Sequence[Ver
 
 
 def summarize(records: Sequence[dict]) -> dict:
-    """Rows of the table: clean, every variant, and the strongest on each picture; and mean mask scores.
+    """Rows of the table: clean, every variant, and the strongest on each picture, of each attack and of all; and mean
+    mask scores.
 
     The strongest takes the minimum over variants picture by picture, not the lowest row: for each verdict, a picture
     counts as right only as far as under every patch that was made for it.
@@ -188,10 +194,16 @@ def summarize(records: Sequence[dict]) -> dict:
         columns = next(iter(found.values()))["masks"]
         masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
         masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
+    names = list(dict.fromkeys(v.split("/")[0] for v in variants))
+    groups = {
+        f"strongest {name}": [v for v in variants if v.split("/")[0] == name] for name in names[len(names) == 1 :]
+    }
     if variants:
-        least = {i: [judged[v][i] for v in variants if i in judged[v]] for i in label}
-        worst = [Verdict(*(min(column) for column in zip(*verdicts, strict=True))) for verdicts in least.values()]
-        fooled = [all(a["undefended"] == r["label"] for a in r["attacks"].values()) for r in records]
-        rows.append(row("strongest on each picture", "", fooled, worst))
+        groups["strongest"] = variants
+    for title, mine in groups.items():
+        worst = [strongest([judged[v][i] for v in mine if i in judged[v]]) for i in label]
+        seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
+        alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
+        rows.append(row(f"{title} on each picture", "", alone, worst))
     masked = [r["masked"] for r in records if r["masked"] is not None]
     return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

@@ -64,7 +64,7 @@ def markdown(results: dict) -> str:
         rows.append((r["attack"], r["gradient"], counted(r["undefended"]), counted(r["single"]),
                      *(share(r[column]) for column in ("average", "worst", "majority")), p))  # fmt: skip
     if results["masks"]:
-        rows[-1] = tuple(f"**{cell}**" if cell else "" for cell in rows[-1])
+        rows = [tuple(f"**{c}**" if c else "" for c in r) if r[0].startswith("strongest") else r for r in rows]
     parts = [table(head, rows)]
     if results["masks"]:
         scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffender.errors import InputError
-from diffender.evaluation import Verdict, proportion, verdict
+from diffender.evaluation import Verdict, proportion, strongest, verdict
 from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
 from diffender.faces import RECOGNIZERS
 from diffender.filming import run_film
@@ -131,11 +131,11 @@ def run_rows(rows: Sequence[Row], opts: Options, name: str) -> list[Line]:
     work(experiments, batch)
     for experiment in experiments:
         finish(experiment, batch)
-    lines = [Line(opts.classifier, row.key, strongest(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
     return [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids)), *lines]
 
 
-def strongest(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
+def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
     records = [r for r in read_records(experiment.folder) if r["id"] in ids]
     found = {"clean": [verdict(r["defended"], r["label"]) for r in records]}
@@ -143,7 +143,7 @@ def strongest(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verd
         found[name] = []
         for r in records:
             some = [verdict(a["defended"], r["label"]) for v, a in r["attacks"].items() if v.split("/")[0] == name]
-            found[name].append(Verdict(*map(min, zip(*some, strict=True))))
+            found[name].append(strongest(some))
     return found
 
 

@@ -406,7 +406,7 @@ def test_foolbox(module, photos):
     foolbox = pytest.importorskip("foolbox")
     x, eps = photos[:1], 16 / 255
     y = module.victim.classifier(x).argmax(dim=1)
-    attack = foolbox.attacks.LinfPGD(steps=3)
+    attack = foolbox.attacks.LinfPGD(steps=2)
     _, clipped, _ = attack(foolbox.PyTorchModel(module, bounds=(0, 1)), x, y, epsilons=eps)
     linf_hurts(module, x, y, clipped, eps)
 

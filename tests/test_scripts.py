@@ -10,6 +10,7 @@ from PIL import Image
 import evaluate
 from diffender import cli
 from diffender.report import STAGES
+from diffender.runs import open_run
 from diffender.weights import EMBEDDED
 from tests.conftest import ROOT
 
@@ -63,26 +64,34 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     for line in ("passes of the defence", "GiB", "left out against --preset paper", "peak memory"):
         assert line in run.stdout
 
+    # Killed in the middle of a line; another process goes on with a share of the pictures that happens to be the rest.
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
-    (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])  # killed in the middle of a line
-    code, out, err = here([*args, "--batch-size", "1"], tmp_path, monkeypatch, capfd)
+    (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])
+    code, out, err = here([*args, "--batch-size", "1", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
     assert "1 pictures done before" in out
-    resumed = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in resumed] == [r["id"] for r in records]
-    assert [attack["defended"] for r in resumed for attack in r["attacks"].values()] == [
-        attack["defended"] for r in records for attack in r["attacks"].values()
-    ]
+    resumed = json.loads((folder / "results.json").read_text())
+    assert resumed["rows"] == results["rows"]
     code, out, err = here([*args, "--seed", "5"], tmp_path, monkeypatch, capfd)
     assert code == 2
     assert "other settings (seed" in err
 
-    for shard, said in (("1/2", "1 of 2 pictures are done"), ("0/2", "DIFFender, single")):
-        code, out, err = here([*args, "--name", "s", "--shard", shard], tmp_path, monkeypatch, capfd)
-        assert code == 0, err
-        assert said in out
-    shared = json.loads((tmp_path / "runs" / "s" / "results.json").read_text())
-    assert shared["rows"] == results["rows"]
+
+def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):
+    code, out, err = here([*SMALL, "--attack", "none", "--name", "s", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert "1 of 2 pictures are done" in out
+    assert not (tmp_path / "runs" / "s" / "results.json").exists()
+
+
+def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
+    own, other = (tmp_path / "run" / f"per_image-{i}-of-2.jsonl" for i in (0, 1))
+    assert open_run(tmp_path / "run", {"seed": 0}, own) == []
+    own.write_text('{"id": "a"}\n{"id": "b')
+    other.write_text('{"id": "c"}\n{"id": "d')
+    assert open_run(tmp_path / "run", {"seed": 0}, own) == [{"id": "a"}, {"id": "c"}]
+    assert own.read_text() == '{"id": "a"}\n'
+    assert other.read_text().endswith('{"id": "d')
 
 
 def test_without_attack_and_with_the_empty_prompt(tmp_path, monkeypatch, capfd):

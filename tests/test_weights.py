@@ -28,7 +28,7 @@ def test_round_trip_with_the_config_in_the_header(model, tmp_path):
 
 def test_embedded_files_are_within_budget():
     assert (EMBEDDED / "tiny.safetensors").stat().st_size <= 24e6
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 24.5e6
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 26e6
     assert read_header(EMBEDDED / "tiny.safetensors")["config"]["image_size"] == 224
     assert (EMBEDDED / "README.md").read_text().count("sha256") >= 1
 
