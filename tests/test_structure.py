@@ -96,4 +96,5 @@ def test_readme_commands_are_options_that_exist():
         source = "".join(p.read_text() for p in (ROOT / name, PACKAGE / "cli.py", PACKAGE / "plans.py"))
         for command in re.findall(rf"python {re.escape(name)}([^\n`]*)", readme):
             for flag in re.findall(r"--([a-z0-9-]+)", command):
-                assert f"    {flag.replace('-', '_')}:" in source or flag == "help", flag
+                name = flag.removeprefix("no-").replace("-", "_")
+                assert f"    {name}:" in source or flag == "help", flag
