@@ -33,6 +33,7 @@ NAMES = {
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
+NO_DEFENSE = ("undefended", "resize", "vae")  # rows to compare with
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
@@ -182,13 +183,14 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         for column in shown:
             p = share(line, column)
             text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']})"
-            ours.append(f"**{text}**" if p["accuracy"] == best(lines, line.classifier, column) else text)
+            first = line.key not in NO_DEFENSE and p["accuracy"] == best(lines, line.classifier, column)
+            ours.append(f"**{text}**" if first else text)
         out.append([line.classifier, NAMES[line.key], *ours, *beside])
     return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
 
 def best(lines: Sequence[Line], classifier: str, column: str) -> float:
-    defences = [n for n in lines if n.classifier == classifier and n.key not in ("undefended", "resize", "vae")]
+    defences = [n for n in lines if n.classifier == classifier and n.key not in NO_DEFENSE]
     return max(share(line, column)["accuracy"] for line in defences)
 
 

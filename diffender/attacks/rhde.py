@@ -48,7 +48,7 @@ class RHDE:
     access: ClassVar[str] = "queries"
 
     area: float = 0.05  # that the sticker covers, by its opacity
-    sticker: str | None = None  # of stickers.NAMES; none: the best three of all after five queries each
+    sticker: str | None = None  # of stickers.NAMES; none: the best three of all after some queries for each
     opacity: tuple[float, float] = (0.8, 0.98)
     population: int = 30
     iters: int = 33  # generations
@@ -121,10 +121,11 @@ class Search:
         n = self.cfg.population
         if init is not None:
             return self.ask(init[:n, :4], init[:n, 4].long(), "attack 0")
-        if self.cfg.sticker is not None:
-            best = torch.tensor([NAMES.index(self.cfg.sticker)])
+        tries = min(5, self.cfg.queries // (2 * len(NAMES)))  # at most half of the queries go into the screening
+        if self.cfg.sticker is not None or tries == 0:
+            best = torch.tensor([NAMES.index(self.cfg.sticker or NAMES[0])])
         else:
-            kinds = torch.arange(len(NAMES)).repeat_interleave(5)
+            kinds = torch.arange(len(NAMES)).repeat_interleave(tries)
             tried = self.ask(self.uniform(len(kinds), 4), kinds, "screening")
             scores = energy(tried.probs, self.y, None)
             best = torch.stack([scores[tried.sticker == k].amin() for k in range(len(NAMES))]).argsort()[:3]
