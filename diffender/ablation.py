@@ -10,9 +10,6 @@ classifies with empty, manual and tuned prompts, without restoration, and with t
 reconstructed by the VAE, attacked, restored with the true mask and with the localised one.
 """
 
-import os
-import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +35,7 @@ from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
 from diffender.prompts import SHIPPED, Contexts, contexts_for
 from diffender.report import stretch, table
 from diffender.restore import composite
-from diffender.runs import model_hashes, open_model, pick_device, write_json
+from diffender.runs import command, machine, model_hashes, open_model, pick_device, write_json
 
 
 @dataclass(frozen=True)
@@ -126,9 +123,9 @@ def main() -> None:
     attacked = attack_all(opts, attack, classifier, batch)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
     results = {
-        "command": " ".join(["python -m diffender.ablation", *sys.argv[1:]]),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device),
+        "machine": machine(device),
         "images": len(batch.ids),
         "seed": opts.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",

@@ -3,9 +3,6 @@
 A table is a list of experiments on the same pictures; they share the patches made on the undefended classifier.
 """
 
-import os
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,6 +36,8 @@ from diffender.report import class_names, markdown, save_grid
 from diffender.runs import (
     Progress,
     append_records,
+    command,
+    machine,
     model_hashes,
     open_items,
     open_run,
@@ -127,9 +126,9 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         print(f"{len(records)} of {len(batch.ids)} pictures are done; the shard that ends last writes the table")
         return None
     results = {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores" if e.device.type == "cpu" else str(e.device),
+        "machine": machine(e.device),
         "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
         "seed": opts.seed,
         "setting": describe(opts),

@@ -106,14 +106,11 @@ def load_recognizer(name: str, weights: str | None) -> nn.Module:
 def identify(name: str, weights: str | None, faces: Faces) -> Classifier:
     """A classifier of pictures in [0, 1] into the people of `faces`, from a recogniser and their gallery."""
     cfg = RECOGNIZERS[name]
-    net = load_recognizer(name, weights).requires_grad_(False)
-    embeddings = torch.cat([embed(net, cfg, load_image(item.path, cfg)[None]) for item in faces.gallery])
+    net = load_recognizer(name, weights)
+    embed = Classifier(net, cfg)  # normalises, as it does for logits
+    embeddings = torch.cat([embed(load_image(item.path, cfg)[None]) for item in faces.gallery])
     people = torch.tensor([item.label for item in faces.gallery])
     return Classifier(Gallery(net, prototypes(embeddings, people)), cfg, names=faces.names)
-
-
-def embed(net: nn.Module, cfg: ClassifierConfig, x: Tensor) -> Tensor:
-    return net((x - torch.tensor(cfg.mean)[:, None, None]) / torch.tensor(cfg.std)[:, None, None])
 
 
 class Verification(NamedTuple):

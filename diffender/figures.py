@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffender.ablation import map_columns
 from diffender.attacks import AdvP
 from diffender.attacks.patch import Attacked
 from diffender.cli import pick
@@ -25,9 +25,9 @@ from diffender.experiment import pictures
 from diffender.pipeline import Defended, Undefended
 from diffender.plans import Options, build_target, fill
 from diffender.report import stretch, table
-from diffender.runs import write_json, write_text
+from diffender.runs import command, write_json, write_text
 from diffender.schedule import noise_timestep, predict_x0, q_sample
-from diffender.tables import NAMES, Row, command, run_rows, share
+from diffender.tables import NAMES, Row, run_rows, share
 
 SHOWN = 6  # pictures of a figure
 RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3
@@ -50,11 +50,12 @@ def run_figure(number: int, opts: Options) -> str:
     if number not in (*FIGURES, 8):
         raise InputError(f"no figure {number}; there are {', '.join(map(str, sorted((*FIGURES, 8))))}")
     folder = Path("runs") / f"figure{number}-{opts.preset}"
-    folder.mkdir(parents=True, exist_ok=True)
     if number == 8:
         text = figure_8(opts, folder)
     else:
-        text = FIGURES[number](scene(opts, None if number == 4 else SHOWN), folder)
+        drawn = scene(opts, None if number == 4 else SHOWN)  # bad input shows before a folder is made
+        folder.mkdir(parents=True, exist_ok=True)
+        text = FIGURES[number](drawn, folder)
     text += f"\n`{command()}`, seed {opts.seed}; {folder}\n"
     write_text(folder / "figure.md", text)
     return text
@@ -127,9 +128,8 @@ def figure_3(s: Scene, folder: Path) -> str:
 def figure_4(s: Scene, folder: Path) -> str:
     """The difference map inside and outside of the patch, a point a picture."""
     found = s.target.defense.localize(s.made.image, s.noise())
-    inside = F.interpolate(s.made.mask, found.heatmap.shape[-2:], mode="area")
-    means = [(found.heatmap * w).sum(dim=(1, 2, 3)) / w.sum(dim=(1, 2, 3)) for w in (1 - inside, inside)]
-    outer, inner = (m.tolist() for m in means)
+    means = map_columns(found, s.made.mask)
+    outer, inner = means["outside"].tolist(), means["inside"].tolist()
     figure = Figure(figsize=(3.6, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.scatter(outer, inner, s=12)

@@ -21,13 +21,13 @@ from diffender.data import Batch
 from diffender.defenses.jpeg import JPEG
 from diffender.evaluation import proportion
 from diffender.experiment import Experiment
+from diffender.models.classifiers import Classifier
 from diffender.noise import generator
 from diffender.paper import QUOTED
 from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
-from diffender.pipeline import Undefended
-from diffender.plans import Options
+from diffender.pipeline import Purified, Undefended
 from diffender.report import save_png, table
-from diffender.runs import append_records, read_records, write_json, write_text
+from diffender.runs import append_records, command, read_records, write_json, write_text
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
 PATCHES = {"digital": "made for the file", "eot": "made over poses"}
@@ -63,6 +63,7 @@ def film(e: Experiment, batch: Batch) -> None:
         if image_id in done:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
+        noise = e.target.sample_noise([image_id], opts.seed, "verdict")
         record = {"id": image_id, "label": int(y), "frames": {}}
         made_by = {
             "digital": digital(Undefended(classifier), x, y, [image_id], opts.seed),
@@ -71,34 +72,32 @@ def film(e: Experiment, batch: Batch) -> None:
         for patch, made in made_by.items():
             for name, poses in CONFIGURATIONS.items():
                 frames = list(shots(x, made.image, made.mask, image_id, opts.seed, poses, JITTERS[opts.preset]))
-                record["frames"][f"{patch}/{name}"] = [judge(e, shot, int(y), image_id, opts.seed) for shot in frames]
+                purified = [e.target.defense(shot.attacked, noise) for shot in frames]
+                record["frames"][f"{patch}/{name}"] = [
+                    judge(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
+                ]
                 file = "_".join([image_id.replace("/", "__"), patch, re.sub(r"\W", "", name)])
-                save_example(e, frames[0], e.folder / "frames" / f"{file}.png")
+                save_example(frames[0], purified[0], e.folder / "frames" / f"{file}.png")
         append_records(e.own, [record])
 
 
-def judge(e: Experiment, shot: Shot, label: int, image_id: str, seed: int) -> dict:
-    """Whether the clean frame, the attacked one and the attacked one defended are read right."""
-    noise = e.target.sample_noise([image_id], seed, "verdict")
-    answers = {
-        "clean": e.target.classifier(shot.clean),
-        "undefended": e.target.classifier(shot.attacked),
-        "defended": e.target(shot.attacked, noise),
-    }
-    return {name: bool(logits.argmax() == label) for name, logits in answers.items()}
+def judge(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
+    """Whether the clean frame, the attacked one and the attacked one purified are read right."""
+    images = {"clean": shot.clean, "undefended": shot.attacked, "defended": purified}
+    return {name: bool(classifier(image).argmax() == label) for name, image in images.items()}
 
 
-def save_example(e: Experiment, shot: Shot, path: Path) -> None:
+def save_example(shot: Shot, out: Purified, path: Path) -> None:
     """Attacked frame, its mask, and what is left of it, side by side."""
-    out = e.target.defense(shot.attacked, e.target.sample_noise(["example"], e.opts.seed, "example"))
     save_png(torch.cat([shot.attacked[0], out.mask[0].expand(3, -1, -1), out.image[0]], dim=2), path)
 
 
-def run_film(e: Experiment, batch: Batch, opts: Options, command: str) -> str:
+def run_film(e: Experiment, batch: Batch) -> str:
     """Films what is missing; the table as Markdown, also in the folder beside results.json."""
     film(e, batch)
+    opts = e.opts
     records = [r for r in read_records(e.folder) if r["id"] in batch.ids]
-    results, rows = {"command": command, "images": len(records), "cells": {}}, []
+    results, rows = {"command": command(), "images": len(records), "cells": {}}, []
     for patch, text in PATCHES.items():
         for who in ("undefended", "defended"):
             line = [f"{'DIFFender' if who == 'defended' else 'Undefended'}, patch {text}"]
@@ -113,7 +112,7 @@ def run_film(e: Experiment, batch: Batch, opts: Options, command: str) -> str:
         rows.append([f"quoted: {label}, Inception-V3, photographed", *(f"{n:.1f}" for n in quoted[key])])
     kept = mean(f["clean"] for r in records for frames in r["frames"].values() for f in frames)
     text = table(["accuracy in per cent of frames", *CONFIGURATIONS], rows) + (
-        f"\n`{command}`: {len(records)} pictures, {JITTERS[opts.preset]} frames of each pose; the {100 * kept:.0f} % "
+        f"\n`{command()}`: {len(records)} pictures, {JITTERS[opts.preset]} frames of each pose; the {100 * kept:.0f} % "
         f"that the classifier reads right when clean count. A simulation on {opts.data} with {opts.classifier}, AdvP "
         f"of {opts.iters_undefended} steps on the classifier alone, seed {opts.seed}; the paper printed its patches.\n"
     )

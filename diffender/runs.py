@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +74,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
+
+
+def command() -> str:
+    """The command line of this process, as a user would type it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return " ".join(["python", f"-m {spec.name}" if spec else Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine(device: torch.device) -> str:
+    return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
 
 
 def model_hashes(opts: ModelOptions) -> list[str]:

@@ -19,11 +19,12 @@ from diffender.errors import InputError
 from diffender.evaluation import Verdict, proportion, strongest, verdict
 from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
 from diffender.faces import RECOGNIZERS
+from diffender.files import read_header
 from diffender.filming import run_film
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import table
-from diffender.runs import open_model, open_run, pick_device, read_records, write_text
+from diffender.runs import command, open_model, open_run, pick_device, read_records, write_text
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -64,12 +65,14 @@ def rows_of(number: int, opts: Options) -> list[Row]:
 
 def retuned(opts: Options, without: str) -> str:
     """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
-    path = Path("runs") / f"table2-{opts.preset}" / f"prompts-without-{without}.safetensors"
-    if not path.is_file():
+    path = Path("runs") / f"table2-{opts.preset}" / opts.classifier / f"prompts-without-{without}.safetensors"
+    if not path.is_file() or read_header(path).get("data") != opts.tuning_data:
         few = ["--shots", "2", "--held-out", "1", "--rounds", "1", "--iters", "5"] if opts.preset == "smoke" else []
         train = Path(sys.argv[0]).with_name("train.py")
-        subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
-                        "--classifier", opts.classifier, *few], check=True)  # fmt: skip
+        tuned = subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
+                                "--classifier", opts.classifier, *few])  # fmt: skip
+        if tuned.returncode != 0:
+            raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
     return str(path)
 
 
@@ -91,7 +94,7 @@ def run_table(number: int, opts: Options) -> str:
         experiment = prepare(own)
         batch = pictures(own, experiment.target)
         open_run(experiment.folder, resolved(own), experiment.own)
-        return run_film(experiment, batch, own, command())
+        return run_film(experiment, batch)
     if number == 6 and opts.classifier not in RECOGNIZERS:
         raise InputError(
             f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
@@ -107,10 +110,6 @@ def run_table(number: int, opts: Options) -> str:
     write_text(folder / "table.csv", as_csv(lines))
     write_text(folder / "table.tex", as_latex(number, lines))
     return text
-
-
-def command() -> str:
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:

@@ -8,8 +8,9 @@ from diffender import runs
 from diffender.cli import TargetOptions
 from diffender.data import correct_subset, load_image
 from diffender.errors import InputError
-from diffender.faces import RECOGNIZERS, embed, identify, list_faces, load_recognizer, read_pairs, split_faces, verify
+from diffender.faces import RECOGNIZERS, identify, list_faces, load_recognizer, read_pairs, split_faces, verify
 from diffender.files import save_atomic
+from diffender.models.classifiers import Classifier
 from diffender.models.faces import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from tests.conftest import SHARED
 
@@ -115,12 +116,12 @@ def test_verification_by_hand():
 
 
 def test_real_faces_are_recognised(faces):
-    net = load_recognizer("mobilefacenet", str(WEIGHTS))
     cfg = RECOGNIZERS["mobilefacenet"]
+    embed = Classifier(load_recognizer("mobilefacenet", str(WEIGHTS)), cfg)
     pairs = read_pairs(faces / "pairs.csv", faces)
     known = {p: None for a, b, _ in pairs for p in (a, b)}
     with torch.no_grad():
-        known = {p: embed(net, cfg, load_image(p, cfg)[None])[0] for p in known}
+        known = {p: embed(load_image(p, cfg)[None])[0] for p in known}
     distances = torch.stack([(known[a] - known[b]).square().sum() for a, b, _ in pairs])
     assert verify(distances, torch.tensor([s for _, _, s in pairs])).accuracy > 0.98
     split = split_faces(list_faces(str(faces / "identities.csv")))

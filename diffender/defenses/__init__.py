@@ -107,7 +107,6 @@ DEFENSES = {
     "diffpure": Entry(DiffPure, build_diffpure),
     "jedi": pure(jedi),
 }
-CONTROLS = ("none", "resize", "vae")  # the others are the rows of the paper's Table 1, in its order
 
 
 def split(text: str) -> tuple[str, dict[str, int | float | str]]:

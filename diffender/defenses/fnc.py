@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffender.errors import InputError
-from diffender.models.classifiers import Classifier
+from diffender.models.classifiers import Classifier, channels_last
 
 
 def clip_norm(f: Tensor, alpha: float, dim: int = 1) -> Tensor:
@@ -36,8 +36,7 @@ def fnc(classifier: Classifier, alpha: float = 1.1) -> Classifier:
     def hook(_module: nn.Module, _args: tuple, f: Tensor) -> Tensor:
         if f.ndim == 3:
             return clip_tokens(f, alpha)
-        channels_last = f.shape[1] == f.shape[2] != f.shape[3]  # Swin
-        return clip_norm(f, alpha, dim=3 if channels_last else 1)
+        return clip_norm(f, alpha, dim=3 if channels_last(f) else 1)
 
     for name, module in twin.net.named_modules():
         if re.fullmatch(classifier.cfg.clips, name):

@@ -6,9 +6,6 @@ Beyond the paper: no attack is needed for the certificate, it is a lower bound o
 """
 
 import math
-import os
-import platform
-import sys
 import time
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,10 +16,11 @@ from tqdm import tqdm
 
 from diffender.cli import option, parse, run
 from diffender.data import correct_subset, list_items
+from diffender.files import sha256
 from diffender.metrics import wilson
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.report import table
-from diffender.runs import append_records, open_run, write_json, write_text
+from diffender.runs import append_records, command, machine, open_run, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,8 @@ def main() -> None:
     folder = Path(opts.out)
     own = folder / "per_image.jsonl"
     settings = {"data": opts.data, "area": opts.area, "masks": opts.masks, "classifier": opts.classifier}
+    if opts.classifier_weights:
+        settings["sha256"] = sha256(Path(opts.classifier_weights))
     done = {r["id"] for r in open_run(folder, settings, own)}
     for image_id, x, y in zip(tqdm(batch.ids), batch.x, batch.y.tolist(), strict=True):
         if image_id not in done:
@@ -97,7 +97,7 @@ def main() -> None:
             found = {"right": cleanser(x) == y, "certified": cleanser.certified(x, y)}
             append_records(own, [{"id": image_id, **found, "seconds": time.monotonic() - started}])
     records = [r for r in open_run(folder, settings, own) if r["id"] in batch.ids]
-    rows, results = [], {"command": " ".join(["python -m diffender.defenses.patchcleanser", *sys.argv[1:]])}
+    rows, results = [], {"command": command()}
     for name in ("right", "certified"):
         k, n = sum(r[name] for r in records), len(records)
         low, high = wilson(k, n)
@@ -105,7 +105,7 @@ def main() -> None:
         rows.append((name, f"{100 * k / n:.1f} % ({k}/{n}; {100 * low:.0f}-{100 * high:.0f})"))
     text = table(("PatchCleanser, clean pictures", f"patches of {100 * opts.area:g} %, {opts.masks}² masks"), rows) + (
         f"\n`{results['command']}`: {len(records)} pictures, {opts.classifier}, seed {opts.seed}, "
-        f"{sum(r['seconds'] for r in records):.0f} s on {os.cpu_count()} {platform.machine()} CPU cores, "
+        f"{sum(r['seconds'] for r in records):.0f} s on {machine(batch.x.device)}, "
         f"{time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(folder / "results.json", results)

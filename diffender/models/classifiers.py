@@ -112,7 +112,12 @@ def as_map(y: Tensor) -> Tensor:
     if y.ndim == 3:
         side = int((y.shape[1] - 1) ** 0.5)
         return rearrange(y[:, 1:], "b (h w) c -> b c h w", h=side)
-    return rearrange(y, "b h w c -> b c h w") if y.shape[1] == y.shape[2] != y.shape[3] else y
+    return rearrange(y, "b h w c -> b c h w") if channels_last(y) else y
+
+
+def channels_last(y: Tensor) -> bool:
+    """Whether a map of a square picture is (B, h, w, C), as Swin's are."""
+    return y.shape[1] == y.shape[2] != y.shape[3]
 
 
 def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
