@@ -77,7 +77,7 @@ def evaluate_batch(
     """
     x = to_8bit(x)
     clean, seen = purifications(target, x, ids, seed, n)
-    names = [i.replace("/", "__") for i in ids]
+    names = file_names(ids)
     areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
     reads = undefended(x, None).argmax(dim=1).tolist()
     records = [
@@ -132,9 +132,19 @@ def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[T
     for b, name in enumerate(names):
         save_png(made.image[b], folder / f"{name}.png")
         save_png(made.mask[b], folder / f"{name}_mask.png")
+    image, mask = load_attacked(folder, names)
+    return image.to(made.image), mask.to(made.mask)
+
+
+def file_names(ids: Sequence[str]) -> list[str]:
+    return [i.replace("/", "__") for i in ids]
+
+
+def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The attacked pictures (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names."""
     image = torch.stack([load_png(folder / f"{name}.png") for name in names])
     mask = torch.stack([load_png(folder / f"{name}_mask.png")[:1] for name in names])
-    return image.to(made.image), mask.to(made.mask)
+    return image, mask
 
 
 def thin(trace: Sequence[float], points: int = 20) -> list[float]:

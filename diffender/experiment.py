@@ -50,7 +50,7 @@ from diffender.runs import (
 from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
-             "trust_images", "shard", "table", "figure", "tuning_data", "folds")  # fmt: skip
+             "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames")  # fmt: skip
 
 
 class Experiment(NamedTuple):
@@ -151,6 +151,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 def resolved(opts: Options) -> dict:
     """All that a picture's result depends on: what a resumed run must share. More pictures may join."""
     settings = {k: v for k, v in asdict(opts).items() if k not in NO_MATTER}
+    settings["attack"] = ",".join(attacks(opts))  # all is its four by name
     settings["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
     hashes = {"model": model_hashes(opts)}
     files = {"classifier": opts.classifier_weights, "generator": opts.generator, "patches": opts.patch_file}

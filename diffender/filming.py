@@ -1,11 +1,15 @@
 """Table 7: patches printed, filmed from five configurations, judged frame by frame.
 
-Two patches: the digital one, made as it would be for a file (the paper's), and one made over frames of all poses, the
-stronger adversary. A frame counts only if the classifier reads the clean scene right under the same pose and jitter.
+By simulation, two patches: the digital one, made as it would be for a file (the paper's), and one made over frames of
+all poses, the stronger adversary. A frame counts only if the classifier reads the clean scene right under the same pose
+and jitter. Or from photographs that were really taken: --frames names a csv of file, label, configuration and, where
+there is one, clean: the file of the same scene without its patch.
 """
 
+import csv
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -17,8 +21,9 @@ from tqdm import tqdm
 
 from diffender.attacks import AdvP
 from diffender.cli import pick
-from diffender.data import Batch
+from diffender.data import Batch, csv_items, load_image
 from diffender.defenses.jpeg import JPEG
+from diffender.errors import InputError
 from diffender.evaluation import proportion
 from diffender.experiment import Experiment
 from diffender.models.classifiers import Classifier
@@ -27,10 +32,10 @@ from diffender.paper import QUOTED
 from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.pipeline import Purified, Undefended
 from diffender.report import save_png, table
-from diffender.runs import append_records, command, read_records, write_json, write_text
+from diffender.runs import append_records, command, machine, read_records, write_json, write_text
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
-PATCHES = {"digital": "made for the file", "eot": "made over poses"}
+PATCHES = {"digital": "made for the file", "eot": "made over poses", "photographed": "as photographed"}
 
 
 class Shot(NamedTuple):
@@ -81,6 +86,26 @@ def film(e: Experiment, batch: Batch) -> None:
         append_records(e.own, [record])
 
 
+def judge_photographs(e: Experiment) -> None:
+    """A record for each photograph of the csv that is not done."""
+    path = Path(e.opts.data)
+    items = csv_items(path)
+    with path.open(encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    if "configuration" not in rows[0]:
+        raise InputError(f"{path} has the columns {list(rows[0])}; --frames wants file, label, configuration, clean")
+    done = {r["id"] for r in read_records(e.folder)}
+    for item, row in tqdm([*zip(items, rows, strict=True)], desc="photographs", mininterval=1):
+        if item.id in done:
+            continue
+        files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
+        shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
+        out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.seed, "verdict"))
+        frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
+        save_example(shot, out, e.folder / "frames" / f"{item.id.replace('/', '__')}.png")
+        append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
+
+
 def judge(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
     """Whether the clean frame, the attacked one and the attacked one purified are read right."""
     images = {"clean": shot.clean, "undefended": shot.attacked, "defended": purified}
@@ -96,25 +121,43 @@ def run_film(e: Experiment, batch: Batch) -> str:
     """Films what is missing; the table as Markdown, also in the folder beside results.json."""
     film(e, batch)
     opts = e.opts
-    records = [r for r in read_records(e.folder) if r["id"] in batch.ids]
+    return write_table(e, [r for r in read_records(e.folder) if r["id"] in batch.ids], (
+        f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
+        f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
+    ))  # fmt: skip
+
+
+def run_photographs(e: Experiment) -> str:
+    """The same from photographs: the table has the csv's configurations."""
+    judge_photographs(e)
+    return write_table(e, read_records(e.folder), f"photographs of {e.opts.data}, {e.opts.classifier}.")
+
+
+def write_table(e: Experiment, records: Sequence[dict], what: str) -> str:
+    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are."""
+    found = {}  # by patch and configuration
+    for record in records:
+        for name, frames in record["frames"].items():
+            found.setdefault(name, []).extend(frames)
+    patches, configurations = (list(dict.fromkeys(name.split("/", 1)[i] for name in found)) for i in (0, 1))
     results, rows = {"command": command(), "images": len(records), "cells": {}}, []
-    for patch, text in PATCHES.items():
-        for who in ("undefended", "defended"):
-            line = [f"{'DIFFender' if who == 'defended' else 'Undefended'}, patch {text}"]
-            for name in CONFIGURATIONS:
-                frames = [f for r in records for f in r["frames"][f"{patch}/{name}"] if f["clean"]]
+    for patch in patches:
+        for who, title in (("undefended", "Undefended"), ("defended", "DIFFender")):
+            line = [f"{title}, patch {PATCHES[patch]}"]
+            for configuration in configurations:
+                frames = [f for f in found.get(f"{patch}/{configuration}", ()) if f["clean"]]
                 cell = proportion([float(f[who]) for f in frames]) if frames else None
-                results["cells"][f"{patch}/{who}/{name}"] = cell
+                results["cells"][f"{patch}/{who}/{configuration}"] = cell
                 line.append("" if cell is None else f"{100 * cell['accuracy']:.1f} ({cell['right']:.0f}/{cell['n']})")
             rows.append(line)
-    quoted = QUOTED[7]["Inception-V3"]
-    for key, label in (("undefended", "Undefended"), ("diffender", "DIFFender")):
-        rows.append([f"quoted: {label}, Inception-V3, photographed", *(f"{n:.1f}" for n in quoted[key])])
-    kept = mean(f["clean"] for r in records for frames in r["frames"].values() for f in frames)
-    text = table(["accuracy in per cent of frames", *CONFIGURATIONS], rows) + (
-        f"\n`{command()}`: {len(records)} pictures, {JITTERS[opts.preset]} frames of each pose; the {100 * kept:.0f} % "
-        f"that the classifier reads right when clean count. A simulation on {opts.data} with {opts.classifier}, AdvP "
-        f"of {opts.iters_undefended} steps on the classifier alone, seed {opts.seed}; the paper printed its patches.\n"
+    if configurations == list(CONFIGURATIONS):
+        quoted = QUOTED[7]["Inception-V3"]
+        for key, title in (("undefended", "Undefended"), ("diffender", "DIFFender")):
+            rows.append([f"quoted: {title}, Inception-V3, photographed", *(f"{n:.1f}" for n in quoted[key])])
+    kept = mean(f["clean"] for frames in found.values() for f in frames)
+    text = table(["accuracy in per cent of frames", *configurations], rows) + (
+        f"\n`{command()}`: {len(records)} {what} The {100 * kept:.0f} % of frames that the classifier reads right when "
+        f"clean count. Seed {e.opts.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(e.folder / "results.json", results)
     write_text(e.folder / "table.md", text)

@@ -85,7 +85,10 @@ class Options(TargetOptions):
     table: int | None = option(None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7)
     figure: int | None = option(None, "make a figure of the paper: 1, 3, 4, 5, 8 or 9", low=1, high=9)
     folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
-    tuning_data: str = option("samples", "photographs that Table 2 tunes prompts on; none is evaluated")
+    frames: str | None = option(None, "Table 7 from photographs: a csv of file, label, configuration and clean")
+    tuning_data: str = option(
+        "samples", "photographs, none evaluated: Table 2 tunes prompts on them, FNC's statistics are theirs"
+    )
     shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
     max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
@@ -100,7 +103,7 @@ def fill(opts: Options) -> Options:
         raise InputError(
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
         )
-    if share(opts.shard)[1] > 1 and opts.name is None:
+    if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     return opts
 

@@ -1,13 +1,16 @@
 """The paper's tables, a command each: python evaluate.py --table 1 [--preset smoke|laptop|paper].
 
-A table is a list of experiments on the same pictures, each in a folder of its own, so it resumes. A cell is the share
-of right answers under the strongest of the patches made for each picture, first purification; the csv has all verdicts.
+A table is a list of experiments on the same pictures. Each lives in a folder of its own, named by its settings, so it
+resumes, and tables share those that they have in common. A cell is the share of right answers under the strongest of
+the patches made for each picture, first purification; the csv has all verdicts.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from diffender.controls import controls
 from diffender.errors import InputError
 from diffender.evaluation import Verdict, proportion, strongest, verdict
 from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
 from diffender.faces import RECOGNIZERS
 from diffender.files import read_header
-from diffender.filming import run_film
+from diffender.filming import run_film, run_photographs
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import table
@@ -31,10 +35,16 @@ NAMES = {
     "jpeg": "JPEG (Dziugaite et al., 2016)", "smoothing": "Spatial smoothing (Xu et al., 2017)",
     "dw": "DW (Hayes, 2018), our reconstruction", "lgs": "LGS (Naseer et al., 2019)", "fnc": "FNC (Yu et al., 2021)",
     "diffpure": "DiffPure (Nie et al., 2022), on our model", "jedi": "Jedi (Tarchoun et al., 2023)",
+    "true grey": "control: true mask, grey", "true mean": "control: true mask, mean colour",
+    "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
+    "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
+    "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
-NO_DEFENSE = ("undefended", "resize", "vae")  # rows to compare with
+TUNING = {  # of Table 2, by preset
+    "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--held-out 16 --rounds 20", "paper": "",
+}  # fmt: skip
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
@@ -47,7 +57,7 @@ def rows_of(number: int, opts: Options) -> list[Row]:
     ours = Row("diffender", {})
     if number == 1:
         others = ("resize", "vae", "jpeg", "smoothing", "dw", "lgs", "fnc", "diffpure", "jedi")
-        return [*(Row(name, {"defense": name, "grad": None}) for name in others), ours]
+        return [*(baseline(name, opts) for name in others), ours]
     if number == 2:
         terms = ("mask", "feature", "l1")
         tuned = [Row(f"without {term}", {"prompts": retuned(opts, term)}) for term in terms]
@@ -55,7 +65,7 @@ def rows_of(number: int, opts: Options) -> list[Row]:
     prompts = [Row("EP", {"prompt": "empty"}), Row("MP", {"prompt": "manual"})]
     if number == 6:
         others = ("jpeg", "smoothing", "dw", "lgs", "fnc", "jedi")
-        return [*(Row(name, {"defense": name, "grad": None}) for name in others), *prompts, ours]
+        return [*(baseline(name, opts) for name in others), *prompts, ours]
     if number == 3:
         return [Row("NR", {"restore": False}), ours]
     if number == 4:
@@ -63,14 +73,19 @@ def rows_of(number: int, opts: Options) -> list[Row]:
     return [ours]
 
 
+def baseline(name: str, opts: Options) -> Row:
+    """FNC's statistics are estimated anew where enough photographs are named that are not evaluated."""
+    counts = name == "fnc" and opts.tuning_data != "samples" and opts.classifier not in RECOGNIZERS
+    return Row(name, {"defense": f"fnc:statistics={opts.tuning_data}" if counts else name, "grad": None})
+
+
 def retuned(opts: Options, without: str) -> str:
     """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
-    path = Path("runs") / f"table2-{opts.preset}" / opts.classifier / f"prompts-without-{without}.safetensors"
+    path = Path("runs") / "tables" / f"{opts.classifier}-{opts.preset}-without-{without}.safetensors"
     if not path.is_file() or read_header(path).get("data") != opts.tuning_data:
-        few = ["--shots", "2", "--held-out", "1", "--rounds", "1", "--iters", "5"] if opts.preset == "smoke" else []
         train = Path(sys.argv[0]).with_name("train.py")
         tuned = subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
-                                "--classifier", opts.classifier, *few])  # fmt: skip
+                                "--classifier", opts.classifier, *TUNING[opts.preset].split()])  # fmt: skip
         if tuned.returncode != 0:
             raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
     return str(path)
@@ -90,11 +105,11 @@ def run_table(number: int, opts: Options) -> str:
     """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
     folder = Path("runs") / f"table{number}-{opts.preset}"
     if number == 7:
-        own = fill(replace(opts, attack="none", trust="off", name=f"{folder.name}/{opts.classifier}"))
-        experiment = prepare(own)
-        batch = pictures(own, experiment.target)
+        own = fill(replace(opts, attack="none", trust="off", data=opts.frames or opts.data, name="tables"))
+        experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
+        batch = None if opts.frames else pictures(own, experiment.target)
         open_run(experiment.folder, resolved(own), experiment.own)
-        return run_film(experiment, batch)
+        return run_film(experiment, batch) if batch else run_photographs(experiment)
     if number == 6 and opts.classifier not in RECOGNIZERS:
         raise InputError(
             f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
@@ -104,8 +119,11 @@ def run_table(number: int, opts: Options) -> str:
     if number == 6:
         parts = [(opts.classifier, fold) for fold in range(opts.folds)]
     blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
+    if not all(blocks):
+        return ""
     lines = pool([line for block in blocks for line in block])
     text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_csv(lines))
     write_text(folder / "table.tex", as_latex(number, lines))
@@ -116,23 +134,32 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
     opts = replace(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
-    name = f"table{number}-{opts.preset}/{classifier}" + f"-{fold}" * (fold > 0)
-    lines = run_rows(rows_of(number, opts), opts, name)
+    lines = run_rows(rows_of(number, opts), opts, controlled=number == 1)
     return lines[1:] if number in (2, 3, 4) else lines
 
 
-def run_rows(rows: Sequence[Row], opts: Options, name: str) -> list[Line]:
-    """Lines of the undefended classifier and of each row, on the same pictures; experiments live in runs/<name>/."""
+def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> list[Line]:
+    """Lines of the undefended classifier, of controls if wanted, and of each row, on the same pictures; none while
+    other shards are at work. The last row is DIFFender."""
     model = open_model(opts, pick_device(opts.device))  # once for all
-    experiments = [
-        prepare(fill(replace(opts, **row.changes, name=f"{name}/{row.key.replace(' ', '-')}")), model) for row in rows
-    ]
+    experiments = [prepare(named(fill(replace(opts, **row.changes, name="tables")), row.key), model) for row in rows]
     batch = pictures(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
-    for experiment in experiments:
-        finish(experiment, batch)
+    if None in [finish(experiment, batch) for experiment in experiments]:
+        return []
     lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
-    return [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids)), *lines]
+    beside = [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids))]
+    if controlled:
+        target, folder = experiments[-1].target, experiments[-1].folder
+        columns = [plan.name for plan in experiments[-1].plans]
+        beside += [Line(opts.classifier, *c) for c in controls(target, folder, columns, batch, opts.seed)]
+    return [*beside, *lines]
+
+
+def named(opts: Options, key: str) -> Options:
+    """With the folder of runs/tables/ where an experiment of these very settings lives."""
+    digest = hashlib.sha256(json.dumps(resolved(opts), sort_keys=True).encode()).hexdigest()
+    return replace(opts, name=f"tables/{opts.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
 
 def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
@@ -182,14 +209,19 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         for column in shown:
             p = share(line, column)
             text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']})"
-            first = line.key not in NO_DEFENSE and p["accuracy"] == best(lines, line.classifier, column)
+            first = is_defence(line) and p["accuracy"] == best(lines, line.classifier, column) > 0
             ours.append(f"**{text}**" if first else text)
         out.append([line.classifier, NAMES[line.key], *ours, *beside])
     return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
 
+def is_defence(line: Line) -> bool:
+    """And not one of the rows to compare with."""
+    return line.key != "undefended" and not NAMES[line.key].startswith("control")
+
+
 def best(lines: Sequence[Line], classifier: str, column: str) -> float:
-    defences = [n for n in lines if n.classifier == classifier and n.key not in NO_DEFENSE]
+    defences = [n for n in lines if n.classifier == classifier and is_defence(n)]
     return max(share(line, column)["accuracy"] for line in defences)
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"defenses.patchcleanser"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
-    {"experiment", "paper", "physical"},
+    {"experiment", "paper", "physical", "controls"},
     {"filming"},
     {"tables"},
     {"figures"},

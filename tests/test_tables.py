@@ -6,13 +6,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from diffender.controls import FILLED, controls, elsewhere
+from diffender.data import Batch, sample_items
 from diffender.defenses import DEFENSES
+from diffender.defenses.fill import grey
 from diffender.errors import InputError
 from diffender.evaluation import Verdict
 from diffender.figures import run_figure
 from diffender.paper import COLUMNS, QUOTED
+from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
 from diffender.plans import Options, fill
+from diffender.prompts import contexts_for
+from diffender.report import save_png
 from diffender.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
 from tests.conftest import ROOT, SHARED
 
@@ -68,6 +75,48 @@ def test_table_in_every_format():
 def test_folds_are_pooled():
     both = pool([line("jpeg", 1), line("diffender", 4), line("jpeg", 2)])
     assert [(found.key, len(found.verdicts["advp"])) for found in both] == [("jpeg", 8), ("diffender", 4)]
+
+
+def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos):
+    x, ids = photos[:2], ["a", "b/c"]
+    y = classifier(x).argmax(dim=1)
+    mask = torch.zeros(2, 1, 224, 224)
+    mask[..., 60:200, 40:180] = 1
+    for name, image, m in zip(("a", "b__c"), x * (1 - mask), mask, strict=True):
+        save_png(image, tmp_path / "adv" / "advp" / "transfer" / f"{name}.png")
+        save_png(m, tmp_path / "adv" / "advp" / "transfer" / f"{name}_mask.png")
+    cfg = DIFFenderConfig(steps=1, draws=1, guidance=1.0)
+    target = Defended(DIFFender(model, contexts_for("manual", model), cfg), classifier)
+    found = dict(controls(target, tmp_path, ["advp"], Batch(ids, x, y, []), 0))
+    assert list(found) == [f"{whose} {fill}" for whose in ("true", "random") for fill in FILLED]
+    assert all(key in NAMES for key in found)
+    assert [v.single for v in found["true harmonic"]["clean"]] == [1, 1]  # nothing is covered
+    there = (classifier(grey(x, mask)).argmax(dim=1) == y).tolist()
+    assert [v.single for v in found["true grey"]["advp"]] == there
+    moved = elsewhere(mask, ids, 0)
+    assert torch.equal(moved.sum(dim=(1, 2, 3)), mask.sum(dim=(1, 2, 3)))
+    assert not torch.equal(moved[0], moved[1])
+    cut = (classifier(grey(x, moved)).argmax(dim=1) == y).tolist()
+    assert [v.single for v in found["random grey"]["clean"]] == cut
+
+
+def test_table_7_from_photographs(tmp_path, monkeypatch):
+    """Each counts if its clean twin is read right, or if it has none."""
+    a, b, c = sample_items()[:3]
+    (tmp_path / "frames.csv").write_text(
+        f"file,label,configuration,clean\n{a.path},{a.label},near,{a.path}\n{b.path},{b.label},far,\n"
+        f"{c.path},{(c.label + 1) % 1000},far,{c.path}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    opts = Options(frames="frames.csv", draws=1, steps=1, preset="smoke")
+    text = run_table(7, opts)
+    assert text.splitlines()[0] == "| accuracy in per cent of frames | near | far |"
+    (undefended,) = (line for line in text.splitlines() if "Undefended, patch as photographed" in line)
+    assert undefended.endswith("| 100.0 (1/1) | 100.0 (1/1) |")
+    assert "The 67 % of frames" in text
+    (tmp_path / "frames.csv").write_text(f"file,label\n{a.path},{a.label}\n")
+    with pytest.raises(InputError, match="--frames wants file, label, configuration, clean"):
+        run_table(7, opts)
 
 
 def test_mistakes():

@@ -180,7 +180,7 @@ def main() -> None:
         print(f"epoch {epoch} loss {total:.4f}")
     mean, std = clean_statistics(opts)
     print(f"entropy of clean windows: {mean}, deviations {std}")
-    header = asdict(opts) | {"clean_mean": mean, "clean_std": std}
+    header = {k: v for k, v in asdict(opts).items() if k != "out"} | {"clean_mean": mean, "clean_std": std}
     save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
 
 
