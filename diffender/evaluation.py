@@ -167,6 +167,20 @@ def strongest(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict(*map(min, zip(*verdicts, strict=True)))
 
 
+def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
+    """Verdicts by attack/gradient and picture; the costly gradients may see fewer pictures."""
+    found = {}
+    for r in records:
+        for variant, a in r["attacks"].items():
+            found.setdefault(variant, {})[r["id"]] = verdict(a["defended"], r["label"])
+    return found
+
+
+def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
+    """Of each picture, under the strongest of its patches in these variants."""
+    return [strongest([judged[v][i] for v in variants if i in judged[v]]) for i in ids]
+
+
 def proportion(values: Sequence[float]) -> dict:
     """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial a picture, a wide one."""
     low, high = wilson(sum(values), len(values))
@@ -189,9 +203,8 @@ def summarize(records: Sequence[dict]) -> dict:
     rows = [row("none", "", [r["undefended"] == r["label"] for r in records],
                 [verdict(r["defended"], r["label"]) for r in records])]  # fmt: skip
     masks = {}
-    variants = list(dict.fromkeys(v for r in records for v in r["attacks"]))
-    judged = {v: {r["id"]: verdict(r["attacks"][v]["defended"], r["label"]) for r in records if v in r["attacks"]}
-              for v in variants}  # fmt: skip
+    judged = by_variant(records)
+    variants = list(judged)
     for variant in variants:
         name, kind = variant.split("/")
         found = {r["id"]: r["attacks"][variant] for r in records if variant in r["attacks"]}
@@ -211,7 +224,7 @@ def summarize(records: Sequence[dict]) -> dict:
     if variants:
         groups["strongest"] = variants
     for title, mine in groups.items():
-        worst = [strongest([judged[v][i] for v in mine if i in judged[v]]) for i in label]
+        worst = strongest_of(judged, mine, list(label))
         seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
         alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
         rows.append(row(f"{title} on each picture", "", alone, worst))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from diffender.controls import controls
 from diffender.errors import InputError
-from diffender.evaluation import Verdict, proportion, strongest, verdict
+from diffender.evaluation import Verdict, by_variant, proportion, strongest_of, verdict
 from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
 from diffender.faces import RECOGNIZERS
 from diffender.files import read_header
@@ -164,13 +164,11 @@ def named(opts: Options, key: str) -> Options:
 
 def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
-    records = [r for r in read_records(experiment.folder) if r["id"] in ids]
-    found = {"clean": [verdict(r["defended"], r["label"]) for r in records]}
-    for name in (plan.name for plan in experiment.plans):
-        found[name] = []
-        for r in records:
-            some = [verdict(a["defended"], r["label"]) for v, a in r["attacks"].items() if v.split("/")[0] == name]
-            found[name].append(strongest(some))
+    records = {r["id"]: r for r in read_records(experiment.folder)}
+    found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
+    judged = by_variant([records[i] for i in ids])
+    for plan in experiment.plans:
+        found[plan.name] = strongest_of(judged, [v for v in judged if v.split("/")[0] == plan.name], ids)
     return found
 
 
