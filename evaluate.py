@@ -21,13 +21,16 @@ from diffender.plans import Options, fill
 
 def main() -> None:
     given = parse(Options, __doc__)
-    opts = fill(given)
+    fill(given)
     # Imported after the options are known to be good: torch and timm take seconds.
     from diffender.experiment import finish, pictures, prepare, work
     from diffender.memory import GIB, most_held_bytes
     from diffender.report import markdown
     from diffender.runs import read_records
+    from diffender.workers import is_first, join, wait
 
+    given = join(given)
+    opts = fill(given)
     if opts.table is not None or opts.figure is not None:
         from diffender.figures import run_figure
         from diffender.tables import run_table
@@ -39,7 +42,8 @@ def main() -> None:
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
     print(f"{opts.prompt} prompts; {experiment.device}; {done} pictures done before; results in {experiment.folder}")
     work([experiment], batch)
-    results = finish(experiment, batch)
+    wait()
+    results = finish(experiment, batch) if is_first() else None
     if results is not None:
         print(f"\n{markdown(results)}\npictures: {experiment.folder / 'grid.png'}")
         print(f"peak memory {most_held_bytes(experiment.device) / GIB:.1f} GiB")

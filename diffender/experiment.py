@@ -25,8 +25,10 @@ from diffender.plans import (
     attacks,
     build_plans,
     build_target,
+    default_name,
     describe,
     forecast,
+    mine,
     share,
     split,
     without,
@@ -69,7 +71,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
     attacks(opts)  # an unknown name shows at once
     target = build_target(opts, model)
-    folder = Path("runs") / (opts.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}")
+    folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
     return Experiment(opts, folder, own, target, build_plans(opts, target))
@@ -88,8 +90,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     """
     opts = experiments[0].opts
     done = [{r["id"] for r in open_run(e.folder, resolved(e.opts), e.own)} for e in experiments]
-    shard, shards = share(opts.shard)
-    parts = split(opts, [i for i in range(len(batch.ids)) if i % shards == shard])
+    parts = split(opts, mine(opts, len(batch.ids)))
     left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
     forecasts = [
         forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)

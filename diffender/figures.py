@@ -28,6 +28,7 @@ from diffender.report import stretch, table
 from diffender.runs import command, write_json, write_text
 from diffender.schedule import noise_timestep, predict_x0, q_sample
 from diffender.tables import NAMES, Row, run_rows, share
+from diffender.workers import is_first
 
 SHOWN = 6  # pictures of a figure
 RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3
@@ -50,6 +51,8 @@ def run_figure(number: int, opts: Options) -> str:
     if number not in (*FIGURES, 8):
         raise InputError(f"no figure {number}; there are {', '.join(map(str, sorted((*FIGURES, 8))))}")
     folder = Path("runs") / f"figure{number}-{opts.preset}"
+    if number != 8 and not is_first():
+        return ""
     if number == 8:
         text = figure_8(opts, folder)
     else:

@@ -31,8 +31,10 @@ from diffender.noise import generator
 from diffender.paper import QUOTED
 from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.pipeline import Purified, Undefended
+from diffender.plans import mine
 from diffender.report import save_png, table
 from diffender.runs import append_records, command, machine, read_records, write_json, write_text
+from diffender.workers import is_first, wait
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
 PATCHES = {"digital": "made for the file", "eot": "made over poses", "photographed": "as photographed"}
@@ -64,7 +66,8 @@ def film(e: Experiment, batch: Batch) -> None:
     digital = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
     over_poses = replace(digital, eot=max(opts.eot, 4))
     done = {r["id"] for r in read_records(e.folder)}
-    for i, image_id in enumerate(tqdm(batch.ids, desc="filming", mininterval=1)):
+    for i in tqdm(mine(opts, len(batch.ids)), desc="filming", mininterval=1):
+        image_id = batch.ids[i]
         if image_id in done:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
@@ -86,8 +89,8 @@ def film(e: Experiment, batch: Batch) -> None:
         append_records(e.own, [record])
 
 
-def judge_photographs(e: Experiment) -> None:
-    """A record for each photograph of the csv that is not done."""
+def judge_photographs(e: Experiment) -> list[str]:
+    """A record for each photograph of the csv that is not done; returns their names."""
     path = Path(e.opts.data)
     items = csv_items(path)
     with path.open(encoding="utf-8", newline="") as f:
@@ -95,7 +98,8 @@ def judge_photographs(e: Experiment) -> None:
     if "configuration" not in rows[0]:
         raise InputError(f"{path} has the columns {list(rows[0])}; --frames wants file, label, configuration, clean")
     done = {r["id"] for r in read_records(e.folder)}
-    for item, row in tqdm([*zip(items, rows, strict=True)], desc="photographs", mininterval=1):
+    for i in tqdm(mine(e.opts, len(items)), desc="photographs", mininterval=1):
+        item, row = items[i], rows[i]
         if item.id in done:
             continue
         files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
@@ -104,6 +108,7 @@ def judge_photographs(e: Experiment) -> None:
         frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
         save_example(shot, out, e.folder / "frames" / f"{item.id.replace('/', '__')}.png")
         append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
+    return [item.id for item in items]
 
 
 def judge(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
@@ -121,7 +126,7 @@ def run_film(e: Experiment, batch: Batch) -> str:
     """Films what is missing; the table as Markdown, also in the folder beside results.json."""
     film(e, batch)
     opts = e.opts
-    return write_table(e, [r for r in read_records(e.folder) if r["id"] in batch.ids], (
+    return write_table(e, batch.ids, (
         f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
         f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
     ))  # fmt: skip
@@ -129,12 +134,17 @@ def run_film(e: Experiment, batch: Batch) -> str:
 
 def run_photographs(e: Experiment) -> str:
     """The same from photographs: the table has the csv's configurations."""
-    judge_photographs(e)
-    return write_table(e, read_records(e.folder), f"photographs of {e.opts.data}, {e.opts.classifier}.")
+    ids = judge_photographs(e)
+    return write_table(e, ids, f"photographs of {e.opts.data}, {e.opts.classifier}.")
 
 
-def write_table(e: Experiment, records: Sequence[dict], what: str) -> str:
-    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are."""
+def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
+    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are.
+    Nothing while other shards are at work."""
+    wait()
+    records = [r for r in read_records(e.folder) if r["id"] in ids]
+    if len(records) < len(ids) or not is_first():
+        return ""
     found = {}  # by patch and configuration
     for record in records:
         for name, frames in record["frames"].items():

@@ -142,6 +142,16 @@ def share(shard: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def mine(opts: Options, count: int) -> list[int]:
+    """Of so many pictures, those of this shard."""
+    shard, shards = share(opts.shard)
+    return list(range(shard, count, shards))
+
+
+def default_name(opts: Options) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}"
+
+
 def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
     """Batches of pictures, and whether they get the costly gradients."""
     limit = float("inf") if opts.images_full is None else opts.images_full

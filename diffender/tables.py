@@ -29,6 +29,7 @@ from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import table
 from diffender.runs import command, open_model, open_run, pick_device, read_records, write_text
+from diffender.workers import is_first, wait
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -82,12 +83,14 @@ def baseline(name: str, opts: Options) -> Row:
 def retuned(opts: Options, without: str) -> str:
     """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
     path = Path("runs") / "tables" / f"{opts.classifier}-{opts.preset}-without-{without}.safetensors"
-    if not path.is_file() or read_header(path).get("data") != opts.tuning_data:
+    there = path.is_file() and read_header(path).get("data") == opts.tuning_data
+    if not there and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
         tuned = subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
                                 "--classifier", opts.classifier, *TUNING[opts.preset].split()])  # fmt: skip
         if tuned.returncode != 0:
             raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
+    wait()
     return str(path)
 
 
@@ -145,7 +148,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     experiments = [prepare(named(fill(replace(opts, **row.changes, name="tables")), row.key), model) for row in rows]
     batch = pictures(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
-    if None in [finish(experiment, batch) for experiment in experiments]:
+    wait()
+    if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
         return []
     lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
     beside = [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids))]

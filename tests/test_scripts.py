@@ -84,6 +84,21 @@ def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "runs" / "s" / "results.json").exists()
 
 
+@pytest.mark.slow
+def test_workers_of_torchrun_give_the_results_of_one_process(tmp_path):
+    args = [*SMALL, "--images", "3", "--grad", "transfer", "--name", "w"]
+    engine = ["-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "evaluate.py"]
+    found = []
+    for n, start in enumerate((engine, [ROOT / "evaluate.py"])):
+        (tmp_path / str(n)).mkdir()
+        run = subprocess.run([sys.executable, *start, *args], cwd=tmp_path / str(n), capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        folder = tmp_path / str(n) / "runs" / "w"
+        found.append(json.loads((folder / "results.json").read_text())["rows"])
+        assert len(list(folder.glob("per_image*.jsonl"))) == 2 - n
+    assert found[0] == found[1]
+
+
 def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     own, other = (tmp_path / "run" / f"per_image-{i}-of-2.jsonl" for i in (0, 1))
     assert open_run(tmp_path / "run", {"seed": 0}, own) == []

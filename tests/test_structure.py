@@ -30,7 +30,7 @@ LAYERS = [
     {"defenses.patchcleanser"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
-    {"experiment", "paper", "physical", "controls"},
+    {"experiment", "paper", "physical", "controls", "workers"},
     {"filming"},
     {"tables"},
     {"figures"},
