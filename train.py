@@ -63,11 +63,12 @@ def main() -> None:
 
     from diffender.attacks import AdvP
     from diffender.data import correct_subset, list_items
+    from diffender.memory import footprint, keep_or_recompute
     from diffender.models.classifiers import load_classifier
     from diffender.noise import generator
     from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
     from diffender.prompts import MANUAL, PromptPair, save_prompts
-    from diffender.runs import open_model, pick_device
+    from diffender.runs import open_model, pick_device, pick_dtype
 
     started = time.monotonic()
     device = pick_device(opts.device)
@@ -85,6 +86,10 @@ def main() -> None:
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
+    if opts.keep is None:
+        one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, x.shape[-1])
+        evaluations = opts.steps * (1 if opts.guidance == 1 else 2)
+        model.keep = keep_or_recompute(one, opts.batch_size, opts.draws, evaluations, device)
     defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
     terms = tune(opts, defense, classifier, prompts, x, attacked, batch.ids)
 

@@ -1,6 +1,7 @@
 """Command lines from dataclasses: one field, one flag. Bad input ends in one line and exit code 2."""
 
 import argparse
+import ctypes
 import sys
 import types
 from collections.abc import Callable
@@ -42,6 +43,10 @@ class ModelOptions:
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     micro_batch: int | None = option(None, "at most so many latents or pictures in a network at a time", low=1)
+    keep: bool | None = option(
+        None, "activations for the backward pass instead of computing them again: a third faster, same gradients "
+        "(default: where they take no more than a quarter of the free memory)",
+    )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, ...")
 
 
@@ -118,8 +123,21 @@ def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
     return cls(**{name: value for name, value in values.items() if value is not None} | override)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of giving each back to the kernel, which zeroes the next one page by
+    page: on a CPU that costs a tenth to a third of a network's time. Elsewhere, nothing."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for parameter in (trim_threshold, mmap_threshold):
+        mallopt(parameter, 2**31 - 1)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call main and exit: 0, or 2 with one line where the input is at fault."""
+    keep_freed_memory()
     try:
         main()
     except InputError as e:

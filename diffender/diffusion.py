@@ -4,6 +4,7 @@ Official checkpoints: `sd15-inpainting` (runwayml) and `sd2-inpainting` (stabili
 the same classes, narrower and shallower, with the weights in this repository.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,6 +57,7 @@ class LatentDiffusion(nn.Module):
 
     alphas_cumprod: Tensor
     micro_batch: int | None = None  # at most so many pictures or latents go through a network at a time
+    keep: bool = False  # activations for the backward pass: a third faster, but memory grows with every evaluation
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -80,16 +82,19 @@ class LatentDiffusion(nn.Module):
             return eps_from_v(z_t, out, self.alphas_cumprod[t][:, None, None, None])
         return out
 
+    def run(self, network: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        return recompute(network, *args, limit=self.micro_batch, keep=self.keep)
+
     def eps(self, z_t: Tensor, t: int, context: Tensor, conditioning: Tensor) -> Tensor:
         """Predicted noise of latents (B, 4, h, w) at timestep t, given a mask and what lies around it.
 
         context (B or 1, L, D); conditioning (B or 1, 5, h, w), from `masked_conditioning`. Activations are recomputed
-        in the backward pass, so memory does not grow with the number of evaluations.
+        in the backward pass, so memory does not grow with the number of evaluations, unless `keep` is set.
         """
         b = len(z_t)
         t = torch.full((b,), t, device=z_t.device)
         context, conditioning = context.expand(b, -1, -1), conditioning.expand(b, -1, -1, -1)
-        return recompute(partial(self, self.unet), z_t, t, context, conditioning, limit=self.micro_batch)
+        return self.run(partial(self, self.unet), z_t, t, context, conditioning)
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:
         """Predicted noise of latents (B, 4, h, w) given the text alone, for localisation.
@@ -101,17 +106,15 @@ class LatentDiffusion(nn.Module):
             return self.eps(z_t, t, context, blank)
         b = len(z_t)
         t = torch.full((b,), t, device=z_t.device)
-        return recompute(
-            lambda z, t, c: self(self.locator, z, t, c, None), z_t, t, context.expand(b, -1, -1), limit=self.micro_batch
-        )
+        return self.run(lambda z, t, c: self(self.locator, z, t, c, None), z_t, t, context.expand(b, -1, -1))
 
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to scaled latents, with noise (B, 4, h, w) for the posterior."""
-        return recompute(self.vae.encode, x, noise, limit=self.micro_batch)
+        return self.run(self.vae.encode, x, noise)
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) to pictures; about [0, 1], not clamped."""
-        return recompute(self.vae.decode, z, limit=self.micro_batch)
+        return self.run(self.vae.decode, z)
 
     def masked_conditioning(self, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         """What an inpainting UNet sees beside its latents: the mask and the latents of the picture without its inside.

@@ -51,7 +51,7 @@ from diffender.runs import (
 )  # fmt: skip
 from diffender.trust import trust_report
 
-NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "max_memory", "device", "trust",
+NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "keep", "max_memory", "device", "trust",
              "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames")  # fmt: skip
 
 

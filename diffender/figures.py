@@ -60,7 +60,7 @@ def run_figure(number: int, opts: Options) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         text = FIGURES[number](drawn, folder)
     text += f"\n`{command()}`, seed {opts.seed}; {folder}\n"
-    write_text(folder / "figure.md", text)
+    write_text(folder / "table.md", text)
     return text
 
 

@@ -1,6 +1,7 @@
 """What a gradient step will need in memory, known before it runs: activations counted on tensors without storage."""
 
 import copy
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -71,6 +72,29 @@ def peak_bytes(one: Footprint, pictures: int, draws: int, micro_batch: int | Non
     rows = min(pictures * 2 * draws, limit), min(pictures, limit)
     largest = max(one.unet * rows[0], one.encoder * rows[1], one.decoder * rows[1])
     return round(WORKING * max(largest, one.classifier * pictures))
+
+
+def kept_bytes(one: Footprint, pictures: int, draws: int, steps: int) -> int:
+    """The same where nothing is recomputed: every evaluation of localisation and of `steps` of restoration counts."""
+    unets, encoders = 2 * draws + steps, 1 + (steps > 0)
+    decoders = int(steps > 0)
+    total = one.unet * unets + one.encoder * encoders + one.decoder * decoders + one.classifier
+    return round(WORKING * pictures * total)
+
+
+def keep_or_recompute(one: Footprint, pictures: int, draws: int, steps: int, device: torch.device) -> bool:
+    """Whether keeping all activations takes no more than a quarter of what is free."""
+    return kept_bytes(one, pictures, draws, steps) <= free_bytes(device) / 4
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
 
 
 def fit_micro_batch(one: Footprint, pictures: int, draws: int, held: int, allowed: int) -> int | None:

@@ -48,14 +48,16 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
-def recompute(function: Callable[..., Tensor], *args: Tensor, limit: int | None = None) -> Tensor:
+def recompute(function: Callable[..., Tensor], *args: Tensor, limit: int | None = None, keep: bool = False) -> Tensor:
     """function(*args) over batches of at most `limit` rows, activations recomputed in the backward pass, not kept.
 
-    Memory then grows neither with the number of calls nor with the batch. All of `args` share their first dimension;
-    the function treats rows independently and draws no random numbers.
+    Memory then grows neither with the number of calls nor with the batch; with `keep` it does, and the backward pass
+    is spared a forward one. All of `args` share their first dimension; the function treats rows independently and draws
+    no random numbers.
     """
     if limit is not None and len(args[0]) > limit:
-        return torch.cat([recompute(function, *part) for part in zip(*(a.split(limit) for a in args), strict=True)])
-    if torch.is_grad_enabled() and any(a.requires_grad for a in args):
+        parts = zip(*(a.split(limit) for a in args), strict=True)
+        return torch.cat([recompute(function, *part, keep=keep) for part in parts])
+    if not keep and torch.is_grad_enabled() and any(a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)

@@ -164,19 +164,28 @@ def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
 
 
 def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:
-    """The classifier behind the defence, with micro-batches that fit the memory allowed."""
+    """The classifier behind the defence, with micro-batches that fit the memory allowed, or activations kept where they
+    fit the memory free."""
     from diffender.defenses import build
-    from diffender.memory import GIB, fit_micro_batch, footprint, held_bytes
+    from diffender.memory import GIB, fit_micro_batch, footprint, held_bytes, keep_or_recompute
     from diffender.runs import open_target, pick_dtype
 
     target = open_target(opts, model)
+    model, classifier = target.defense.model, target.classifier
+    device = classifier.mean.device
+    one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
+    rows = opts.batch_size * opts.eot_batch
     if opts.max_memory is not None:
-        model, classifier = target.defense.model, target.classifier
-        device = classifier.mean.device
-        one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
-        rows = opts.batch_size * opts.eot_batch
         model.micro_batch = fit_micro_batch(one, rows, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
+    elif opts.keep is None and opts.defense == "diffender" and not opts.decoded:
+        model.keep = keep_or_recompute(one, rows, opts.draws, recorded_steps(opts), device)
     return build(opts.defense, target)
+
+
+def recorded_steps(opts: Options) -> int:
+    """UNet evaluations of restoration that the gradients asked for pass through."""
+    through = set(kinds(opts)) & set(COSTLY)
+    return opts.steps * (1 if opts.guidance == 1 else 2) if through else 0
 
 
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
@@ -256,7 +265,7 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
 
 def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
     """In words, for a defence with a diffusion model."""
-    from diffender.memory import GIB, footprint, held_bytes, peak_bytes
+    from diffender.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
     from diffender.runs import pick_dtype
 
     model = target.defense.model
@@ -264,7 +273,11 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
         return ""
     one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
     rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * opts.eot_batch
-    peak = held_bytes(x.device) + peak_bytes(one, rows, opts.draws, model.micro_batch)
+    if model.keep:
+        above = kept_bytes(one, rows, opts.draws, recorded_steps(opts))
+    else:
+        above = peak_bytes(one, rows, opts.draws, model.micro_batch)
+    peak = held_bytes(x.device) + above
     return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
 
 

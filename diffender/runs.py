@@ -41,7 +41,7 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
         opts.model, opts.weights, pick_dtype(opts.dtype, device),
         ema=opts.ema, vae=opts.vae, locator=opts.locate_unet, prediction=prediction,
     )  # fmt: skip
-    model.micro_batch = opts.micro_batch
+    model.micro_batch, model.keep = opts.micro_batch, bool(opts.keep)
     return model.to(device)
 
 

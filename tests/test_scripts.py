@@ -1,6 +1,8 @@
 """Both scripts, run as a user runs them, to their last line; and what they say to bad input."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from tests.conftest import ROOT
 
 SMALL = [
     "--images", "2", "--iters", "1", "--iters-undefended", "3", "--steps", "2", "--draws", "1", "--verdicts", "1",
-    "--trust", "off",
+    "--trust", "off", "--no-keep",
 ]  # fmt: skip
 
 
@@ -172,6 +174,28 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
     assert 15 < results["pictures"]["psnr"] < 40
     for name in ("noise.png", "pictures.png"):
         assert Image.open(tmp_path / name).size[0] > 400
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of its own")
+def test_large_blocks_are_reused():
+    """Page faults of taking and returning 64 MiB twenty times, before and after; a process of its own."""
+    code = """if True:
+        from resource import RUSAGE_SELF, getrusage
+        from diffender.cli import keep_freed_memory
+        def faults():
+            bytearray(2**26)
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                bytearray(2**26)
+            return getrusage(RUSAGE_SELF).ru_minflt - before
+        before = faults()
+        keep_freed_memory()
+        print(before, faults())
+    """
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=plain)
+    before, after = map(int, run.stdout.split())
+    assert after < before / 10, run.stderr
 
 
 @pytest.mark.parametrize(
