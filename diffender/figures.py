@@ -4,6 +4,7 @@ All but Figure 8 show patches of AdvP made on the undefended classifier; Figure 
 chosen budget for each theta. PNG files and the numbers behind them go to runs/figure<N>-<preset>/.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from diffender.paper import FIGURE_8
 from diffender.pipeline import Defended, Undefended
 from diffender.plans import Options, build_target, fill
 from diffender.report import stretch, table
-from diffender.runs import command, write_json, write_text
+from diffender.runs import command, machine, pick_device, write_json, write_text
 from diffender.schedule import noise_timestep, predict_x0, q_sample
 from diffender.tables import NAMES, Row, run_rows, share
 from diffender.workers import is_first
@@ -52,15 +53,17 @@ def run_figure(number: int, opts: Options) -> str:
     if number not in (*FIGURES, 8):
         raise InputError(f"no figure {number}; there are {', '.join(map(str, sorted((*FIGURES, 8))))}")
     folder = Path("runs") / f"figure{number}-{opts.preset}"
-    if number != 8 and not is_first():
-        return ""
     if number == 8:
         text = figure_8(opts, folder)
+    elif not is_first():
+        return ""
     else:
         drawn = scene(opts, None if number == 4 else SHOWN)  # bad input shows before a folder is made
         folder.mkdir(parents=True, exist_ok=True)
         text = FIGURES[number](drawn, folder)
-    text += f"\n`{command()}`, seed {opts.seed}; {folder}\n"
+    if not text:
+        return ""  # other shards are at work
+    text += f"\n`{command()}`, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}.\n"
     write_text(folder / "table.md", text)
     return text
 
@@ -170,7 +173,7 @@ def figure_8(opts: Options, folder: Path) -> str:
     rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
     lines = run_rows(rows, replace(opts, trust="off"))[1:]
     if not lines:
-        return "Fig. 8 is not done yet.\n"
+        return ""
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(lines[0].verdicts)
     figure = Figure(figsize=(4, 3.2), layout="constrained")

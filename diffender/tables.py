@@ -13,6 +13,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from diffender.filming import run_film, run_photographs
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import table
-from diffender.runs import command, open_model, open_run, pick_device, read_records, write_text
+from diffender.runs import command, machine, open_model, open_run, pick_device, read_records, write_text
 from diffender.workers import is_first, wait
 
 NAMES = {
@@ -230,13 +231,15 @@ def best(lines: Sequence[Line], classifier: str, column: str) -> float:
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     """What was run, and how it departs from the paper."""
     full = fill(replace(opts, attack="all"))
+    names = ", ".join(dict.fromkeys(line.classifier for line in lines))
+    baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     return (
         f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
-        f"picture. {len(lines[0].verdicts['clean'])} pictures, {describe(full)}, seed {opts.seed}. Departures from the "
-        f"paper: classifier {', '.join(dict.fromkeys(line.classifier for line in lines))} (theirs in the heads of the "
-        f"quoted columns), data {opts.data} (theirs 512 pictures of {'LFW' if number == 6 else 'ImageNet'}), diffusion "
-        f"model {opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps). "
-        f"Baselines are attacked through `bpda` and `auto` gradients, DIFFender through {full.grad} (theirs BPDA).\n"
+        f"picture; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} pictures, "
+        f"{describe(full)}, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}. "
+        f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data {opts.data} "
+        f"(theirs 512 pictures of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
+        f"{opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps).\n"
     )
 
 
