@@ -95,8 +95,9 @@ def judge_photographs(e: Experiment) -> list[str]:
     items = csv_items(path)
     with path.open(encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
-    if "configuration" not in rows[0]:
-        raise InputError(f"{path} has the columns {list(rows[0])}; --frames wants file, label, configuration, clean")
+    if not rows or "configuration" not in rows[0]:
+        found = f"has the columns {', '.join(rows[0])}" if rows else "has no rows"
+        raise InputError(f"{path} {found}; --frames wants file, label, configuration, clean")
     done = {r["id"] for r in read_records(e.folder)}
     for i in tqdm(mine(e.opts, len(items)), desc="photographs", mininterval=1):
         item, row = items[i], rows[i]
