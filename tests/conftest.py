@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffender.cli import keep_freed_memory
 from diffender.data import load_image, sample_items
 from diffender.diffusion import LatentDiffusion
 from diffender.models.classifiers import Classifier, load_classifier
@@ -13,6 +14,7 @@ from diffender.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+keep_freed_memory()  # as the scripts do
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,8 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert prompts.is_file()
 
     args = [*SMALL, "--prompts", str(prompts), "--name", "a"]
-    run = script("evaluate.py", *args, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    code, out, err = here(args, tmp_path, monkeypatch, capfd)
+    assert code == 0, err
     folder = tmp_path / "runs" / "a"
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
@@ -58,13 +58,13 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert [(r["attack"], r["gradient"]) for r in (transfer, adaptive)] == [("advp", "transfer"), ("advp", "bpda-mask")]
     # 3 verdicts and 9 choices among patches of 2 + 2 evaluations, and one attack step with its recomputation
     assert results["unet_evaluations"] == 2 * ((3 + 9) * (2 + 2) + (2 * 2 + 2))
-    assert (folder / "table.md").read_text() in run.stdout
+    assert (folder / "table.md").read_text() in out
     assert Image.open(folder / "grid.png").size[0] > 500
     for record in records:
         for stage in STAGES:
             assert Image.open(folder / "images" / f"{record['file']}_{stage}.png").size == (224, 224)
     for line in ("passes of the defence", "GiB", "left out against --preset paper", "peak memory"):
-        assert line in run.stdout
+        assert line in out
 
     # Killed in the middle of a line; another process goes on with a share of the pictures that happens to be the rest.
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
