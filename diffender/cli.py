@@ -44,7 +44,7 @@ class ModelOptions:
     )  # fmt: skip
     micro_batch: int | None = option(None, "at most so many latents or pictures in a network at a time", low=1)
     keep: bool | None = option(
-        None, "activations for the backward pass instead of computing them again: a third faster, same gradients "
+        None, "activations for the backward pass instead of computing them again: same gradients, more memory "
         "(default: where they take no more than a quarter of the free memory)",
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, ...")
@@ -125,7 +125,7 @@ def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
 
 def keep_freed_memory() -> None:
     """Tell glibc to reuse large blocks instead of giving each back to the kernel, which zeroes the next one page by
-    page: on a CPU that costs a tenth to a third of a network's time. Elsewhere, nothing."""
+    page. Elsewhere, nothing."""
     trim_threshold, mmap_threshold = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt

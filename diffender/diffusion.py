@@ -57,7 +57,7 @@ class LatentDiffusion(nn.Module):
 
     alphas_cumprod: Tensor
     micro_batch: int | None = None  # at most so many pictures or latents go through a network at a time
-    keep: bool = False  # activations for the backward pass: a third faster, but memory grows with every evaluation
+    keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()

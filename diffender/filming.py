@@ -24,7 +24,7 @@ from diffender.cli import pick
 from diffender.data import Batch, csv_items, load_image
 from diffender.defenses.jpeg import JPEG
 from diffender.errors import InputError
-from diffender.evaluation import proportion
+from diffender.evaluation import file_names, proportion
 from diffender.experiment import Experiment
 from diffender.models.classifiers import Classifier
 from diffender.noise import generator
@@ -84,7 +84,7 @@ def film(e: Experiment, batch: Batch) -> None:
                 record["frames"][f"{patch}/{name}"] = [
                     judge(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
                 ]
-                file = "_".join([image_id.replace("/", "__"), patch, re.sub(r"\W", "", name)])
+                file = "_".join([*file_names([image_id]), patch, re.sub(r"\W", "", name)])
                 save_example(frames[0], purified[0], e.folder / "frames" / f"{file}.png")
         append_records(e.own, [record])
 
@@ -107,7 +107,7 @@ def judge_photographs(e: Experiment) -> list[str]:
         shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
         out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.seed, "verdict"))
         frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
-        save_example(shot, out, e.folder / "frames" / f"{item.id.replace('/', '__')}.png")
+        save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
         append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
     return [item.id for item in items]
 
