@@ -13,16 +13,16 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffender.cli import ModelOptions, option, parse, pick, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffender.attacks.patch import Attacked
     from diffender.losses import TuningLoss
     from diffender.models.classifiers import Classifier
+    from diffender.models.vae import Posterior
     from diffender.pipeline import DIFFender
     from diffender.prompts import PromptPair
 
@@ -91,7 +91,9 @@ def main() -> None:
         evaluations = opts.steps * (1 if opts.guidance == 1 else 2)
         model.keep = keep_or_recompute(one, opts.batch_size, opts.draws, evaluations, device)
     defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
-    terms = tune(opts, defense, classifier, prompts, x, attacked, batch.ids)
+    posterior, features = defense.posterior(attacked.image), classifier.features(x)
+    every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
+    terms = tune(opts, defense, classifier, prompts, every)
 
     path = Path(opts.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,14 +102,25 @@ def main() -> None:
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
 
 
+class Shots(NamedTuple):
+    """Attacked photographs and what no round of tuning changes."""
+
+    ids: list[str]
+    clean: Tensor  # (B, 3, S, S) in [0, 1]
+    attacked: Tensor
+    mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patch
+    posterior: Posterior  # of the attacked pictures, for localisation
+    features: list[Tensor]  # of the clean ones, Eq. 6
+
+    def part(self, rows: Tensor) -> Shots:
+        """Those with these numbers."""
+        few = [t[rows] for t in (self.clean, self.attacked, self.mask)]
+        posterior = type(self.posterior)(*(moment[rows] for moment in self.posterior))
+        return Shots([self.ids[i] for i in rows], *few, posterior, [feature[rows] for feature in self.features])
+
+
 def tune(
-    opts: Options,
-    defense: DIFFender,
-    classifier: Classifier,
-    prompts: PromptPair,
-    x: Tensor,
-    attacked: Attacked,
-    ids: list[str],
+    opts: Options, defense: DIFFender, classifier: Classifier, prompts: PromptPair, every: Shots
 ) -> dict[str, float]:
     """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms."""
     import torch
@@ -116,17 +129,17 @@ def tune(
     from diffender.metrics import mask_scores
 
     names = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R")
-    shots, held_out = torch.arange(len(ids)).tensor_split([opts.shots])
-    parts = shots.split(opts.batch_size)
+    shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
+    parts, held_out = [every.part(rows) for rows in shots.split(opts.batch_size)], every.part(held_out)
     optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
-    best, kept = {}, {}
+    best, kept, empty = {}, {}, defense.contexts.empty
     bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1)
     for round_ in bar:
         steps = []
         for part in parts:
-            defense.contexts = prompts(defense.model)
-            loss, iou = tuning_step(opts, defense, classifier, x[part], attacked, part, ids, f"tuning {round_}")
+            defense.contexts = prompts(defense.model, empty)
+            loss, iou = tuning_step(opts, defense, classifier, part, f"tuning {round_}")
             optimizer.zero_grad()
             loss.total.backward()
             norms = [ctx.grad.norm().item() for ctx in (prompts.ctx_locate, prompts.ctx_restore)]
@@ -135,12 +148,12 @@ def tune(
             schedule.step()
             steps.append([*(term.item() for term in loss), iou.item(), *norms])
         terms = {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
-        if len(held_out):
+        if held_out.ids:
             with torch.no_grad():
-                defense.contexts = prompts(defense.model)
-                noise = defense.sample_noise([ids[i] for i in held_out], opts.seed, "held out")
-                found = defense.localize(attacked.image[held_out], noise)
-            terms["held_out_iou"] = mask_scores(found.mask, attacked.mask[held_out]).iou.mean().item()
+                defense.contexts = prompts(defense.model, empty)
+                noise = defense.sample_noise(held_out.ids, opts.seed, "held out")
+                found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
+            terms["held_out_iou"] = mask_scores(found.mask, held_out.mask).iou.mean().item()
         if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
             best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
         bar.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
@@ -149,31 +162,24 @@ def tune(
 
 
 def tuning_step(
-    opts: Options,
-    defense: DIFFender,
-    classifier: Classifier,
-    x: Tensor,
-    attacked: Attacked,
-    rows: Tensor,
-    ids: list[str],
-    purpose: str,
+    opts: Options, defense: DIFFender, classifier: Classifier, shots: Shots, purpose: str
 ) -> tuple[TuningLoss, Tensor]:
-    """Eq. 7 on the pictures `rows`, whose clean ones are x, and the mean IoU of their masks."""
+    """Eq. 7 on these pictures, and the mean IoU of their masks."""
     from diffender.errors import named_images
     from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
     from diffender.metrics import mask_scores
 
-    names, image, mask = [ids[i] for i in rows], attacked.image[rows], attacked.mask[rows]
-    with named_images(names):
-        out = defense(image, defense.sample_noise(names, opts.seed, purpose))
+    with named_images(shots.ids):
+        noise = defense.sample_noise(shots.ids, opts.seed, purpose)
+        out = defense(shots.attacked, noise, posterior=shots.posterior)
     loss = tuning_loss(
-        mask_cross_entropy(out.z_score - opts.theta, mask, opts.printed_eq4),
-        restoration_l1(out.image, x),
-        feature_distance(classifier.features(out.image), classifier.features(x)),
+        mask_cross_entropy(out.z_score - opts.theta, shots.mask, opts.printed_eq4),
+        restoration_l1(out.image, shots.clean),
+        feature_distance(classifier.features(out.image), shots.features),
     )
     if opts.without != "none":
         loss = loss._replace(total=loss.total - getattr(loss, opts.without))
-    return loss, mask_scores(out.mask, mask).iou.mean()
+    return loss, mask_scores(out.mask, shots.mask).iou.mean()
 
 
 if __name__ == "__main__":

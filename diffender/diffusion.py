@@ -10,11 +10,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from diffender.models.text import TextConfig, TextTransformer
 from diffender.models.unet import UNet, UNetConfig
-from diffender.models.vae import AutoencoderKL, VAEConfig
+from diffender.models.vae import AutoencoderKL, Posterior, VAEConfig
 from diffender.ops import recompute
 from diffender.schedule import eps_from_v, make_alphas_cumprod
 
@@ -73,44 +74,62 @@ class LatentDiffusion(nn.Module):
         tokens = self.text.tokenize(texts).to(self.alphas_cumprod.device)
         return self.text(self.text.embed(tokens))
 
-    def forward(self, unet: UNet, z_t: Tensor, t: Tensor, context: Tensor, conditioning: Tensor | None) -> Tensor:
-        """One plain evaluation of a UNet for t (B,): its predicted noise, in the dtype of z_t (B, 4, h, w)."""
+    def forward(
+        self, unet: UNet, z_t: Tensor, t: Tensor, contexts: Tensor, conditioning: Tensor | None = None
+    ) -> Tensor:
+        """One plain evaluation of a UNet for t (B,): its predicted noise, in the dtype of z_t (B, 4, h, w).
+
+        contexts (B, n, L, D) -> (B, n, 4, h, w): n answers for each row, which share what comes before the text.
+        """
         x = z_t if conditioning is None else torch.cat([z_t, conditioning], dim=1)
         dtype = unet.out[2].weight.dtype
-        out = unet(x.to(dtype), t, context.to(dtype)).to(z_t.dtype)
+        out = unet(x.to(dtype), t, rearrange(contexts, "b n l d -> (n b) l d").to(dtype)).to(z_t.dtype)
+        out = rearrange(out, "(n b) c h w -> b n c h w", b=len(x))
         if unet.cfg.prediction == "v":
-            return eps_from_v(z_t, out, self.alphas_cumprod[t][:, None, None, None])
+            return eps_from_v(z_t[:, None], out, self.alphas_cumprod[t].view(-1, 1, 1, 1, 1))
         return out
 
-    def run(self, network: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        return recompute(network, *args, limit=self.micro_batch, keep=self.keep)
+    def run(self, network: Callable[..., Tensor], *args: Tensor, rows: int = 1) -> Tensor:
+        """network(*args), in micro-batches and recomputed if need be; one row of `args` is so many rows in it."""
+        limit = None if self.micro_batch is None else max(1, self.micro_batch // rows)
+        return recompute(network, *args, limit=limit, keep=self.keep)
 
-    def eps(self, z_t: Tensor, t: int, context: Tensor, conditioning: Tensor) -> Tensor:
+    def eps(
+        self, z_t: Tensor, t: int, context: Tensor, conditioning: Tensor | None, unet: UNet | None = None
+    ) -> Tensor:
         """Predicted noise of latents (B, 4, h, w) at timestep t, given a mask and what lies around it.
 
-        context (B or 1, L, D); conditioning (B or 1, 5, h, w), from `masked_conditioning`. Activations are recomputed
-        in the backward pass, so memory does not grow with the number of evaluations, unless `keep` is set.
+        context (B or 1, L, D), or (n, B or 1, L, D) for n answers (n, B, 4, h, w) to the same latents; conditioning
+        (B or 1, 5, h, w), from `masked_conditioning`, or None for another `unet` of 4 channels. Activations are
+        recomputed in the backward pass, so memory does not grow with the number of evaluations, unless `keep` is set.
         """
-        b = len(z_t)
+        b, several = len(z_t), context.ndim == 4
+        contexts = (context if several else context[None]).expand(-1, b, -1, -1).transpose(0, 1)
+        given = [] if conditioning is None else [conditioning.expand(b, -1, -1, -1)]
         t = torch.full((b,), t, device=z_t.device)
-        context, conditioning = context.expand(b, -1, -1), conditioning.expand(b, -1, -1, -1)
-        return self.run(partial(self, self.unet), z_t, t, context, conditioning)
+        out = self.run(partial(self, unet or self.unet), z_t, t, contexts, *given, rows=contexts.shape[1])
+        return out.transpose(0, 1) if several else out[:, 0]
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:
-        """Predicted noise of latents (B, 4, h, w) given the text alone, for localisation.
+        """The same given the text alone, for localisation.
 
         From the separate 4-channel UNet where there is one, else from ours told that everything is masked: `blank`
         (1, 5, h, w) is `blank_conditioning`.
         """
-        if self.locator is None:
-            return self.eps(z_t, t, context, blank)
-        b = len(z_t)
-        t = torch.full((b,), t, device=z_t.device)
-        return self.run(lambda z, t, c: self(self.locator, z, t, c, None), z_t, t, context.expand(b, -1, -1))
+        return self.eps(z_t, t, context, blank if self.locator is None else None, self.locator)
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Of the unscaled latents of pictures (B, 3, H, W) in [0, 1]: what `latents` draws from, again and again."""
+        moments = self.run(lambda x: torch.cat(self.vae.posterior(x), dim=1), x)
+        return Posterior(*moments.chunk(2, dim=1))
+
+    def latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
+        """Scaled latents from a posterior, with noise (B, 4, h, w)."""
+        return self.vae.cfg.scale_factor * posterior.sample(noise)
 
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to scaled latents, with noise (B, 4, h, w) for the posterior."""
-        return self.run(self.vae.encode, x, noise)
+        return self.latents(self.posterior(x), noise)
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) to pictures; about [0, 1], not clamped."""

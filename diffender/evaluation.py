@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, to_8bit
 from diffender.metrics import map_auc, mask_scores, mcnemar, wilson
-from diffender.pipeline import Defended, Purified
+from diffender.pipeline import Defended, Purified, passes
 from diffender.report import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
@@ -51,9 +51,10 @@ def purifications(
     """The first of n purifications with noise that no attack has seen, and what the classifier sees in each, a list a
     picture. Clean pictures and all attacks get the same noise, so that pairs compare like with like."""
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
-    outs = [target.defense(x, noise) for noise in (noises if noises[0] is not None else noises[:1])]
-    seen = torch.stack([target.classifier(out.image).argmax(dim=1) for out in outs], dim=1)
-    return outs[0], seen.expand(-1, n).tolist()  # without randomness one says it all
+    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1])
+    first = next(outs)
+    seen = [target.classifier(out.image).argmax(dim=1) for out in (first, *outs)]
+    return first, torch.stack(seen, dim=1).expand(-1, n).tolist()  # without randomness one says it all
 
 
 def evaluate_batch(

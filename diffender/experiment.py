@@ -140,7 +140,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     if opts.trust != "off" and e.plans:
         n = min(opts.trust_images, len(batch.ids))
         few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(e.device), y=batch.y[:n].to(e.device))
-        results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results)
+        results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results, e.folder)
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)

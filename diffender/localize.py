@@ -39,16 +39,17 @@ def difference_map(
     a_t = model.alphas_cumprod[t].item()
     z0 = repeat(z0, "b c h w -> (b m) c h w", m=m)
     z_a = q_sample(z0, rearrange(draws, "b m c h w -> (b m) c h w"), a_t)
-    shared_noise = shared_noise and context is not None
-    z_b = z_a if shared_noise else q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
-    contexts = [(context_empty if c is None else c).expand(len(z0), -1, -1) for c in (context, context_empty)]
-    z_t = torch.cat([z_a, z_b])
-    eps = model.eps_from_text(z_t, t, torch.cat(contexts), conditioning)
-    if shared_noise:
-        eps, eps_empty = eps.chunk(2)
-        eps = torch.cat([eps_empty + guidance * (eps - eps_empty), eps_empty])
-    x0 = predict_x0(z_t, eps, a_t)
-    x0_a, x0_b = (model.decode(x0) if decoded else x0).chunk(2)
+    if shared_noise and context is not None:
+        z_b = z_a
+        eps, eps_b = model.eps_from_text(z_a, t, torch.stack([context, context_empty]), conditioning)
+        eps_a = eps_b + guidance * (eps - eps_b)
+    else:
+        z_b = q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
+        contexts = [(context_empty if c is None else c).expand(len(z0), -1, -1) for c in (context, context_empty)]
+        eps_a, eps_b = model.eps_from_text(torch.cat([z_a, z_b]), t, torch.cat(contexts), conditioning).chunk(2)
+    x0_a, x0_b = predict_x0(z_a, eps_a, a_t), predict_x0(z_b, eps_b, a_t)
+    if decoded:
+        x0_a, x0_b = model.decode(x0_a), model.decode(x0_b)
     difference = (x0_a - x0_b).abs()
     if decoded:
         difference = F.adaptive_avg_pool2d(difference, z0.shape[-2:])

@@ -1,6 +1,6 @@
 """The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from diffender.errors import InputError, check_finite
 from diffender.localize import SCORES, difference_map, refine_mask
 from diffender.losses import decoy, evasion
 from diffender.models.classifiers import Classifier
+from diffender.models.vae import Posterior
 from diffender.noise import Noise, sample_noise
 from diffender.ops import STE, binarize, resize, straight_through
 from diffender.prompts import Contexts
@@ -106,9 +107,15 @@ class DIFFender(nn.Module):
         noise = sample_noise(self.model.cfg.latent_shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
-    def localize(self, x: Tensor, noise: Noise, backward: Backward = EXACT) -> Localized:
-        """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1]."""
-        z0 = self.model.encode(resize(x, self.size), noise.image)
+    def posterior(self, x: Tensor) -> Posterior:
+        """What localisation makes of pictures (B, 3, H, W) in [0, 1] before any noise."""
+        return self.model.posterior(resize(x, self.size))
+
+    def localize(
+        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+    ) -> Localized:
+        """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1], and of their `posterior` if known."""
+        z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         cfg = self.cfg
         heatmap = difference_map(
             self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
@@ -134,13 +141,15 @@ class DIFFender(nn.Module):
         check_finite("restored picture", x_hat)
         return resize(x_hat, x.shape[-2:])
 
-    def forward(self, x: Tensor, noise: Noise, backward: Backward = EXACT) -> Purified:
+    def forward(
+        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+    ) -> Purified:
         """The purified picture and how it came about; `backward` chooses the backward pass."""
         check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
-        found = self.localize(x, noise, backward)
+        found = self.localize(x, noise, backward, posterior)
         if backward.mode in ("bpda-mask", "surrogate"):
             x_hat = self.restore(x.detach(), found.mask.detach(), noise)
         if backward.mode == "surrogate":
@@ -148,6 +157,13 @@ class DIFFender(nn.Module):
         elif backward.mode in ("full", "full+loc", "auto"):
             x_hat = self.restore(x, found.mask, noise)
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
+
+
+def passes(defense: Callable, x: Tensor, noises: Iterable) -> Iterator:
+    """defense(x, noise) for one noise after the other; ours encodes the pictures once."""
+    known = {"posterior": defense.posterior(x)} if isinstance(defense, DIFFender) else {}
+    for noise in noises:
+        yield defense(x, noise, **known)
 
 
 class Defended(nn.Module):

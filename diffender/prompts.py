@@ -43,9 +43,10 @@ class PromptPair(nn.Module):
             fill = tokens[torch.arange(len(ctx)) % len(tokens)]
             ctx.data.copy_(text.embed(fill.to(ctx.device)))
 
-    def forward(self, model: LatentDiffusion) -> Contexts:
+    def forward(self, model: LatentDiffusion, empty: Tensor | None = None) -> Contexts:
+        """`empty`, the context of the empty text, where it is known already."""
         locate, restore = (learned_context(model.text, ctx) for ctx in (self.ctx_locate, self.ctx_restore))
-        return Contexts(locate, restore, model.encode_text([""]))
+        return Contexts(locate, restore, model.encode_text([""]) if empty is None else empty)
 
 
 def learned_context(text: TextTransformer, ctx: Tensor) -> Tensor:

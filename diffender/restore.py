@@ -23,20 +23,16 @@ def inpaint(
 ) -> Tensor:
     """x (B, 3, H, W) in [0, 1] with mask (B, 1, H, W), 1 = repaint, to a whole new picture; about [0, 1], not clamped.
 
-    From pure noise, `noise_start`. The conditional and the empty branch of guidance share a batch; guidance 1 runs the
-    first alone. noise_masked is for the posterior of the masked picture, noise_steps for eta > 0. Memory does not grow
-    with `steps`: the model recomputes its activations in the backward pass.
+    From pure noise, `noise_start`. Both branches of guidance share an evaluation; guidance 1 runs the conditional one
+    alone. noise_masked is for the posterior of the masked picture, noise_steps for eta > 0. Memory does not grow with
+    `steps`: the model recomputes its activations in the backward pass.
     """
     conditioning = model.masked_conditioning(x, mask, noise_masked)
-    contexts = context.expand(len(x), -1, -1)
-    if guidance != 1:
-        contexts = torch.cat([contexts, context_empty.expand(len(x), -1, -1)])
-        conditioning = torch.cat([conditioning, conditioning])
 
     def guided_eps(z_t: Tensor, t: int) -> Tensor:
         if guidance == 1:
-            return model.eps(z_t, t, contexts, conditioning)
-        eps, eps_empty = model.eps(torch.cat([z_t, z_t]), t, contexts, conditioning).chunk(2)
+            return model.eps(z_t, t, context, conditioning)
+        eps, eps_empty = model.eps(z_t, t, torch.stack([context, context_empty]), conditioning)
         return eps_empty + guidance * (eps - eps_empty)
 
     method = SAMPLERS[sampler]

@@ -156,8 +156,9 @@ class Progress:
         self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
 
     def count(self, _module: nn.Module, args: tuple) -> None:
-        self.evaluations += len(args[0])
-        self.advance(len(args[0]))
+        _x, _t, contexts = args
+        self.evaluations += len(contexts)
+        self.advance(len(contexts))
 
     def advance(self, n: int) -> None:
         self.bar.update(min(n, self.bar.total - self.bar.n))

@@ -6,6 +6,7 @@ A failed check does not stop a run: it is a red line in its table.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from diffender.attacks import ATTACKS
 from diffender.attacks.patch import Attacked, Task, margin, masks_for, samples
 from diffender.data import Batch
-from diffender.evaluation import Plan
+from diffender.evaluation import Plan, file_names, load_attacked
 from diffender.noise import Noise
-from diffender.pipeline import Backward, Defended, DIFFender, Undefended
+from diffender.pipeline import Backward, Defended, DIFFender, Undefended, passes
 from diffender.prompts import contexts_for
 from diffender.restore import composite
 
@@ -41,22 +42,25 @@ class Bench(NamedTuple):
     seed: int
     records: Sequence[dict]  # of the run
     results: dict  # as summarised
-    base: Attacked  # the run's patches on the undefended classifier, for these pictures
+    image: Tensor  # attacked by the run on the undefended classifier, (B, 3, S, S)
+    mask: Tensor  # where, (B, 1, S, S)
+    state: Tensor | None  # from where adaptive attacks start; `full` needs it
     adaptive: tuple[Callable[..., Attacked], Defended] | None  # the last variant of the plan that uses gradients
 
     def accuracy(self, x: Tensor, defense: Callable[[Tensor, Noise], Tensor] | None = None) -> float:
         """Share of right answers over pictures and DRAWS purifications."""
-        look = defense or (lambda x, noise: self.target.defense(x, noise).image)
-        right = 0.0
-        for k in range(DRAWS):
-            noise = self.target.sample_noise(self.batch.ids, self.seed, "trust verdict", k)
-            right += self.target.classifier(look(x, noise)).argmax(dim=1).eq(self.batch.y).float().mean().item()
-        return right / DRAWS
+        noises = [self.target.sample_noise(self.batch.ids, self.seed, "trust verdict", k) for k in range(DRAWS)]
+        if defense is None:
+            images = (out.image for out in passes(self.target.defense, x, noises))
+        else:
+            images = (defense(x, noise) for noise in noises)
+        right = [self.target.classifier(image).argmax(dim=1).eq(self.batch.y).float().mean().item() for image in images]
+        return sum(right) / DRAWS
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
         """The adaptive attack again, with one thing changed."""
         attack, usual = self.adaptive
-        b, start = self.batch, self.base.state if init is None else init
+        b, start = self.batch, self.state if init is None else init
         return replace(attack, **changed)(victim or usual, b.x, b.y, b.ids, self.seed, init=start)
 
 
@@ -68,12 +72,18 @@ def trust_report(
     seed: int,
     records: Sequence[dict],
     results: dict,
+    folder: Path,
 ) -> list[dict]:
-    """The checks of a run, as dictionaries; `batch` holds the few pictures that they are made on."""
+    """The checks of the run in `folder`, as dictionaries; `batch` holds the few pictures that they are made on."""
     plan = plans[0]
-    base = plan.base(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed)
+    saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(batch.ids))
+    image, mask = (t.to(batch.x) for t in saved)
+    state = None
+    if level == "full":
+        state = plan.base(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed).state
     by_gradient = [variant for kind, variant in plan.adaptive.items() if kind != "queries"]
-    bench = Bench(target, plan, batch, seed, records, results, base, by_gradient[-1] if by_gradient else None)
+    adaptive = by_gradient[-1] if by_gradient else None
+    bench = Bench(target, plan, batch, seed, records, results, image, mask, state, adaptive)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours:
@@ -125,14 +135,14 @@ def controls(bench: Bench) -> Iterator[Check]:
 def masks(bench: Bench) -> Iterator[Check]:
     """The true mask restored bounds the defence from above; a random mask shows what painting costs."""
     b, defense = bench.batch, bench.target.defense
-    at_random = masks_for(b.ids, bench.seed, "random mask", b.x.shape[-1], bench.base.mask.mean().item()).to(b.x)
+    at_random = masks_for(b.ids, bench.seed, "random mask", b.x.shape[-1], bench.mask.mean().item()).to(b.x)
 
     def under(mask: Tensor) -> Callable[[Tensor, Noise], Tensor]:
         return lambda x, noise: composite(x, defense.restore(x, mask, noise), mask)
 
-    oracle = bench.accuracy(bench.base.image, under(bench.base.mask))
+    oracle = bench.accuracy(bench.image, under(bench.mask))
     random = bench.accuracy(b.x, under(at_random))
-    empty = bench.target.classifier(bench.base.image).argmax(dim=1).eq(b.y).float().mean().item()
+    empty = bench.target.classifier(bench.image).argmax(dim=1).eq(b.y).float().mean().item()
     yield Check("the true mask, restored", percent(oracle), f"above the empty mask's {percent(empty)}", oracle > empty)
     yield Check("clean, a random mask of that area restored", percent(random), "", None)
 
@@ -153,15 +163,15 @@ def patch_gradient(bench: Bench, victim: Defended, eot: int, purpose: str) -> Te
     b = bench.batch
     task = Task(victim, b.x, b.y, b.ids, bench.seed, lambda logits: margin(logits, b.y))
     total = torch.zeros_like(b.x)
-    for sample in samples(task, lambda k: (bench.base.image, bench.base.mask, task.noise(purpose, k)), eot):
-        total = total + sample.gradient * bench.base.mask / eot
+    for sample in samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), eot):
+        total = total + sample.gradient * bench.mask / eot
     return total
 
 
 def gradient_health(bench: Bench) -> Iterator[Check]:
     """Zeros, the part of the straight-through estimator, agreement with finite differences, spread."""
     attack, victim = bench.adaptive
-    inside = bench.base.mask.expand(-1, 3, -1, -1) == 1
+    inside = bench.mask.expand(-1, 3, -1, -1) == 1
     gradient = patch_gradient(bench, victim, 1, "trust gradient")
     zeros = gradient[inside].eq(0).float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
@@ -184,9 +194,9 @@ def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
     and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
     b, soft = bench.batch, Backward(mode="full", ste="soft", ste_k=2.0)
     victim = Defended(bench.target.defense, bench.target.classifier, soft)
-    y, mask = b.y[:1], bench.base.mask[:1]
+    y, mask = b.y[:1], bench.mask[:1]
     noise = victim.sample_noise(b.ids[:1], bench.seed, "trust finite differences")
-    x = (0.1 + 0.8 * bench.base.image[:1]).requires_grad_()  # away from the ends of the range
+    x = (0.1 + 0.8 * bench.image[:1]).requires_grad_()  # away from the ends of the range
 
     def value(x: Tensor) -> Tensor:
         return margin(victim(x, noise), y).sum()

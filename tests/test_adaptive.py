@@ -12,7 +12,7 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.patch import Task, apply_patch, margin, masks_for, samples, to_8bit
 from diffender.data import Batch
 from diffender.errors import InputError
-from diffender.evaluation import Plan, evaluate_batch, purifications, summarize, thin, verdict
+from diffender.evaluation import Plan, evaluate_batch, purifications, summarize, thin, through_files, verdict
 from diffender.losses import decoy, evasion
 from diffender.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.metrics import mcnemar
@@ -305,7 +305,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trust, "DRAWS", 1)
     batch = Batch(ids, x, y, [""])
-    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, records, results)}
+    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, records, results, tmp_path)}
     assert checks["the defence is random"]["passed"]
     assert checks["patch gradient exactly zero"]["passed"]
     assert checks["exact gradient against finite differences, soft mask"]["passed"]
@@ -325,7 +325,8 @@ def test_a_check_can_fail(target, photos):
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 2, "right": 2}
     base = {"attack": "advp", "gradient": "transfer", "undefended": record, "average": record | {"accuracy": 0.5}}
     better = base | {"gradient": "full", "average": record, "transfer": 0.5}
-    bench = trust.Bench(Frozen(), None, Batch(["a", "b"], x, y, ["", ""]), 0, [], {"rows": [base, better]}, None, None)
+    batch, results = Batch(["a", "b"], x, y, ["", ""]), {"rows": [base, better]}
+    bench = trust.Bench(Frozen(), None, batch, 0, [], results, x, x[:, :1], None, None)
     (check,) = trust.noise_is_used(bench)
     assert check.passed is False
     assert [c.passed for c in trust.undefended_accuracy(bench)] == [False]
@@ -334,14 +335,16 @@ def test_a_check_can_fail(target, photos):
 
 
 @pytest.mark.slow
-def test_every_check_runs(target, photos):
+def test_every_check_runs(target, photos, tmp_path):
     x = photos[:1]
     y = target.classifier(x).argmax(dim=1)
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 1, "right": 1}
     rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
     records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
-    checks = trust.trust_report("full", target, [plan], Batch(["a"], x, y, [""]), 0, records, {"rows": rows})
+    through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Undefended(target.classifier), x, y, ["a"], 0))
+    batch = Batch(["a"], x, y, [""])
+    checks = trust.trust_report("full", target, [plan], batch, 0, records, {"rows": rows}, tmp_path)
     names = Counter(c["name"] for c in checks)
     assert len(names) == len(checks) >= 18
     for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):

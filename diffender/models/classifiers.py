@@ -79,7 +79,7 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, cfg: ClassifierConfig, names: list[str] | None = None):
         super().__init__()
         self.names = names  # of the classes; none: ImageNet's
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.cfg = cfg
         self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)

@@ -94,7 +94,7 @@ class TextTransformer(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, 77) in int64: start, at most 75 tokens, end, padding."""
-        rows = [[START, *tokenizer().encode(text)[: POSITIONS - 2], END] for text in texts]
+        rows = [[START, *(tokenizer().encode(text)[: POSITIONS - 2] if text else ()), END] for text in texts]
         return torch.tensor([row + [self.cfg.pad_token] * (POSITIONS - len(row)) for row in rows])
 
 

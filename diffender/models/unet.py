@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffender.models.upsample import Upsample
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -51,7 +53,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        h = self.in_layers(x) + repeat_rows(self.emb_layers(emb), len(x))[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
 
@@ -99,7 +101,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = repeat_rows(x + self.attn1(h, h), len(context))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -119,7 +121,12 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context)
         h = to_map(self.proj_out(h), x) if linear else self.proj_out(to_map(h, x))
-        return x + h
+        return repeat_rows(x, len(h)) + h
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """All rows of x again and again until there are so many."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *(1,) * (x.ndim - 1))
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -137,15 +144,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Block(nn.Sequential):
@@ -207,7 +205,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).
 
-        h and w must be multiples of 2 ** (levels - 1).
+        h and w must be multiples of 2 ** (levels - 1). With n contexts for each picture, context (n B, L, context_dim)
+        -> eps (n B, ...), row k B + b of both belongs to picture b, and what comes before the first text is computed
+        once.
         """
         multiple = 2 ** (len(self.cfg.channel_mult) - 1)
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
@@ -219,5 +219,5 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = block(torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1), emb, context)
         return self.out(h)
