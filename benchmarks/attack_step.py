@@ -1,20 +1,22 @@
-"""One gradient step of an attack on the embedded model's defence, in forward passes of it, for every kind of gradient.
+"""One gradient step of an attack on the defence, in forward passes of it, for every kind of gradient; then its memory.
 
-    python benchmarks/attack_step.py              4 photographs side by side, one process, interleaved, medians
+    python benchmarks/attack_step.py                                  the embedded model, 4 photographs side by side
+    python benchmarks/attack_step.py --model sd15-inpainting --dtype bfloat16 --images 1 --steps 20 --sampler ddim
+                                     --guidance 7.5                   full size, for a GPU
 
-Then peak memory beside what was predicted, for more sampler steps and more EOT samples: both should stay flat.
+`full` recomputes activations in the backward pass, `full, kept` keeps them; their gradients must be equal to the bit.
+Peak memory is that of a process of its own for each setting: more sampler steps, more samples of EOT.
 """
 
 import argparse
-import statistics
+import json
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
+from common import DTYPES, in_turn, parser, report
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffender.attacks.patch import Task, margin, samples
 from diffender.cli import DefenseOptions, pick
 from diffender.data import load_image, sample_items
@@ -25,68 +27,92 @@ from diffender.prompts import contexts_for
 from diffender.weights import load_model
 
 
-def build(steps: int) -> Defended:
-    model = load_model("tiny")
-    cfg = pick(DIFFenderConfig, DefenseOptions(), steps=steps)
+def build(args: argparse.Namespace, steps: int) -> Defended:
+    tiny = args.model == "tiny"
+    model = load_model(args.model, None if tiny else "random", getattr(torch, args.dtype)).to(args.device)
+    opts = DefenseOptions(guidance=args.guidance, sampler=args.sampler, draws=args.draws)
     with torch.no_grad():
-        contexts = contexts_for("tuned", model)
-    return Defended(DIFFender(model, contexts, cfg), load_classifier("efficientnet_lite0"))
+        contexts = contexts_for("tuned" if tiny else "manual", model)
+    defense = DIFFender(model, contexts, pick(DIFFenderConfig, opts, steps=steps))
+    return Defended(defense, load_classifier("efficientnet_lite0").to(args.device))
 
 
 def task_for(target: Defended, images: int) -> Task:
     items = sample_items()[:images]
-    x = torch.stack([load_image(item.path, target.classifier.cfg) for item in items])
-    y = torch.tensor([item.label for item in items])
+    device = target.classifier.mean.device
+    x = torch.stack([load_image(item.path, target.classifier.cfg) for item in items]).to(device)
+    y = torch.tensor([item.label for item in items], device=device)
     return Task(target, x, y, [item.id for item in items], 0, lambda logits: margin(logits, y))
 
 
-def step(task: Task, mode: str, eot: int = 1) -> None:
+def step(task: Task, mode: str, eot: int = 1, keep: bool = False) -> Tensor:
+    """The gradient of `eot` samples, one after the other."""
     victim = Defended(task.victim.defense, task.victim.classifier, Backward(mode))
+    victim.defense.model.keep = keep
     task = task._replace(victim=victim)
-    for _ in samples(task, lambda k: (task.x, task.x[:, :1], task.noise("benchmark", k)), eot):
-        pass
+    drawn = samples(task, lambda k: (task.x, task.x[:, :1], task.noise("benchmark", k)), eot)
+    return sum(sample.gradient for sample in drawn)
 
 
-def times(images: int, rounds: int) -> None:
-    task = task_for(build(4), images)
+def times(args: argparse.Namespace) -> tuple[list[tuple[str, ...]], dict]:
+    task = task_for(build(args, args.steps), args.images)
     runs = {"forward": lambda: task.victim(task.x, task.noise("benchmark"))}
-    runs |= {mode: lambda mode=mode: step(task, mode) for mode in GRADIENTS}
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, function in runs.items():
-            started = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    each = medians["forward"] / images
-    print(f"{images} photographs, {torch.get_num_threads()} threads; a forward pass of one: {each:.2f} s")
-    for name in GRADIENTS:
-        print(f"{name:10s} {medians[name] / medians['forward']:.2f} forward passes")
+    runs |= {mode: lambda mode=mode: step(task, mode) for mode in GRADIENTS if mode != "auto"}  # auto is full for ours
+    if args.kept:
+        runs["full, kept"] = lambda: step(task, "full", keep=True)
+    seconds, outputs = in_turn(runs, args.repeats, args.device)
+    figures = {"seconds": seconds, "ratio": {name: s / seconds["forward"] for name, s in seconds.items()}}
+    if args.kept:
+        figures["gradients equal"] = torch.equal(outputs["full"], outputs["full, kept"])
+    rows = [
+        (name, f"{s / args.images:.2f}", f"**{figures['ratio'][name]:.2f}**", "", "", "") for name, s in seconds.items()
+    ]
+    return rows, figures
 
 
-def memory(images: int, steps: int, eot: int) -> None:
-    target = build(steps)
-    task = task_for(target, images)
-    one = footprint(target.defense.model.cfg, torch.float32, target.classifier.net, task.x.shape[-1])
+def memory(args: argparse.Namespace, steps: int, eot: int) -> None:
+    """Print the peak of one full gradient in this process, and what was predicted, as JSON."""
+    target = build(args, steps)
+    task = task_for(target, args.images)
+    cfg, dtype = target.defense.model.cfg, getattr(torch, args.dtype)
+    one = footprint(cfg, dtype, target.classifier.net, task.x.shape[-1])
     held = held_bytes(task.x.device)
-    predicted = held + peak_bytes(one, images, 3, None)
     step(task, "full", eot)
     peak = most_held_bytes(task.x.device)
-    print(f"{steps:2d} steps, EOT {eot:2d}: {peak / GIB:.2f} GiB at most, {predicted / GIB:.2f} predicted")
+    predicted = held + peak_bytes(one, args.images, args.draws, None)
+    print(json.dumps({"peak": peak / GIB, "above": (peak - held) / GIB, "predicted": predicted / GIB}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", nargs=2, type=int, metavar=("STEPS", "EOT"), help="measure one setting alone")
-    args = parser.parse_args()
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--model", choices=("tiny", "sd15-inpainting", "sd2-inpainting"), default="tiny")
+    flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the UNet")
+    flags.add_argument("--images", type=int, default=4)
+    flags.add_argument("--draws", type=int, default=3)
+    flags.add_argument("--steps", type=int, default=4)
+    flags.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp")
+    flags.add_argument("--guidance", type=float, default=1.0)
+    flags.add_argument("--kept", action=argparse.BooleanOptionalAction, default=True, help="also without recomputation")
+    flags.add_argument("--memory", nargs=2, type=int, metavar=("STEPS", "EOT"), help="one setting's peak, and no times")
+    args = flags.parse_args()
     if args.memory:
-        memory(args.images, *args.memory)
+        memory(args, *args.memory)
         return
-    times(args.images, args.rounds)
-    for setting in (("5", "1"), ("40", "1"), ("5", "10")):  # in processes of their own: peaks do not sink
-        subprocess.run([sys.executable, __file__, "--images", str(args.images), "--memory", *setting], check=True)
+    rows, figures = times(args)
+    figures["memory"] = {}
+    for setting in ("5 1", "40 1", "5 10"):  # in processes of their own: peaks do not sink
+        child = [sys.executable, *sys.argv, "--memory", *setting.split()]
+        found = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+        figures["memory"][setting] = found
+        flat = found["above"] / figures["memory"]["5 1"]["above"]
+        steps, eot = setting.split()
+        rows.append((f"full, {steps} sampler steps, EOT {eot}", "", "", f"{found['peak']:.2f}", f"**{flat:.2f}**",
+                     f"{found['predicted']:.2f}"))  # fmt: skip
+    head = (f"{args.model}, {args.dtype}, m {args.draws}, T {args.steps}, {args.images} side by side",
+            "seconds a picture", "in forward passes", "GiB at most", "above the start", "predicted")  # fmt: skip
+    report(head, rows, figures, args)
+    if args.kept:
+        print(f"gradients with and without recomputation equal to the bit: {figures['gradients equal']}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from diffender.diffusion import PRESETS, LatentDiffusion
 from diffender.layouts import (
@@ -14,8 +16,10 @@ from diffender.layouts import (
     unet_name,
     vae_name,
 )
+from diffender.models.layers import Linear, Upsample
 from diffender.models.unet import UNet, UNetConfig, timestep_embedding
 from diffender.models.vae import AutoencoderKL, VAEConfig
+from diffender.weights import load_model
 
 COUNTS = {  # parameters, tensors
     ("sd15-inpainting", "unet"): (859_535_364, 686),
@@ -137,3 +141,62 @@ def test_text_tower_is_causal(model):
     changed[:, 40:] = torch.randn(1, 37, 64, generator=g)  # adding a constant would vanish in the layer norm
     assert torch.allclose(model.text(e)[:, :40], model.text(changed)[:, :40], atol=1e-6)
     assert not torch.allclose(model.text(e)[:, 40:], model.text(changed)[:, 40:], atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 3, 1, 4)])
+def test_doubling_and_convolution_are_one(shape):
+    layer = Upsample(3).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def written_out() -> torch.Tensor:
+        return layer.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+    def same() -> bool:
+        a, b = layer(x), written_out()
+        weights = [x, *layer.parameters()] if layer.conv.weight.requires_grad else [x]
+        grads = [torch.autograd.grad(y.square().sum(), weights) for y in (a, b)]
+        return torch.allclose(a, b, atol=1e-12) and all(torch.allclose(*g, atol=1e-12) for g in zip(*grads))  # noqa: B905
+
+    assert same()
+    layer.requires_grad_(False)
+    assert same()
+    kernel = layer.kernel
+    assert same()
+    assert layer.kernel is kernel, "a frozen weight is folded once"
+    with torch.no_grad():
+        layer.conv.weight.mul_(2)
+    assert same(), "changed in place"
+    layer.load_state_dict(Upsample(3).double().state_dict())
+    assert same(), "loaded"
+    layer.load_state_dict(Upsample(3).double().requires_grad_(False).state_dict(), assign=True)
+    layer.requires_grad_(False)
+    assert same(), "another tensor"
+    assert list(layer.state_dict()) == ["conv.weight", "conv.bias"]
+
+
+def test_a_convolution_over_tokens_is_the_linear_layer():
+    ours, theirs = Linear(6, 5), nn.Linear(6, 5)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 7, 6, requires_grad=True)
+    results = [
+        (layer(x), *torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))) for layer in (ours, theirs)
+    ]
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_contexts_that_share_their_latents(n):
+    """n contexts for B pictures in one evaluation: what n B rows of their own give, gradients too."""
+    g = torch.Generator().manual_seed(0)
+    unet = load_model().unet
+    x = torch.randn(2, 9, 28, 28, generator=g, requires_grad=True)
+    context = torch.randn(2 * n, 77, 64, generator=g, requires_grad=True)
+    t = torch.tensor([20, 700])
+    shared = unet(x, t, context)
+    alone = unet(x.repeat(n, 1, 1, 1), t.repeat(n), context)
+    assert torch.allclose(shared, alone, atol=1e-4)
+    grads = [torch.autograd.grad(out.square().sum(), (x, context)) for out in (shared, alone)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item())

@@ -12,7 +12,7 @@ from diffender.errors import InputError, named_images
 from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
-from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig
+from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, passes
 from diffender.prompts import Contexts, PromptPair, contexts_for, empty_contexts, manual_contexts
 from diffender.restore import composite
 from diffender.schedule import predict_x0, q_sample
@@ -50,6 +50,27 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
         total = total + (predict_x0(z_t, eps, a_t) - predict_x0(z_t, eps_empty, a_t)).abs().mean(dim=1, keepdim=True)
     ours = difference_map(model, z0, contexts.locate, contexts.empty, draws, draws, blank, t, guidance)
     assert torch.allclose(ours, total / m, rtol=1e-3, atol=1e-4 * ours.max().item())
+
+
+def test_several_contexts_are_answered_as_each_alone(model, contexts):
+    g = torch.Generator().manual_seed(0)
+    z, cond = torch.randn(3, 4, 28, 28, generator=g), torch.randn(3, 5, 28, 28, generator=g)
+    pair = torch.stack([contexts.locate, contexts.empty])
+    alone = torch.stack([model.eps(z, 481, context, cond) for context in pair])
+    for limit in (None, 4, 1):
+        model.micro_batch = limit
+        assert torch.allclose(model.eps(z, 481, pair, cond), alone, atol=1e-4)
+    model.micro_batch = None
+
+
+def test_passes_are_what_each_noise_gives_alone(defense, photos):
+    noises = [noise_for(defense, 2, f"pass {i}") for i in range(2)]
+    for out, noise in zip(passes(defense, photos[:2], noises), noises, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(out, defense(photos[:2], noise), strict=True))
+    defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    seen: list[int] = []
+    list(passes(defense, photos[:2], noises))
+    assert len(seen) == 3, "the pictures once, the masked pictures with every noise"
 
 
 def test_empty_prompt_needs_independent_noise(model, contexts, photos):

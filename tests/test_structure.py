@@ -13,6 +13,7 @@ PACKAGE = ROOT / "diffender"
 LAYERS = [
     {"errors", "ops", "schedule", "layouts"},
     {"noise", "metrics", "cli", "files", "samplers"},
+    {"models.layers"},
     {"models.text", "models.unet", "models.vae", "models.classifiers", "models.faces"},
     {"diffusion", "losses", "checkpoints", "official"},
     {"weights"},

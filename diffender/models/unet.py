@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.models.upsample import Upsample
+from diffender.models.layers import Linear, Upsample
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim, dim, bias=False)
+        self.to_v = Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
+        self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -85,7 +85,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -110,12 +110,12 @@ class SpatialTransformer(nn.Module):
     def __init__(self, c: int, cfg: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(cfg.norm_groups, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
+        self.proj_in = Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, cfg.context_dim, cfg.heads(c))])
-        self.proj_out = nn.Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
+        self.proj_out = Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        linear = isinstance(self.proj_in, nn.Linear)
+        linear = isinstance(self.proj_in, Linear)
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:

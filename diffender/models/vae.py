@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.models.upsample import Upsample
+from diffender.models.layers import Upsample
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,18 @@
-"""The upsampling layer that UNet and VAE share."""
+"""Two layers with the parameters of torch's, computed faster than torch computes them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """On CPUs a 1x1 convolution over the tokens (B, L, C), since oneDNN's can be faster than the BLAS behind F.linear:
+    `benchmarks/networks.py --parts linear` compares them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+            return super().forward(x)
+        return F.conv2d(x.mT[:, :, None], self.weight[:, :, None, None], self.bias)[:, :, 0].mT
 
 
 class Upsample(nn.Module):

@@ -1,0 +1,44 @@
+"""evaluate.py and train.py as the user runs them, of this checkout and of another one, in turn.
+
+    git worktree add ../before COMMIT && python benchmarks/scripts.py --before ../before
+
+Minutes to an hour: each script runs to its end in a folder of its own, defaults everywhere.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import in_turn, parser, report
+
+HERE = Path(__file__).parents[1]
+SCRIPTS = {"evaluate.py": ("evaluate.py",), "train.py": ("train.py", "--out", "prompts.safetensors")}
+
+
+def run(checkout: Path, script: str, *flags: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, checkout.resolve() / script, *flags]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def main() -> None:
+    flags = parser(__doc__, repeats=1)
+    flags.add_argument("--before", type=Path, required=True, help="the other checkout")
+    flags.add_argument("--only", choices=tuple(SCRIPTS), help="one of the two")
+    flags.add_argument("--warm", action="store_true", help="a first round that does not count")
+    args = flags.parse_args()
+    rows, figures = [], {}
+    for name in [args.only] if args.only else SCRIPTS:
+        contenders = {"before": args.before, "now": HERE}
+        runs = {who: lambda c=checkout, n=name: run(c, *SCRIPTS[n]) for who, checkout in contenders.items()}
+        seconds, _ = in_turn(runs, args.repeats - (not args.warm), args.device)
+        figures[name] = seconds
+        rows.append((f"python {name}", *(f"{s:.0f}" for s in seconds.values()),
+                     f"**{seconds['now'] / seconds['before']:.2f}**"))  # fmt: skip
+        print(" ".join(rows[-1]), flush=True)
+    report(("", "before, s", "now, s", "ratio"), rows, figures, args)
+
+
+if __name__ == "__main__":
+    main()
