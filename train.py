@@ -1,6 +1,7 @@
 """Tune the two prompts of DIFFender on a few attacked photographs (Sec. 3.3).
 
-    python train.py --shots 8            embedded model, sample photographs; under 10 minutes on 2 cores
+    python train.py --shots 8                          embedded model, sample photographs; under 10 minutes on 2 cores
+    torchrun --nproc-per-node 4 train.py --shots 8     each batch split between processes, a GPU each; same prompts
 
 Attacks the pictures with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
 cross-entropy of the mask (Eq. 4) + l1 to the clean picture (Eq. 5) + distance of classifier features (Eq. 6).
@@ -11,7 +12,7 @@ held-out photographs best.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,14 +64,23 @@ def main() -> None:
 
     from diffender.attacks import AdvP
     from diffender.data import correct_subset, list_items
+    from diffender.errors import InputError
     from diffender.memory import footprint, keep_or_recompute
     from diffender.models.classifiers import load_classifier
     from diffender.noise import generator
     from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
     from diffender.prompts import MANUAL, PromptPair, save_prompts
     from diffender.runs import open_model, pick_device, pick_dtype
+    from diffender.workers import own_device, start
 
     started = time.monotonic()
+    rank, workers = start()
+    smallest = opts.shots % opts.batch_size or opts.batch_size  # batch
+    if workers > smallest:
+        raise InputError(
+            f"{workers} processes share a batch of {smallest}: start at most {smallest}, or change --shots"
+        )
+    opts = replace(opts, device=own_device(opts.device))
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
     model = open_model(opts, device)
@@ -78,10 +88,11 @@ def main() -> None:
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
-    with tqdm(total=attack.iters, desc="attacking the photographs", mininterval=1) as bar:
+    with tqdm(total=attack.iters, desc="attacking the photographs", mininterval=1, disable=rank > 0) as bar:
         attacked = attack(Undefended(classifier), x, y, batch.ids, opts.seed, callback=lambda _step: bar.update())
     fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
-    print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
+    if rank == 0:
+        print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
 
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
@@ -93,7 +104,9 @@ def main() -> None:
     defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
-    terms = tune(opts, defense, classifier, prompts, every)
+    terms = tune(opts, defense, classifier, prompts, every, rank, workers)
+    if rank > 0:
+        return
 
     path = Path(opts.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,33 +133,48 @@ class Shots(NamedTuple):
 
 
 def tune(
-    opts: Options, defense: DIFFender, classifier: Classifier, prompts: PromptPair, every: Shots
+    opts: Options,
+    defense: DIFFender,
+    classifier: Classifier,
+    prompts: PromptPair,
+    every: Shots,
+    rank: int,
+    workers: int,
 ) -> dict[str, float]:
-    """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms."""
+    """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms.
+
+    Of each batch this process takes every `workers`-th picture, from the `rank`-th; gradients are added up over all.
+    """
     import torch
     from tqdm import tqdm
 
     from diffender.metrics import mask_scores
+    from diffender.workers import add_up
 
     names = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R")
     shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
-    parts, held_out = [every.part(rows) for rows in shots.split(opts.batch_size)], every.part(held_out)
+    batches = shots.split(opts.batch_size)
+    parts = [(every.part(rows[rank::workers]), len(rows[rank::workers]) / len(rows)) for rows in batches]
+    held_out = every.part(held_out)
     optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
     best, kept, empty = {}, {}, defense.contexts.empty
-    bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1)
+    bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1, disable=rank > 0)
     for round_ in bar:
         steps = []
-        for part in parts:
+        for part, share in parts:
             defense.contexts = prompts(defense.model, empty)
             loss, iou = tuning_step(opts, defense, classifier, part, f"tuning {round_}")
             optimizer.zero_grad()
-            loss.total.backward()
-            norms = [ctx.grad.norm().item() for ctx in (prompts.ctx_locate, prompts.ctx_restore)]
+            (share * loss.total).backward()
+            terms = share * torch.stack([*loss, iou]).detach()
+            ctxs = (prompts.ctx_locate, prompts.ctx_restore)
+            add_up(terms, *(ctx.grad for ctx in ctxs))
+            norms = [ctx.grad.norm().item() for ctx in ctxs]
             assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
             optimizer.step()
             schedule.step()
-            steps.append([*(term.item() for term in loss), iou.item(), *norms])
+            steps.append([*terms.tolist(), *norms])
         terms = {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
         if held_out.ids:
             with torch.no_grad():
@@ -156,7 +184,8 @@ def tune(
             terms["held_out_iou"] = mask_scores(found.mask, held_out.mask).iou.mean().item()
         if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
             best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
-        bar.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+        if rank == 0:
+            bar.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
     prompts.load_state_dict(kept)
     return best
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.errors import InputError, check_finite
+from diffender.errors import InputError, check_finite, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -132,6 +132,7 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
     if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
         raise InputError(
             f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}, or timm:TAG with a name of timm"
+            f"{nearest(name, CLASSIFIERS)}"
         )
     net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)

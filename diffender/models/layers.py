@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """On CPUs a 1x1 convolution over the tokens (B, L, C), since oneDNN's can be faster than the BLAS behind F.linear:
-    `benchmarks/networks.py --parts linear` compares them."""
+    """In float32 on CPUs, where it is large, a 1x1 convolution over the tokens (B, L, C): oneDNN's can be faster than
+    the BLAS behind F.linear, `benchmarks/networks.py --parts linear` compares them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        small = x.numel() * self.out_features < 2**25
+        if small or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         return F.conv2d(x.mT[:, :, None], self.weight[:, :, None, None], self.bias)[:, :, 0].mT
 

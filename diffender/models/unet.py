@@ -69,6 +69,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in (q, k, v))
+        if x.device.type == "cpu":  # every block of queries reads them again: a head's lie side by side then
+            k, v = k.contiguous(), v.contiguous()
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
 
 

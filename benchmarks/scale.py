@@ -1,0 +1,68 @@
+"""What 50,000 pictures and four attacks cost on 1, 8 and 64 GPUs. Arithmetic; nothing runs but a count of operations.
+
+    python benchmarks/scale.py --tflops 300
+
+Passes of the defence a picture are those that evaluate.py forecasts (`plans.costs`). A pass of SD1.5 at 512 px, m 3,
+T 20, takes its operations, counted, at the rate --tflops that the GPU sustains: an assumption, to be replaced by what
+benchmarks/defense.py and attack_step.py measure there (--pass-seconds). Pictures do not depend on each other, so GPUs
+divide the time.
+"""
+
+import torch
+from common import parser, report
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffender.diffusion import PRESETS, LatentDiffusion
+from diffender.plans import Options, costs, fill
+
+PICTURES = 50_000
+BUDGETS = {  # what a picture is given
+    "100 steps, EOT 10, transfer and bpda-mask, one restart": {"grad": "bpda-mask", "restarts": 1},
+    "the same with full+loc": {"grad": "bpda-mask,full+loc", "restarts": 1},
+    "--preset paper: every gradient, three restarts": {},
+}
+
+
+def teraflops_of_a_pass(name: str, draws: int, steps: int) -> float:
+    """10^12 operations of one purification with guidance, counted on tensors without storage."""
+    with torch.device("meta"):
+        model = LatentDiffusion(PRESETS[name])
+        z = torch.empty(draws, model.cfg.unet.in_channels, *model.cfg.latent_shape[1:])
+        context = torch.empty(2 * draws, 77, model.cfg.unet.context_dim)
+        x, t = torch.empty(1, 3, model.cfg.image_size, model.cfg.image_size), torch.empty(draws)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.unet(z, t, context)
+        for _ in range(steps):
+            model.unet(z[:1], t[:1], context[:2])
+        for _ in range(2):
+            model.vae.posterior(x)
+        model.vae.decode(z[:1, : model.cfg.vae.z_channels])
+    return counter.get_total_flops() / 1e12
+
+
+def main() -> None:
+    flags = parser(__doc__, repeats=0)
+    flags.add_argument("--model", choices=tuple(PRESETS), default="sd15-inpainting")
+    flags.add_argument("--draws", type=int, default=3)
+    flags.add_argument("--steps", type=int, default=20)
+    flags.add_argument("--tflops", type=float, default=300, help="10^12 operations a second that a GPU sustains")
+    flags.add_argument("--pass-seconds", type=float, help="of one purification, where it was measured")
+    args = flags.parse_args()
+    work = teraflops_of_a_pass(args.model, args.draws, args.steps)
+    seconds = args.pass_seconds or work / args.tflops
+    given = "measured" if args.pass_seconds else f"{work:.1f} TFLOP at {args.tflops:.0f} TFLOP/s, assumed"
+    print(f"a pass: {seconds:.3f} s ({given})")
+    rows, figures = [], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes a picture": {}}
+    for name, budget in BUDGETS.items():
+        opts = fill(Options(preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
+        passes = costs(opts, costly=True)
+        figures["passes a picture"][name] = passes
+        days = PICTURES * passes * seconds / 86400
+        rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))
+    head = (f"{PICTURES:,} pictures, four attacks, {args.model}", "passes a picture",
+            "days on 1 GPU", "on 8", "on 64")  # fmt: skip
+    report(head, rows, figures, args)
+
+
+if __name__ == "__main__":
+    main()
