@@ -15,15 +15,20 @@ the strongest patch made for it. Everything goes to runs/<name>/; a killed run r
 shards of one run may share a folder: --name big --shard 0/2 and --name big --shard 1/2, at once or one after the other.
 """
 
+import json
+
 from diffender.cli import parse, run
-from diffender.plans import Options, fill
+from diffender.plans import Options, fill, names
 
 
 def main() -> None:
     given = parse(Options, __doc__)
     fill(given)
+    if given.list:
+        print(names())
+        return
     # Imported after the options are known to be good: torch and timm take seconds.
-    from diffender.experiment import finish, pictures, prepare, work
+    from diffender.experiment import finish, pictures, prepare, resolved, work
     from diffender.memory import GIB, most_held_bytes
     from diffender.report import markdown
     from diffender.runs import read_records
@@ -42,6 +47,9 @@ def main() -> None:
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
     print(f"{opts.prompt} prompts; {experiment.device}; {done} pictures done before; results in {experiment.folder}")
     work([experiment], batch)
+    if opts.dry_run:
+        print(json.dumps(resolved(opts), indent=1))
+        return
     wait()
     results = finish(experiment, batch) if is_first() else None
     if results is not None:

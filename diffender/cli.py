@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from diffender.errors import InputError
+from diffender.errors import InputError, nearest
 
 Options = TypeVar("Options")
 Fields = TypeVar("Fields")
@@ -21,16 +21,21 @@ def option(
     choices: tuple[str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    group: str | None = None,
 ) -> Any:
-    """A field with its help text, and its allowed values or range (both ends included)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """A field with its help text, and its allowed values or range (both ends included). `group` heads it, and those
+    that follow, in --help."""
+    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    return field(default=default, metadata=given)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which diffusion model runs, and how: the flags that the scripts share."""
 
-    model: str = option("auto", "preset of diffender.diffusion; auto: the embedded tiny, or what --weights holds")
+    model: str = option(
+        "auto", "preset of diffender.diffusion; auto: the embedded tiny, or what --weights holds", group="the model"
+    )
     weights: str | None = option(None, "single file or Hugging Face folder; random: for trials at full size")
     ema: bool = option(False, "take the averaged copies of the UNet, which some files of training hold")
     vae: str | None = option(None, "another VAE, alone or in a whole model")
@@ -54,7 +59,7 @@ class ModelOptions:
 class DefenseOptions(ModelOptions):
     """The defence: prompts, and every field of DIFFenderConfig, at what suits the embedded model."""
 
-    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"))
+    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"), group="the defence")
     prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(3, "m of Eq. 2", low=1)
@@ -76,7 +81,8 @@ class DefenseOptions(ModelOptions):
 class TargetOptions(DefenseOptions):
     """The classifier behind the defence, and the pictures."""
 
-    data: str = option("samples", "samples, a folder by wnid, a csv of file and label; faces: by person, or identity")
+    data: str = option("samples", "samples, a folder by wnid, a csv of file and label; faces: by person, or identity",
+                       group="classifier and pictures")  # fmt: skip
     classifier: str = option("efficientnet_lite0", "a name of diffender.models.classifiers, timm:TAG, or a recogniser "
                              "of faces: facenet, mobilefacenet")  # fmt: skip
     fold: int = option(0, "of faces: which picture of each person is the probe; the others are the gallery", low=0)
@@ -92,23 +98,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
-    """Options from the command line; hyphens and underscores mean the same."""
+    """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = get_type_hints(cls)
+    group = parser.add_argument_group("options")
     for f in fields(cls):
         assert f.default is not MISSING, f"option {f.name} needs a default"
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         flags = {f"--{f.name.replace('_', '-')}": None, f"--{f.name}": None}
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         hint = hints[f.name]
         kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
-        if kind is bool:
-            parser.add_argument(
-                *flags, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text
-            )
+        if hint == tuple[str, ...]:
+            group.add_argument(f.name, nargs="*", help=f.metadata["help"])
+        elif kind is bool:
+            group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             choices = f.metadata["choices"]
-            parser.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
-    args = parser.parse_args(argv)
+            group.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        flags = [f"--{f.name.replace('_', '-')}" for f in fields(cls)]
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], flags)}")
     for f in fields(cls):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):

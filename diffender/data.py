@@ -89,12 +89,21 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
     For recognisers of faces: the middle 160 pixels of an LFW picture, and anything else whole, stretched to the square.
     """
+    return fit_image(open_image(path), cfg)
+
+
+def open_image(path: Path) -> Image.Image:
+    """In RGB. Raises InputError for a file that is missing or no picture."""
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({e})"
         raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+
+
+def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
+    """An RGB picture as `load_image` gives it."""
     if cfg.squash:
         if image.size == (250, 250):  # LFW: the face is in the middle
             image = image.crop((45, 45, 205, 205))

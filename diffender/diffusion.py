@@ -28,6 +28,11 @@ class ModelConfig:
     image_size: int  # side of the square pictures the model was trained on, in pixels
 
     @property
+    def multiple(self) -> int:
+        """Sides of pictures are multiples of it: of a latent, halved by each level of the UNet."""
+        return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.image_size // self.vae.factor
         return self.vae.z_channels, side, side

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """Says in one line what was given, what is allowed and what to do. The scripts print it and exit with code 2."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """ " (nearest: NAME)" for what was probably meant, to end a message with; empty where nothing is near."""
+    close = [name for name in allowed if given and name.startswith(given)] or get_close_matches(given, list(allowed), 1)
+    return f" (nearest: {close[0]})" if close else ""
 
 
 class NonFinite(InputError):

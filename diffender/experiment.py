@@ -52,7 +52,8 @@ from diffender.runs import (
 from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "keep", "max_memory", "device", "trust",
-             "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames")  # fmt: skip
+             "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames", "dry_run",
+             "list")  # fmt: skip
 
 
 class Experiment(NamedTuple):
@@ -86,16 +87,21 @@ def pictures(opts: Options, target: Defended) -> Batch:
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     """Attack and judge what is not done yet; pictures outermost, so that experiments can share what they share.
 
-    Raises InputError where a folder holds a run with other settings.
+    With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
     opts = experiments[0].opts
-    done = [{r["id"] for r in open_run(e.folder, resolved(e.opts), e.own)} for e in experiments]
+    there = [
+        read_records(e.folder) if opts.dry_run else open_run(e.folder, resolved(e.opts), e.own) for e in experiments
+    ]
+    done = [{r["id"] for r in records} for records in there]
     parts = split(opts, mine(opts, len(batch.ids)))
     left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
     forecasts = [
         forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
     ]
     announce(opts, forecasts)
+    if opts.dry_run:
+        return
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     with Progress(model, sum(f.work for f in forecasts), opts.attack) as progress:
         for turn in zip(*left, strict=True):

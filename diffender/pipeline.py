@@ -91,20 +91,30 @@ class Purified(NamedTuple):
 
 
 class DIFFender(nn.Module):
-    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise."""
+    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise.
 
-    def __init__(self, model: LatentDiffusion, contexts: Contexts, cfg: DIFFenderConfig | None = None):
+    Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        contexts: Contexts,
+        cfg: DIFFenderConfig | None = None,
+        size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         self.model = model
         self.contexts = contexts
         self.cfg = cfg or DIFFenderConfig()
-        self.size = (model.cfg.image_size,) * 2
+        self.size = size or (model.cfg.image_size,) * 2
         self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise:
         """The k-th noise of these images for this purpose, on the model's device."""
         steps = self.cfg.steps if self.cfg.eta > 0 else 0
-        noise = sample_noise(self.model.cfg.latent_shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
+        shape = self.blank[0, 1:].shape
+        noise = sample_noise(shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
     def posterior(self, x: Tensor) -> Posterior:

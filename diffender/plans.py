@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffender.cli import TargetOptions, option, pick
-from diffender.errors import InputError
+from diffender.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +46,14 @@ PRESETS = {  # what the options that default to none become; laptop: with EOT ab
 
 @dataclass(frozen=True)
 class Options(TargetOptions):
-    preset: str = option("laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS))
+    preset: str = option(
+        "laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS), group="the budget"
+    )
     images: int | None = option(None, "number of pictures, of those the classifier gets right", low=1)
     defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
-    # The attack
-    attack: str = option("advp", "names of diffender.attacks with commas between, all (the paper's four), or none")
+    attack: str = option(
+        "advp", "names of diffender.attacks with commas between, all (the paper's four), or none", group="the attack"
+    )
     grad: str | None = option(None, "backward passes of the adaptive attack, with commas: " + ", ".join(GRADIENTS))
     images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
     area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02)",
@@ -77,12 +80,12 @@ class Options(TargetOptions):
     queries: int | None = option(None, "of rhde and sparse-rs to the defence, a picture", low=1)
     queries_undefended: int | None = option(None, "of rhde and sparse-rs to the classifier alone, a picture", low=1)
     patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
-    # The verdict
-    verdicts: int | None = option(None, "purifications that judge a picture", low=1)
+    verdicts: int | None = option(None, "purifications that judge a picture", low=1, group="the verdict")
     trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
     trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
-    # The run
-    table: int | None = option(None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7)
+    table: int | None = option(
+        None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7, group="the run"
+    )
     figure: int | None = option(None, "make a figure of the paper: 1, 3, 4, 5, 8 or 9", low=1, high=9)
     folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
     frames: str | None = option(None, "Table 7 from photographs: a csv of file, label, configuration and clean")
@@ -92,6 +95,8 @@ class Options(TargetOptions):
     shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
     max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
+    dry_run: bool = option(False, "say what would be done and what it would cost, and do nothing")
+    list: bool = option(False, "the names of models, classifiers, attacks, gradients and defences, and nothing else")
 
 
 def fill(opts: Options) -> Options:
@@ -102,9 +107,12 @@ def fill(opts: Options) -> Options:
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
+            f"{nearest(unknown[0], allowed)}"
         )
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
+    if opts.dry_run and (opts.table or opts.figure):
+        raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     return opts
 
 
@@ -130,6 +138,7 @@ def attacks(opts: Options) -> dict[str, type]:
     if unknown := sorted(set(names) - set(ATTACKS)):
         raise InputError(
             f"--attack {', '.join(unknown)} is unknown; choose of {', '.join(ATTACKS)}, with commas, or all or none"
+            f"{nearest(unknown[0], ATTACKS)}"
         )
     return {name: ATTACKS[name] for name in names}
 
@@ -212,6 +221,22 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
                     adaptive[kind] = (pick(cls, opts, **own), victim)
         plans.append(Plan(name, base, adaptive))
     return plans
+
+
+def names() -> str:
+    """All that can be asked for by name, a line each kind."""
+    from diffender.attacks import ATTACKS
+    from diffender.defenses import DEFENSES
+    from diffender.diffusion import PRESETS as MODELS
+    from diffender.faces import RECOGNIZERS
+    from diffender.models.classifiers import CLASSIFIERS
+
+    known = {
+        "--model": MODELS, "--classifier": (*CLASSIFIERS, *RECOGNIZERS, "timm:TAG"),
+        "--attack": (*ATTACKS, "all", "none"), "--grad": GRADIENTS["diffender"],
+        "--grad of other defences": GRADIENTS["others"], "--defense": DEFENSES,
+    }  # fmt: skip
+    return "\n".join(f"{flag}: {', '.join(of)}" for flag, of in known.items())
 
 
 class Forecast(NamedTuple):

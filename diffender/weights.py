@@ -19,7 +19,7 @@ from diffender import official
 from diffender.checkpoints import Checkpoint, check_match, list_tensors, match, read, scan
 from diffender.cli import Parser, run
 from diffender.diffusion import PRESETS, LatentDiffusion, ModelConfig
-from diffender.errors import InputError
+from diffender.errors import InputError, nearest
 from diffender.files import digest, one_line, open_safetensors, save_atomic
 from diffender.layouts import PREFIXES, Signature, signature
 from diffender.models.text import TextConfig
@@ -63,7 +63,7 @@ def load_model(
     Raises InputError for files that are damaged or of another model.
     """
     if name not in (*PRESETS, "auto"):
-        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(PRESETS)}")
+        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     if str(path) == RANDOM:
         return random_model(name, dtype)
     if path is None:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate
 from diffender import cli
@@ -84,6 +86,11 @@ def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):
     assert code == 0, err
     assert "1 of 2 pictures are done" in out
     assert not (tmp_path / "runs" / "s" / "results.json").exists()
+    # The other shard is lost: any number of processes goes on with the same command.
+    code, out, err = here([*SMALL, "--attack", "none", "--name", "s"], tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert "1 pictures done before" in out
+    assert json.loads((tmp_path / "runs" / "s" / "results.json").read_text())["rows"][0]["single"]["n"] == 2
 
 
 @pytest.mark.slow
@@ -101,6 +108,21 @@ def test_workers_of_torchrun_give_the_results_of_one_process(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_workers_of_torchrun_tune_the_prompts_of_one_process(tmp_path):
+    args = ["--shots", "2", "--batch-size", "2", "--held-out", "0", "--rounds", "2", "--iters", "5", "--draws", "1"]
+    engine = ["-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py"]
+    found = []
+    for n, start in enumerate((engine, [ROOT / "train.py"])):
+        out = tmp_path / f"{n}.safetensors"
+        run = subprocess.run([sys.executable, *start, *args, "--out", out], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("fool") == 1, "one of them speaks"
+        found.append(load_file(out))
+    for name, ctx in found[0].items():
+        assert torch.allclose(ctx, found[1][name], atol=1e-4)
+
+
 def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     own, other = (tmp_path / "run" / f"per_image-{i}-of-2.jsonl" for i in (0, 1))
     assert open_run(tmp_path / "run", {"seed": 0}, own) == []
@@ -109,6 +131,33 @@ def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     assert open_run(tmp_path / "run", {"seed": 0}, own) == [{"id": "a"}, {"id": "c"}]
     assert own.read_text() == '{"id": "a"}\n'
     assert other.read_text().endswith('{"id": "d')
+
+
+def test_a_dry_run_tells_and_does_nothing(tmp_path, monkeypatch, capfd):
+    code, out, err = here([*SMALL, "--dry-run", "--name", "d"], tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert "passes of the defence" in out
+    assert '"theta": 2.5' in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_names_are_listed_and_the_nearest_is_offered(tmp_path, monkeypatch, capfd):
+    code, out, err = here(["--list"], tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    assert all(name in out for name in ("sd2-inpainting", "resnet50", "gdpa", "bpda-mask", "diffpure"))
+    for args, hint in (
+        (["--attack", "advq"], "(nearest: advp)"),
+        (["--grad", "bpda-msk"], "(nearest: bpda-mask)"),
+        (["--classifier", "resnet5"], "(nearest: resnet50)"),
+        (["--defense", "jpg"], "(nearest: jpeg)"),
+        (["--model", "sd15"], "(nearest: sd15-inpainting)"),
+        (["--thet", "3"], "(nearest: --theta)"),
+        (["--dry-run", "--table", "1"], "for a single run"),
+    ):
+        code, out, err = here(args, tmp_path, monkeypatch, capfd)
+        assert code == 2
+        assert hint in err
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_without_attack_and_with_the_empty_prompt(tmp_path, monkeypatch, capfd):

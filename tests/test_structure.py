@@ -28,7 +28,7 @@ LAYERS = [
     {"faces", "defenses.jedi"},
     {"defenses"},
     {"runs"},
-    {"defenses.patchcleanser"},
+    {"defenses.patchcleanser", "defend"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
     {"experiment", "paper", "physical", "controls", "workers"},

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from diffender.attacks.patch import Attacked, Task, Victim, margin, stack_noise, to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
-from diffender.errors import InputError
+from diffender.errors import InputError, nearest
 from diffender.noise import generator
 
 GAP, BETA = 0.15, 20.0  # when to lock on to the runner-up class, and how hard to press then
@@ -57,7 +57,8 @@ class RHDE:
 
     def __post_init__(self) -> None:
         if self.sticker is not None and self.sticker not in NAMES:
-            raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}")
+            near = nearest(self.sticker, NAMES)
+            raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}{near}")
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.smoothing import Smoothing
 from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError
+from diffender.errors import InputError, nearest
 from diffender.ops import resize, straight_through
 from diffender.pipeline import EXACT, Backward, Defended, Purified, check_images
 
@@ -113,7 +113,7 @@ def split(text: str) -> tuple[str, dict[str, int | float | str]]:
     """ "jpeg:quality=50" to its name and settings. Raises InputError for what does not exist."""
     name, _, rest = text.partition(":")
     if name not in DEFENSES:
-        raise InputError(f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}")
+        raise InputError(f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}{nearest(name, DEFENSES)}")
     parameters = inspect.signature(DEFENSES[name].options).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, int | float | str)}
     settings = {}

@@ -1,0 +1,177 @@
+"""Defend your own pictures.
+
+    python -m diffender.defend photo.jpg folder/ --out cleaned
+    python -m diffender.defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
+
+For every picture NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
+a line in defended.jsonl. The model works at its own resolution and keeps the picture's proportions; pixels outside the
+mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. In
+Python:
+
+    from diffender.defend import Defender
+    found = Defender()(Image.open("photo.jpg"))
+    found.restored.save("clean.png")
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffender.cli import DefenseOptions, option, parse, pick, run
+from diffender.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffender.diffusion import ModelConfig
+
+
+@dataclass(frozen=True)
+class Options(DefenseOptions):
+    paths: tuple[str, ...] = option((), "pictures, and folders of pictures, searched through")
+    out: str = option("defended", "folder for what comes out")
+    classifier: str = option("none", "a name of diffender.models.classifiers, timm:TAG, or none")
+    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for an embedded one")
+    seed: int = option(0, "of the noise, which also depends on the file's name", low=0)
+
+
+class Found(NamedTuple):
+    """What the defence makes of a picture, all of its size."""
+
+    restored: "Image.Image"
+    mask: "Image.Image"  # white: taken for a patch and painted over
+    heatmap: "Image.Image"  # the difference map, stretched to its own range
+    record: dict  # size, masked share, largest z-score, seconds; what the classifier sees
+
+
+class Defender:
+    """The defence for PIL pictures of any size and mode; opts as on the command line."""
+
+    def __init__(self, opts: Options | None = None):
+        from diffender.models.classifiers import load_classifier
+        from diffender.pipeline import DIFFenderConfig
+        from diffender.prompts import SHIPPED, contexts_for
+        from diffender.report import class_names
+        from diffender.runs import open_model, pick_device
+
+        self.opts = opts = opts or Options()
+        device = pick_device(opts.device)
+        self.model = open_model(opts, device)
+        self.contexts = contexts_for(opts.prompt, self.model, Path(opts.prompts or SHIPPED))
+        self.cfg = pick(DIFFenderConfig, opts)
+        self.classifier = None
+        if opts.classifier != "none":
+            self.classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+            self.names = self.classifier.names or class_names()
+        self.defenses = {}  # by the size that they work at
+
+    def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
+        """A picture of any mode; noise follows from its name."""
+        import torch
+        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+        from diffender.report import stretch
+
+        started = time.monotonic()
+        image = image.convert("RGB")
+        x = (pil_to_tensor(image).float() / 255)[None].to(self.model.alphas_cumprod.device)
+        size = working_size(image.size, self.model.cfg)
+        if size not in self.defenses:
+            from diffender.pipeline import DIFFender
+
+            self.defenses[size] = DIFFender(self.model, self.contexts, self.cfg, size)
+        defense = self.defenses[size]
+        with torch.no_grad():
+            out = defense(x, defense.sample_noise([name], self.opts.seed, "defend"))
+        heatmap = stretch(out.heatmap[0], x.shape[-2:])
+        restored, mask, heatmap = (
+            to_pil_image((t.cpu() * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
+        )
+        record = {"size": list(image.size), "masked": round(out.mask.mean().item(), 5)}
+        record["largest_z_score"] = round(out.z_score.max().item(), 2)
+        if self.classifier is not None:
+            record |= {"before": self.look(image), "after": self.look(restored)}
+        return Found(restored, mask, heatmap, record | {"seconds": round(time.monotonic() - started, 2)})
+
+    def look(self, image: "Image.Image") -> dict:
+        """What the classifier sees in an RGB picture, fitted to it as its training was."""
+        import torch
+
+        from diffender.data import fit_image
+
+        with torch.no_grad():
+            p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
+        best = p.argmax().item()
+        return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
+
+
+def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
+    """(H, W) that the model sees of a picture of (width, height): its proportions, to the nearest multiple, and about
+    as many pixels as the model was trained on. Beyond 4:1 proportions are given up."""
+    ratio = min(4.0, max(0.25, size[0] / size[1]))
+    sides = cfg.image_size / ratio**0.5, cfg.image_size * ratio**0.5
+    return tuple(cfg.multiple * max(1, round(side / cfg.multiple)) for side in sides)
+
+
+def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """(name, file) of every picture given or in a folder given; a name is the file's path, unlike any other."""
+    from diffender.data import SUFFIXES
+
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"no pictures in {path}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+        root = path if path.is_dir() else path.parent
+        found += [("__".join(p.relative_to(root).with_suffix("").parts), p) for p in inside]
+    if not found:
+        raise InputError("no pictures given; name files or folders")
+    names = set()
+    for i, (name, file) in enumerate(found):
+        while name in names:
+            name += "_"
+        names.add(name)
+        found[i] = name, file
+    return found
+
+
+def main() -> None:
+    opts = parse(Options, __doc__)
+    pictures = find_pictures(opts.paths)
+    # Imported after the options are known to be good: torch takes seconds.
+    from tqdm import tqdm
+
+    from diffender.data import open_image
+
+    folder = Path(opts.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = (folder / "defended.jsonl").open("w", encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"cannot write to --out {folder} ({e.strerror}); choose another folder") from e
+    defend, failed = Defender(opts), []
+    with lines:
+        for name, file in tqdm(pictures, unit="picture", disable=None):
+            try:
+                found = defend(open_image(file), name)
+            except InputError as e:
+                failed.append(str(e))
+                continue
+            for kind in ("restored", "mask", "heatmap"):
+                path = folder / f"{name}_{kind}.png"
+                partial = path.with_suffix(".partial")
+                getattr(found, kind).save(partial, format="PNG")
+                partial.rename(path)
+            lines.write(json.dumps({"file": str(file), "name": name} | found.record) + "\n")
+            lines.flush()
+    print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures defended; results in {folder}")
+    if failed:
+        print("\n".join(["failed:", *failed]), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
