@@ -30,8 +30,7 @@ def main() -> None:
     # Imported after the options are known to be good: torch and timm take seconds.
     from diffender.experiment import finish, pictures, prepare, resolved, work
     from diffender.memory import GIB, most_held_bytes
-    from diffender.report import markdown
-    from diffender.runs import read_records
+    from diffender.report import markdown, read_records
     from diffender.workers import is_first, join, wait
 
     given = join(given)

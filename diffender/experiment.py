@@ -16,6 +16,7 @@ from diffender.diffusion import LatentDiffusion
 from diffender.errors import named_images
 from diffender.evaluation import VOTES, Plan, evaluate_batch, summarize
 from diffender.files import read_header, sha256
+from diffender.page import page
 from diffender.pipeline import Defended, Undefended
 from diffender.plans import (
     COSTLY,
@@ -34,7 +35,7 @@ from diffender.plans import (
     without,
 )  # fmt: skip
 from diffender.prompts import SHIPPED
-from diffender.report import class_names, markdown, save_grid
+from diffender.report import class_names, markdown, read_records, save_grid
 from diffender.runs import (
     Progress,
     append_records,
@@ -45,7 +46,6 @@ from diffender.runs import (
     open_run,
     pick_device,
     pick_dtype,
-    read_records,
     write_json,
     write_text,
 )  # fmt: skip
@@ -151,7 +151,9 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)
     write_text(e.folder / "table.md", markdown(results))
-    save_grid(e.folder / "images", records, e.folder / "grid.png", e.target.classifier.names or class_names())
+    names, images = e.target.classifier.names or class_names(), e.folder / "images"
+    save_grid(images, records, e.folder / "grid.png", names)
+    write_text(e.folder / "report.html", page(results, records, images, names, resolved(opts)))
     return results
 
 

@@ -32,8 +32,8 @@ from diffender.paper import QUOTED
 from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.pipeline import Purified, Undefended
 from diffender.plans import mine
-from diffender.report import save_png, table
-from diffender.runs import append_records, command, machine, read_records, write_json, write_text
+from diffender.report import read_records, save_png, table
+from diffender.runs import append_records, command, machine, write_json, write_text
 from diffender.workers import is_first, wait
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose

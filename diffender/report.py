@@ -1,8 +1,10 @@
 """From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures.
 
-python -m diffender.report README.md docs/choices.md      # put the tables of results/ into documents, anew
+python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
+python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from diffender.cli import run
+from diffender.errors import InputError
+from diffender.metrics import mcnemar
 
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 
@@ -133,6 +139,54 @@ def fill(document: str, results: Path) -> str:
     return re.sub(r"<!-- results/(?P<name>[\w-]+) -->\n.*?<!-- end -->", table, document, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
+def read_records(folder: Path) -> list[dict]:
+    """The records of all processes, one for each picture; a line that is being written is left out."""
+    records = {}
+    for path in sorted(folder.glob("per_image*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                records.setdefault(record["id"], record)
+    return list(records.values())
+
+
+def compare(a: Path, b: Path) -> str:
+    """Two runs on the pictures and attacks that they share: who is right where the other is not, by the first
+    purification of each; McNemar's exact p. `strongest` counts a picture under all shared attacks.
+
+    Raises InputError where they share no pictures.
+    """
+    left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
+    ids = [i for i in left if i in right]
+    if not ids:
+        raise InputError(f"{a} and {b} share no pictures; compare runs of evaluate.py on the same --data and --seed")
+    variants = list(left[ids[0]]["attacks"])
+    shared = [v for v in variants if all(v in run[i]["attacks"] for run in (left, right) for i in ids)]
+
+    def is_right(record: dict, attacks: Sequence[str]) -> bool:
+        seen = [record["attacks"][v]["defended"][0] for v in attacks] if attacks else [record["defended"][0]]
+        return all(c == record["label"] for c in seen)
+
+    rows = []
+    for name, attacks in {"none": [], **{v: [v] for v in shared}, **({"strongest": shared} if shared else {})}.items():
+        pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
+        first, second = (sum(column) for column in zip(*pairs, strict=True))
+        only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
+        rows.append((name, *map(str, (first, second, *only)), f"{mcnemar(pairs):.2g}"))
+    head = (f"{len(ids)} pictures", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
+    return table(head, rows)
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:] or [""]
+    if what == "compare":
+        if len(rest) != 2 or not all((Path(folder) / "config.json").is_file() for folder in rest):
+            raise InputError(f"compare {' '.join(rest)}: give two folders that evaluate.py wrote")
+        print(compare(*map(Path, rest)), end="")
+        return
     for path in map(Path, sys.argv[1:]):
         path.write_text(fill(path.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

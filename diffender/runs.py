@@ -21,6 +21,7 @@ from diffender.files import sha256
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
 from diffender.prompts import SHIPPED, Contexts, contexts_for
+from diffender.report import read_records
 from diffender.weights import EMBEDDED, RANDOM, load_model
 
 
@@ -124,17 +125,6 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
         if not text.endswith("\n"):
             own.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     return read_records(folder)
-
-
-def read_records(folder: Path) -> list[dict]:
-    """The records of all processes, one for each picture; a line that is being written is left out."""
-    records = {}
-    for path in sorted(folder.glob("per_image*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                records.setdefault(record["id"], record)
-    return list(records.values())
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:

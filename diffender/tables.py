@@ -28,8 +28,8 @@ from diffender.files import read_header
 from diffender.filming import run_film, run_photographs
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
-from diffender.report import table
-from diffender.runs import command, machine, open_model, open_run, pick_device, read_records, write_text
+from diffender.report import read_records, table
+from diffender.runs import command, machine, open_model, open_run, pick_device, write_text
 from diffender.workers import is_first, wait
 
 NAMES = {

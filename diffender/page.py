@@ -1,0 +1,214 @@
+"""A run as one page that needs no network and no server: verdict, table, checks, curves, every picture.
+
+    python -m diffender.page runs/NAME            write report.html there anew
+
+Pictures are inlined, reduced to 224 pixels; cards that are out of sight are not laid out, so that hundreds stay light.
+"""
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from diffender.cli import run
+from diffender.errors import InputError
+from diffender.report import STAGES, class_names, counted, read_records, share
+
+WIDTH = 224  # of a picture on the page
+CURVE = (420, 190)  # of a chart
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b")
+
+STYLE = Path(__file__).with_suffix(".css")
+
+# The slider shows the card's own pictures again, which are inlined once.
+SCRIPT = """
+document.querySelectorAll('.slide').forEach(slide => {
+  slide.querySelectorAll('img').forEach(i => { i.src = slide.closest('.card').querySelector('.' + i.alt + ' img').src })
+  const pair = slide.querySelector('.pair')
+  slide.querySelector('input').addEventListener('input', e => pair.style.setProperty('--cut', e.target.value + '%'))
+  slide.hidden = false
+})
+"""
+
+
+def inline(path: Path) -> str:
+    """A picture as a data URI: photographs as JPEG, maps and masks as PNG in grey."""
+    with Image.open(path) as image:
+        grey = image.mode in ("L", "1")
+        image = image.convert("L" if grey else "RGB")
+        image.thumbnail((WIDTH, WIDTH))
+        buffer = io.BytesIO()
+        image.save(buffer, **({"format": "PNG", "optimize": True} if grey else {"format": "JPEG", "quality": 82}))
+    kind = "png" if grey else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    top = "".join(f"<th scope=col>{cell}</th>" for cell in head)
+    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
+
+
+def chart(title: str, curves: dict[str, Sequence[float]], axis: str) -> str:
+    """Lines over their own index, as an inline SVG."""
+    curves = {name: values for name, values in curves.items() if len(values) > 1}
+    if not curves:
+        return ""
+    (width, height), pad = CURVE, 34
+    every = [v for values in curves.values() for v in values]
+    low, high = min(every), max(every)
+    high = high if high > low else low + 1
+
+    def point(i: int, n: int, value: float) -> str:
+        x = pad + i * (width - pad - 8) / (n - 1)
+        return f"{x:.1f},{8 + (height - pad - 8) * (high - value) / (high - low):.1f}"
+
+    parts = [f"<line class=axis x1={pad} x2={width - 8} y1={y} y2={y} />" for y in (8, height - pad)]
+    ends = (high, 12), (low, height - pad + 4)
+    parts += [f"<text x={pad - 4} y={y} text-anchor=end>{v:.3g}</text>" for v, y in ends]
+    parts.append(f"<text x={width / 2} y={height - 6} text-anchor=middle>{escape(axis)}</text>")
+    legend = []
+    for (name, values), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+        points = " ".join(point(i, len(values), v) for i, v in enumerate(values))
+        parts.append(f'<polyline fill=none stroke="{colour}" stroke-width=2 points="{points}" />')
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {escape(name)}')
+    size = f'viewBox="0 0 {width} {height}" width={width}'
+    svg = f'<svg role=img aria-label="{escape(title)}" {size}>{"".join(parts)}</svg>'
+    return (
+        f"<figure style='width:{width}px'>{svg}<figcaption>{escape(title)}: {', '.join(legend)}</figcaption></figure>"
+    )
+
+
+def mean_curves(records: Sequence[dict]) -> dict[str, list[float]]:
+    """The loss of each attack along its steps, mean over pictures."""
+    found: dict[str, list[list[float]]] = {}
+    for record in records:
+        for variant, attack in record["attacks"].items():
+            found.setdefault(variant, []).append(attack["loss"])
+    return {name: [sum(step) / len(step) for step in zip(*rows, strict=False)] for name, rows in found.items()}
+
+
+def headline(results: dict) -> str:
+    """The run in two sentences."""
+    last = results["rows"][-1]
+    n = last["single"]["n"]
+    if last["attack"] == "none":
+        return f"No attack. {results['defense']} leaves {counted(last['single'])} of {n} clean pictures right."
+    return (
+        f"Under the strongest patch made for each of {n} pictures, {results['defense']} leaves "
+        f"{counted(last['single'])} right, and the undefended classifier {counted(last['undefended'])}. Clean: "
+        f"{counted(results['rows'][0]['single'])}. Other patches may do more harm: these are upper bounds."
+    )
+
+
+def states(record: dict) -> list[str]:
+    """What a picture is filtered by."""
+    attacks, label = record["attacks"].values(), record["label"]
+    found = ["failed"] if any(a["defended"][0] != label for a in attacks) else []
+    if any(a["undefended"] != label == a["defended"][0] for a in attacks):
+        found.append("rescued")
+    if record["defended"][0] != label:
+        found.append("alarm")
+    return found
+
+
+def seen(answer: int, label: int, names: Sequence[str], votes: Sequence[int] = ()) -> str:
+    """A class in words, green or red, and how many purifications agree."""
+    tally = f" ({sum(v == answer for v in votes)} of {len(votes)})" if len(votes) > 1 else ""
+    return f"<span class={'good' if answer == label else 'bad'}>{escape(names[answer].split(',')[0])}</span>{tally}"
+
+
+def card(record: dict, folder: Path, names: Sequence[str]) -> str:
+    """One picture: its stages under the last attack, what is seen in each, all attacks in a line."""
+    label, attacks = record["label"], record["attacks"]
+    last = list(attacks.values())[-1] if attacks else record
+    uris = {s: inline(f) for s in STAGES if (f := folder / f"{record['file']}_{s}.png").is_file()}
+    told = {
+        "clean": seen(record["undefended"], label, names),
+        "attacked": seen(last["undefended"], label, names),
+        "restored": seen(last["defended"][0], label, names, last["defended"]),
+    }
+    parts = [
+        f'<figure class={stage}><img loading=lazy alt="{stage}" src="{uri}"><figcaption>{stage} {told.get(stage, "")}'
+        "</figcaption></figure>"
+        for stage, uri in uris.items()
+    ]
+    before = "attacked" if "attacked" in uris else "clean"
+    if {before, "restored"} <= set(uris):
+        parts.append(
+            f'<figure class=slide hidden><div class=pair><img alt="{before}"><img alt="restored"></div>'
+            f'<input type=range min=0 max=100 value=50 aria-label="{before} and restored">'
+            f"<figcaption>{before} | restored</figcaption></figure>"
+        )
+    each = "; ".join(f"{escape(k)} {seen(a['defended'][0], label, names, a['defended'])}" for k, a in attacks.items())
+    title = f"{escape(record['id'])} <span class=soft>is {escape(names[label].split(',')[0])}</span>"
+    clean = seen(record["defended"][0], label, names, record["defended"])
+    return (
+        f"<section class='card {' '.join(states(record))}'><h3>{title}</h3><div class=row>{''.join(parts)}</div>"
+        f"<div class=soft>defended: clean {clean}{'; ' * bool(each)}{each}</div></section>"
+    )
+
+
+def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
+    """The whole document; `folder` holds the pictures of the stages."""
+    rows = []
+    for r in results["rows"]:
+        p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
+        cells = [escape(r["attack"]), r["gradient"], counted(r["undefended"]), counted(r["single"])]
+        rows.append([*cells, *(share(r[c]) for c in ("average", "worst", "majority")), p])
+    head = ("attack", "gradient", "undefended", f"{escape(results['defense'])}, single", "average",
+            f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
+    note = "<p class=soft>In per cent, with counts and Wilson intervals of 95 %.</p>"
+    parts = [f"<h2>Accuracy</h2>{table(head, rows)}{note}"]
+    if results.get("trust"):
+        passed, failed = "<span class=good>&#10003; pass</span>", "<span class=bad>&#10007; fail</span>"
+        signs = {True: passed, False: failed, None: "shown"}
+        checks = [[*(escape(c[k]) for k in ("name", "figure", "wanted")), signs[c["passed"]]] for c in results["trust"]]
+        parts.append("<h2>Can the evaluation be trusted?</h2>" + table(("check", "figure", "wanted", ""), checks))
+    curves = chart("attacker's loss, mean over pictures", mean_curves(records), "steps, evenly thinned")
+    if curves:
+        parts.append(f"<h2>Attacks</h2><div class=charts>{curves}</div>")
+    filters = {"every": "all", "failed": "failed under attack", "rescued": "rescued", "alarm": "false alarms"}
+    counts = {name: sum(name in states(r) for r in records) for name in filters} | {"every": len(records)}
+    radios = "".join(
+        f"<label><input type=radio name=filter id={name}{' checked' * (name == 'every')}> {title} ({counts[name]})"
+        "</label>"
+        for name, title in filters.items()
+    )
+    cards = "".join(card(r, folder, names) for r in records)
+    parts.append(f"<h2>Pictures</h2><fieldset><legend class=soft>show</legend>{radios}</fieldset>{cards}")
+    settings = [[escape(k), f"<code>{escape(json.dumps(v))}</code>"] for k, v in config.items()]
+    parts.append(
+        f"<h2>Settings</h2><details><summary>all {len(settings)}</summary>{table(('', ''), settings)}</details>"
+    )
+    seconds, machine = f"{results['seconds']:.0f} s", escape(results["machine"])
+    about = f"{results['setting']}, seed {results['seed']}, {seconds} on {machine}, {results['date']}"
+    title = f"{escape(results['defense'])} under attack"
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{title}</title><style>{STYLE.read_text('utf-8')}</style><h1>{title}</h1>"
+        f"<p class=verdict>{headline(results)}</p><p class=soft>{about}. Again: "
+        f"<code>{escape(results['command'])}</code></p>{''.join(parts)}<script>{SCRIPT}</script></html>\n"
+    )
+
+
+def main() -> None:
+    from diffender.runs import write_text  # torch; not for the page itself
+
+    for folder in map(Path, sys.argv[1:]):
+        if not (folder / "results.json").is_file():
+            raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")
+        results, config = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("results", "config"))
+        records = read_records(folder)
+        write_text(folder / "report.html", page(results, records, folder / "images", class_names(), config))
+        print(folder / "report.html")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,122 @@
+"""The report of a run as one page, and two runs compared."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from diffender.data import load_image, sample_items
+from diffender.errors import InputError
+from diffender.models.classifiers import CLASSIFIERS
+from diffender.page import chart, page, states
+from diffender.report import compare, save_stages
+from tests.conftest import ROOT
+
+NAMES = [f"class <{i}>" for i in range(4)]
+
+
+def record(i: int, clean: int = 1, attacked: int = 2, restored: int = 1) -> dict:
+    attack = {"undefended": attacked, "defended": [restored, 1, 1], "loss": [1.0, 0.5]}
+    return {"id": f"p{i}", "file": f"p{i}", "label": 1, "undefended": 1, "defended": [clean, 1, 1], "masked": 0.1,
+            "attacks": {"advp/transfer": attack}}  # fmt: skip
+
+
+RECORDS = [record(0), record(1, restored=3), record(2, clean=0), record(3, attacked=1)]
+
+
+def results() -> dict:
+    p = {"right": 3.0, "n": 4, "accuracy": 0.75, "low": 0.3, "high": 0.95}
+    row = {"undefended": p, "single": p, "average": p, "worst": p, "majority": p}
+    rows = [row | {"attack": "none", "gradient": ""}, row | {"attack": "strongest on each picture", "gradient": ""}]
+    checks = [{"name": "a & b", "figure": "1", "wanted": "", "passed": passed} for passed in (True, False, None)]
+    told = {"setting": "s", "seed": 0, "machine": "m", "date": "d", "command": "python evaluate.py --name <x>"}
+    return told | {"rows": rows, "defense": "D", "verdicts": 3, "votes": 3, "trust": checks, "seconds": 1.0}
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("images")
+    photo = load_image(sample_items()[0].path, CLASSIFIERS["efficientnet_lite0"])
+    stages = dict.fromkeys(("clean", "attacked", "restored"), photo) | {"mask": photo[:1].round()}
+    for r in RECORDS:
+        save_stages(folder, r["file"], stages)
+    return page(results(), RECORDS, folder, NAMES, {"attack": "<b>"})
+
+
+class Tags(HTMLParser):
+    """Opening tags and their attributes; what is open at the end."""
+
+    VOID = ("meta", "img", "input")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(html):
+    tags = Tags(html)
+    assert tags.open == []
+    for tag, attrs in tags.found:
+        assert tag != "link"
+        assert all(attrs[k].startswith("data:") for k in ("src", "href") if k in attrs)
+    assert "http" not in re.sub(r"data:image[^\"]*", "", html)
+    assert all(attrs.get("alt") for tag, attrs in tags.found if tag == "img")
+    assert len([1 for tag, _ in tags.found if tag == "section"]) == len(RECORDS)
+
+
+def test_texts_are_escaped(html):
+    assert "class &lt;1&gt;" in html
+    assert "--name &lt;x&gt;" in html
+    assert "a &amp; b" in html
+    assert "&lt;b&gt;" in html
+
+
+def test_pictures_are_filtered_by_what_happened(html):
+    assert [states(r) for r in RECORDS] == [["rescued"], ["failed"], ["rescued", "alarm"], []]
+    for text in ("failed under attack (1)", "rescued (2)", "false alarms (1)", "all (4)"):
+        assert text in html
+    assert "(1 of 3)" in html
+
+
+def test_a_page_of_512_pictures_stays_light(html):
+    assert len(html) / len(RECORDS) < 100_000, "50 MB in all"
+
+
+def test_curves():
+    assert chart("empty", {"a": [1.0]}, "steps") == ""
+    drawn = chart("flat", {"a": [1.0, 1.0], "b": [0.0, 2.0, 1.0]}, "steps")
+    assert drawn.count("<polyline") == 2
+    assert "nan" not in drawn
+
+
+def test_two_runs_are_compared_picture_by_picture(tmp_path):
+    worse = [record(0), record(1, restored=3), record(2, restored=3), record(9)]
+    for name, records in (("a", RECORDS), ("b", worse), ("c", [record(7)])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "per_image.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    lines = compare(tmp_path / "a", tmp_path / "b").splitlines()
+    assert lines[0] == "| 3 pictures | a right | b right | only a | only b | p |"
+    assert lines[2:] == ["| none | 2 | 3 | 0 | 1 | 1 |", "| advp/transfer | 2 | 1 | 1 | 0 | 1 |",
+                         "| strongest | 2 | 1 | 1 | 0 | 1 |"]  # fmt: skip
+    with pytest.raises(InputError, match="share no pictures"):
+        compare(tmp_path / "a", tmp_path / "c")
+    command = [sys.executable, "-m", "diffender.report", "compare", tmp_path / "a", tmp_path / "gone"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
