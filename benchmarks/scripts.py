@@ -2,7 +2,7 @@
 
     git worktree add ../before COMMIT && python benchmarks/scripts.py --before ../before
 
-Minutes to an hour: each script runs to its end in a folder of its own, defaults everywhere.
+Minutes to an hour: each script runs to its end in a folder of its own, defaults everywhere but for --rounds.
 """
 
 import subprocess
@@ -26,15 +26,17 @@ def main() -> None:
     flags = parser(__doc__, repeats=1)
     flags.add_argument("--before", type=Path, required=True, help="the other checkout")
     flags.add_argument("--only", choices=tuple(SCRIPTS), help="one of the two")
+    flags.add_argument("--rounds", type=int, help="of train.py, in place of its default")
     flags.add_argument("--warm", action="store_true", help="a first round that does not count")
     args = flags.parse_args()
     rows, figures = [], {}
     for name in [args.only] if args.only else SCRIPTS:
+        few = ("--rounds", str(args.rounds)) if args.rounds and name == "train.py" else ()
         contenders = {"before": args.before, "now": HERE}
-        runs = {who: lambda c=checkout, n=name: run(c, *SCRIPTS[n]) for who, checkout in contenders.items()}
+        runs = {who: lambda c=checkout, n=name, f=few: run(c, *SCRIPTS[n], *f) for who, checkout in contenders.items()}
         seconds, _ = in_turn(runs, args.repeats - (not args.warm), args.device)
         figures[name] = seconds
-        rows.append((f"python {name}", *(f"{s:.0f}" for s in seconds.values()),
+        rows.append((" ".join(("python", name, *few)), *(f"{s:.0f}" for s in seconds.values()),
                      f"**{seconds['now'] / seconds['before']:.2f}**"))  # fmt: skip
         print(" ".join(rows[-1]), flush=True)
     report(("", "before, s", "now, s", "ratio"), rows, figures, args)

@@ -73,6 +73,7 @@ class Defender:
         import torch
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+        from diffender.pipeline import DIFFender
         from diffender.report import stretch
 
         started = time.monotonic()
@@ -80,15 +81,13 @@ class Defender:
         x = (pil_to_tensor(image).float() / 255)[None].to(self.model.alphas_cumprod.device)
         size = working_size(image.size, self.model.cfg)
         if size not in self.defenses:
-            from diffender.pipeline import DIFFender
-
             self.defenses[size] = DIFFender(self.model, self.contexts, self.cfg, size)
         defense = self.defenses[size]
         with torch.no_grad():
             out = defense(x, defense.sample_noise([name], self.opts.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])
         restored, mask, heatmap = (
-            to_pil_image((t.cpu() * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
+            to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
         )
         record = {"size": list(image.size), "masked": round(out.mask.mean().item(), 5)}
         record["largest_z_score"] = round(out.z_score.max().item(), 2)

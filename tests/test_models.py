@@ -168,6 +168,9 @@ def test_doubling_and_convolution_are_one(shape):
     assert same(), "changed in place"
     layer.load_state_dict(Upsample(3).double().state_dict())
     assert same(), "loaded"
+    with torch.inference_mode():
+        layer(x.detach())
+    assert same(), "differentiable after inference mode"
     layer.load_state_dict(Upsample(3).double().requires_grad_(False).state_dict(), assign=True)
     layer.requires_grad_(False)
     assert same(), "another tensor"

@@ -35,9 +35,10 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, self.folded_kernel(), self.conv.bias, stride=2, padding=1)
 
     def folded_kernel(self) -> Tensor:
-        """Of a frozen weight made once, of one in training each time."""
+        """Of a frozen weight made once, of one in training each time; in inference mode too, whose tensors are of no
+        use to a later backward pass."""
         weight = self.conv.weight
-        if weight.requires_grad or weight.is_inference():
+        if weight.requires_grad or weight.is_inference() or torch.is_inference_mode_enabled():
             return fold_doubling(weight)
         if self.folded is None or self.folded[0] is not weight or self.folded[1] != weight._version:
             self.kernel, self.folded = fold_doubling(weight), (weight, weight._version)
