@@ -32,7 +32,7 @@ from diffender.files import read_header, sha256
 from diffender.metrics import map_auc, mask_scores
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
-from diffender.prompts import SHIPPED, Contexts, contexts_for
+from diffender.prompts import SHIPPED, contexts_for
 from diffender.report import stretch, table
 from diffender.restore import composite
 from diffender.runs import command, machine, model_hashes, open_model, pick_device, write_json
@@ -170,7 +170,7 @@ def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
 
 def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConfig) -> DIFFender:
     contexts = contexts_for(prompt, model, Path(opts.prompts or SHIPPED))
-    return DIFFender(model, Contexts(*(c if c is None else c.detach() for c in contexts)), cfg)
+    return DIFFender(model, contexts.detach(), cfg)
 
 
 def measure(

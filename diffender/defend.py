@@ -60,7 +60,7 @@ class Defender:
         self.opts = opts = opts or Options()
         device = pick_device(opts.device)
         self.model = open_model(opts, device)
-        self.contexts = contexts_for(opts.prompt, self.model, Path(opts.prompts or SHIPPED))
+        self.contexts = contexts_for(opts.prompt, self.model, Path(opts.prompts or SHIPPED)).detach()
         self.cfg = pick(DIFFenderConfig, opts)
         self.classifier = None
         if opts.classifier != "none":
@@ -70,7 +70,6 @@ class Defender:
 
     def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
         """A picture of any mode; noise follows from its name."""
-        import torch
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
         from diffender.pipeline import DIFFender
@@ -83,8 +82,7 @@ class Defender:
         if size not in self.defenses:
             self.defenses[size] = DIFFender(self.model, self.contexts, self.cfg, size)
         defense = self.defenses[size]
-        with torch.no_grad():
-            out = defense(x, defense.sample_noise([name], self.opts.seed, "defend"))
+        out = defense(x, defense.sample_noise([name], self.opts.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])
         restored, mask, heatmap = (
             to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
@@ -97,12 +95,9 @@ class Defender:
 
     def look(self, image: "Image.Image") -> dict:
         """What the classifier sees in an RGB picture, fitted to it as its training was."""
-        import torch
-
         from diffender.data import fit_image
 
-        with torch.no_grad():
-            p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
+        p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
         best = p.argmax().item()
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
 

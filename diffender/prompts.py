@@ -24,6 +24,10 @@ class Contexts(NamedTuple):
     restore: Tensor
     empty: Tensor
 
+    def detach(self) -> "Contexts":
+        """Constants: no gradient reaches the prompts."""
+        return Contexts(*(c if c is None else c.detach() for c in self))
+
 
 class PromptPair(nn.Module):
     """[V]_1 ... [V]_n for localisation and for restoration; between start and end token, padded as any prompt."""

@@ -20,7 +20,7 @@ from diffender.faces import RECOGNIZERS, identify, list_faces, split_faces
 from diffender.files import sha256
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
-from diffender.prompts import SHIPPED, Contexts, contexts_for
+from diffender.prompts import SHIPPED, contexts_for
 from diffender.report import read_records
 from diffender.weights import EMBEDDED, RANDOM, load_model
 
@@ -51,9 +51,8 @@ def open_target(opts: TargetOptions, model: LatentDiffusion | None = None) -> De
     device = pick_device(opts.device)
     classifier = open_classifier(opts).to(device)
     model = open_model(opts, device) if model is None else model
-    contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED))
-    constant = Contexts(*(c if c is None else c.detach() for c in contexts))
-    return Defended(DIFFender(model, constant, pick(DIFFenderConfig, opts)), classifier)
+    contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED)).detach()
+    return Defended(DIFFender(model, contexts, pick(DIFFenderConfig, opts)), classifier)
 
 
 def open_classifier(opts: TargetOptions) -> Classifier:
