@@ -110,12 +110,14 @@ def test_workers_of_torchrun_give_the_results_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_workers_of_torchrun_tune_the_prompts_of_one_process(tmp_path):
-    args = ["--shots", "2", "--batch-size", "2", "--held-out", "0", "--rounds", "2", "--iters", "5", "--draws", "1"]
+    args = ["--shots", "2", "--batch-size", "2", "--held-out", "0", "--rounds", "1", "--iters", "5", "--draws", "1"]
     engine = ["-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # other threads round the attack otherwise
     found = []
     for n, start in enumerate((engine, [ROOT / "train.py"])):
         out = tmp_path / f"{n}.safetensors"
-        run = subprocess.run([sys.executable, *start, *args, "--out", out], capture_output=True, text=True)
+        command = [sys.executable, *start, *args, "--out", out]
+        run = subprocess.run(command, capture_output=True, text=True, env=alone)
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("fool") == 1, "one of them speaks"
         found.append(load_file(out))
