@@ -35,7 +35,7 @@ def in_turn(
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Median seconds of each, run one after the other, round by round, and what the last round gave.
 
-    The first round warms up and does not count.
+    The first round warms up and does not count, unless it is the only one.
     """
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds, outputs = {name: [] for name in contenders}, {}

@@ -23,18 +23,17 @@ def run(checkout: Path, script: str, *flags: str) -> None:
 
 
 def main() -> None:
-    flags = parser(__doc__, repeats=1)
+    flags = parser(__doc__, repeats=0)
     flags.add_argument("--before", type=Path, required=True, help="the other checkout")
     flags.add_argument("--only", choices=tuple(SCRIPTS), help="one of the two")
     flags.add_argument("--rounds", type=int, help="of train.py, in place of its default")
-    flags.add_argument("--warm", action="store_true", help="a first round that does not count")
     args = flags.parse_args()
     rows, figures = [], {}
     for name in [args.only] if args.only else SCRIPTS:
         few = ("--rounds", str(args.rounds)) if args.rounds and name == "train.py" else ()
         contenders = {"before": args.before, "now": HERE}
         runs = {who: lambda c=checkout, n=name, f=few: run(c, *SCRIPTS[n], *f) for who, checkout in contenders.items()}
-        seconds, _ = in_turn(runs, args.repeats - (not args.warm), args.device)
+        seconds, _ = in_turn(runs, args.repeats)
         figures[name] = seconds
         rows.append((" ".join(("python", name, *few)), *(f"{s:.0f}" for s in seconds.values()),
                      f"**{seconds['now'] / seconds['before']:.2f}**"))  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffender.cli import run
 from diffender.errors import InputError
-from diffender.report import STAGES, class_names, counted, read_records, share
+from diffender.report import STAGES, accuracies, class_names, counted, read_records
 
 WIDTH = 224  # of a picture on the page
 CURVE = (420, 190)  # of a chart
@@ -157,13 +157,8 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> str:
 
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
     """The whole document; `folder` holds the pictures of the stages."""
-    rows = []
-    for r in results["rows"]:
-        p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
-        cells = [escape(r["attack"]), r["gradient"], counted(r["undefended"]), counted(r["single"])]
-        rows.append([*cells, *(share(r[c]) for c in ("average", "worst", "majority")), p])
-    head = ("attack", "gradient", "undefended", f"{escape(results['defense'])}, single", "average",
-            f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
+    top, lines = accuracies(results)
+    head, *rows = [[escape(cell) for cell in line] for line in (top, *lines)]
     note = "<p class=soft>In per cent, with counts and Wilson intervals of 95 %.</p>"
     parts = [f"<h2>Accuracy</h2>{table(head, rows)}{note}"]
     if results.get("trust"):

@@ -60,8 +60,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def markdown(results: dict) -> str:
-    """The tables of a run: accuracy in per cent (Wilson 95 % interval), masks, checks, and how it came about."""
+def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the main table: accuracy in per cent with counts and Wilson 95 % intervals."""
     head = ("attack", "gradient", "undefended", f"{results['defense']}, single", "average",
             f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
     rows = []
@@ -69,6 +69,12 @@ def markdown(results: dict) -> str:
         p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
         rows.append((r["attack"], r["gradient"], counted(r["undefended"]), counted(r["single"]),
                      *(share(r[column]) for column in ("average", "worst", "majority")), p))  # fmt: skip
+    return head, rows
+
+
+def markdown(results: dict) -> str:
+    """The tables of a run: accuracy, masks, checks, and how it came about."""
+    head, rows = accuracies(results)
     if results["masks"]:
         rows = [tuple(f"**{c}**" if c else "" for c in r) if r[0].startswith("strongest") else r for r in rows]
     parts = [table(head, rows)]
