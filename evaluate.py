@@ -44,7 +44,10 @@ def main() -> None:
     experiment = prepare(opts)
     batch = pictures(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
-    print(f"{opts.prompt} prompts; {experiment.device}; {done} pictures done before; results in {experiment.folder}")
+    if not opts.quiet:
+        print(
+            f"{opts.prompt} prompts; {experiment.device}; {done} pictures done before; results in {experiment.folder}"
+        )
     work([experiment], batch)
     if opts.dry_run:
         print(json.dumps(resolved(opts), indent=1))
@@ -52,8 +55,10 @@ def main() -> None:
     wait()
     results = finish(experiment, batch) if is_first() else None
     if results is not None:
-        print(f"\n{markdown(results)}\npictures: {experiment.folder / 'grid.png'}")
-        print(f"peak memory {most_held_bytes(experiment.device) / GIB:.1f} GiB")
+        print(f"\n{markdown(results)}")
+        if not opts.quiet:
+            print(f"pictures and all else: {experiment.folder / 'report.html'}")
+            print(f"peak memory {most_held_bytes(experiment.device) / GIB:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Attacks the pictures with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
 cross-entropy of the mask (Eq. 4) + l1 to the clean picture (Eq. 5) + distance of classifier features (Eq. 6).
 Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes: those of the round whose masks fit a few
-held-out photographs best.
+held-out photographs best. Ctrl-C stops after the round in hand; the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.cli import ModelOptions, option, parse, pick, run
+from diffender.cli import ModelOptions, option, parse, pick, run, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from diffender.losses import TuningLoss
     from diffender.models.classifiers import Classifier
@@ -53,27 +55,32 @@ class Options(ModelOptions):
     sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), or ddim (paper)", choices=("dpmpp", "ddim"))
     guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none", low=0)
     seed: int = option(0, "of every random choice", low=0)
-    out: str = option("runs/prompts.safetensors", "where the prompts go")
+    out: str = option("runs/prompts.safetensors", "where the prompts go, and a tuning that was stopped goes on")
+    track: str = option("none", "package that hears losses along the way", choices=("none", "tensorboard", "wandb"))
 
 
 def main() -> None:
     opts = parse(Options, __doc__)
     # Imported after the options are known to be good: torch and timm take seconds.
     import torch
-    from tqdm import tqdm
 
     from diffender.attacks import AdvP
     from diffender.data import correct_subset, list_items
     from diffender.errors import InputError
+    from diffender.files import place_for
     from diffender.memory import footprint, keep_or_recompute
     from diffender.models.classifiers import load_classifier
     from diffender.noise import generator
     from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
+    from diffender.progress import bar
     from diffender.prompts import MANUAL, PromptPair, save_prompts
     from diffender.runs import open_model, pick_device, pick_dtype
     from diffender.workers import own_device, start
 
     started = time.monotonic()
+    path = place_for(Path(opts.out))
+    if unfinished(opts).is_file():
+        read_unfinished(opts)  # one that cannot go on shows before any work
     rank, workers = start()
     smallest = opts.shots % opts.batch_size or opts.batch_size  # batch
     if workers > smallest:
@@ -88,10 +95,10 @@ def main() -> None:
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
-    with tqdm(total=attack.iters, desc="attacking the photographs", mininterval=1, disable=rank > 0) as bar:
-        attacked = attack(Undefended(classifier), x, y, batch.ids, opts.seed, callback=lambda _step: bar.update())
+    with bar(attack.iters, "attacking the photographs", opts.quiet or rank > 0) as progress:
+        attacked = attack(Undefended(classifier), x, y, batch.ids, opts.seed, callback=lambda _: progress.update())
     fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
-    if rank == 0:
+    if rank == 0 and not opts.quiet:
         print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
 
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
@@ -108,10 +115,9 @@ def main() -> None:
     if rank > 0:
         return
 
-    path = Path(opts.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "terms": terms, "torch": torch.__version__}
     save_prompts(prompts, path, header)
+    unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
 
 
@@ -144,50 +150,128 @@ def tune(
     """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms.
 
     Of each batch this process takes every `workers`-th picture, from the `rank`-th; gradients are added up over all.
+    After each round a file beside --out holds all that the next one needs, so that the same command goes on.
     """
     import torch
-    from tqdm import tqdm
 
-    from diffender.metrics import mask_scores
-    from diffender.workers import add_up
+    from diffender.files import whole
+    from diffender.interruption import patient
+    from diffender.progress import TRACKERS, bar
+    from diffender.runs import command
 
-    names = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R")
     shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
     batches = shots.split(opts.batch_size)
     parts = [(every.part(rows[rank::workers]), len(rows[rank::workers]) / len(rows)) for rows in batches]
     held_out = every.part(held_out)
     optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
-    best, kept, empty = {}, {}, defense.contexts.empty
-    bar = tqdm(range(opts.rounds), desc="tuning", mininterval=1, disable=rank > 0)
-    for round_ in bar:
-        steps = []
-        for part, share in parts:
-            defense.contexts = prompts(defense.model, empty)
-            loss, iou = tuning_step(opts, defense, classifier, part, f"tuning {round_}")
-            optimizer.zero_grad()
-            (share * loss.total).backward()
-            terms = share * torch.stack([*loss, iou]).detach()
-            ctxs = (prompts.ctx_locate, prompts.ctx_restore)
-            add_up(terms, *(ctx.grad for ctx in ctxs))
-            norms = [ctx.grad.norm().item() for ctx in ctxs]
-            assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
-            optimizer.step()
-            schedule.step()
-            steps.append([*terms.tolist(), *norms])
-        terms = {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
-        if held_out.ids:
-            with torch.no_grad():
-                defense.contexts = prompts(defense.model, empty)
-                noise = defense.sample_noise(held_out.ids, opts.seed, "held out")
-                found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
-            terms["held_out_iou"] = mask_scores(found.mask, held_out.mask).iou.mean().item()
-        if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
-            best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
-        if rank == 0:
-            bar.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+    best, kept, begun = {}, {}, 0
+    if unfinished(opts).is_file():
+        done = read_unfinished(opts)
+        for what in (prompts, optimizer, schedule):
+            what.load_state_dict(done[type(what).__name__])
+        best, kept, begun = done["best"], done["kept"], done["rounds"]
+    empty, speaks = defense.contexts.empty, rank == 0 and not opts.quiet
+    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, asdict(opts))
+    progress = bar(opts.rounds, "tuning", not speaks, initial=begun)
+    with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
+        for round_ in range(begun, opts.rounds):
+            terms = tuning_round(opts, defense, classifier, prompts, optimizer, schedule, parts, round_, empty)
+            if held_out.ids:
+                terms["held_out_iou"] = mask_fit(opts, defense, prompts, held_out, empty)
+            if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
+                best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
+            if rank == 0:
+                state = {type(what).__name__: what.state_dict() for what in (prompts, optimizer, schedule)}
+                state |= {"best": best, "kept": kept, "rounds": round_ + 1, "settings": resolved(opts)}
+                with whole(unfinished(opts)) as partial:
+                    torch.save(state, partial)
+            if speaks:
+                progress.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+            log({name: value for name, value in terms.items() if name != "round"}, round_)
+            progress.update()
+            may_stop()
     prompts.load_state_dict(kept)
     return best
+
+
+def unfinished(opts: Options) -> Path:
+    """Where a tuning that has not ended is kept."""
+    return Path(f"{opts.out}.unfinished")
+
+
+def resolved(opts: Options) -> dict:
+    """What a tuning that goes on must share with the one that stopped."""
+    from diffender.runs import model_hashes
+
+    return settings(opts, "out") | {"sha256": model_hashes(opts)}
+
+
+def read_unfinished(opts: Options) -> dict:
+    """Raises InputError for a file that is damaged, or a tuning with other settings."""
+    import pickle
+
+    import torch
+
+    from diffender.errors import InputError
+    from diffender.files import one_line
+
+    path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
+    try:
+        state = torch.load(path, map_location=opts.device if opts.device != "auto" else None, weights_only=True)
+        theirs = state["settings"]
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        raise InputError(f"{path} is damaged ({one_line(e)}); {advice}") from e
+    mine = resolved(opts)
+    if changed := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
+        raise InputError(f"{path} holds a tuning with other settings ({', '.join(changed)}); {advice}")
+    return state
+
+
+def tuning_round(
+    opts: Options,
+    defense: DIFFender,
+    classifier: Classifier,
+    prompts: PromptPair,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    parts: list[tuple[Shots, float]],
+    round_: int,
+    empty: Tensor,
+) -> dict[str, float]:
+    """A step for each batch: this process's pictures of it, and their share. Returns the mean terms."""
+    import torch
+
+    from diffender.workers import add_up
+
+    names, steps = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R"), []
+    for part, share in parts:
+        defense.contexts = prompts(defense.model, empty)
+        loss, iou = tuning_step(opts, defense, classifier, part, f"tuning {round_}")
+        optimizer.zero_grad()
+        (share * loss.total).backward()
+        terms = share * torch.stack([*loss, iou]).detach()
+        ctxs = (prompts.ctx_locate, prompts.ctx_restore)
+        add_up(terms, *(ctx.grad for ctx in ctxs))
+        norms = [ctx.grad.norm().item() for ctx in ctxs]
+        assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
+        optimizer.step()
+        schedule.step()
+        steps.append([*terms.tolist(), *norms])
+    return {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
+
+
+def mask_fit(opts: Options, defense: DIFFender, prompts: PromptPair, held_out: Shots, empty: Tensor) -> float:
+    """Mean IoU of the masks on photographs that the prompts are not tuned on."""
+    import torch
+
+    from diffender.metrics import mask_scores
+
+    with torch.no_grad():
+        defense.contexts = prompts(defense.model, empty)
+        noise = defense.sample_noise(held_out.ids, opts.seed, "held out")
+        found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
+    return mask_scores(found.mask, held_out.mask).iou.mean().item()
 
 
 def tuning_step(

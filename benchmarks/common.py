@@ -13,9 +13,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffender.cli import keep_freed_memory
 from diffender.diffusion import LatentDiffusion
+from diffender.files import write_json, write_text
 from diffender.layouts import unet_name, vae_name
 from diffender.report import table
-from diffender.runs import machine, write_json, write_text
+from diffender.runs import machine
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.patch import Attacked
@@ -28,14 +27,15 @@ from diffender.cli import TargetOptions, option, parse, pick, run
 from diffender.data import Batch, correct_subset, list_items
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
-from diffender.files import read_header, sha256
+from diffender.files import place_for, read_header, sha256, write_json, write_text
 from diffender.metrics import map_auc, mask_scores
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
+from diffender.progress import bar
 from diffender.prompts import SHIPPED, contexts_for
-from diffender.report import stretch, table
+from diffender.report import save_figure, stretch, table
 from diffender.restore import composite
-from diffender.runs import command, machine, model_hashes, open_model, pick_device, write_json
+from diffender.runs import command, machine, model_hashes, open_model, pick_device
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ STUDIES = {"choices": choices, "parts": parts, "noise": noise}
 
 def main() -> None:
     opts = parse(Options, __doc__)
+    out = place_for(Path(opts.out) / "results.json").parent
     names = opts.study.split(",")
     if unknown := set(names) - {*STUDIES, "pictures"}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, pictures")
@@ -134,19 +135,17 @@ def main() -> None:
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
     base = pick(DIFFenderConfig, opts)
-    out = Path(opts.out)
-    out.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name == "pictures":
             results[name] = show(opts, build(opts, model, opts.prompt, base), classifier, batch, attacked)
             continue
-        settings = tqdm(STUDIES[name](opts.prompt, base), desc=name, mininterval=1)
+        settings = bar(STUDIES[name](opts.prompt, base), name, opts.quiet)
         results[name] = [
             measure(opts, name, build(opts, model, s.prompt, s.cfg), s, batch, attacked, classifier) for s in settings
         ]
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
-    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    write_text(out / "table.md", markdown(results))
     if "noise" in results:
         plot_noise(results, out / "noise.png")
     print(f"\n{markdown(results)}")
@@ -154,7 +153,7 @@ def main() -> None:
 
 def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
     victim = Undefended(classifier)
-    parts = tqdm(slices(opts, batch), desc="attacking", mininterval=1)
+    parts = bar(slices(opts, batch), "attacking", opts.quiet)
     done = [attack(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.seed) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
@@ -296,7 +295,7 @@ def plot_noise(results: dict, path: Path) -> None:
     left.legend(fontsize=6, ncols=3, loc="center")
     right.set(xlabel="noise ratio", ylabel="AUC, patch against the rest", ylim=(0.4, 1))
     right.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

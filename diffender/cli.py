@@ -2,14 +2,17 @@
 
 import argparse
 import ctypes
+import errno
+import signal
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from diffender.errors import InputError, nearest
+from diffender.interruption import Interrupted
 
 Options = TypeVar("Options")
 Fields = TypeVar("Fields")
@@ -34,7 +37,9 @@ class ModelOptions:
     """Which diffusion model runs, and how: the flags that the scripts share."""
 
     model: str = option(
-        "auto", "preset of diffender.diffusion; auto: the embedded tiny, or what --weights holds", group="the model"
+        "auto",
+        "preset of diffender.diffusion; auto: the embedded tiny, or what --weights holds",
+        group="the model, and where it runs",
     )
     weights: str | None = option(None, "single file or Hugging Face folder; random: for trials at full size")
     ema: bool = option(False, "take the averaged copies of the UNet, which some files of training hold")
@@ -53,6 +58,7 @@ class ModelOptions:
         "(default: where they take no more than a quarter of the free memory)",
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, ...")
+    quiet: bool = option(False, "only results and errors: no progress, no forecast")
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,25 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     return cls(**vars(args))
 
 
+FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: no result depends on them
+
+
+def settings(opts: Any, *free: str) -> dict:
+    """The options that results depend on: all but FREE and those named."""
+    return {k: v for k, v in asdict(opts).items() if k not in (*FREE, *free)}
+
+
 def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
     """A dataclass from the options of the same names; an option that is None leaves it its own default."""
     values = {f.name: getattr(opts, f.name, None) for f in fields(cls)}
     return cls(**{name: value for name, value in values.items() if value is not None} | override)
+
+
+KEPT = "what is written stays, and the same command with the same --name or --out goes on"
+FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space: {KEPT}") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
+    "choose another place, or change its permissions",
+)  # of files, by what the system says
 
 
 def keep_freed_memory() -> None:
@@ -148,11 +169,23 @@ def keep_freed_memory() -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call main and exit: 0, or 2 with one line where the input is at fault."""
+    """Call main and exit: 0; 2 with one line where the input, the disk or a permission is at fault; 130 where Ctrl-C
+    or SIGTERM stopped it."""
     keep_freed_memory()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         main()
-    except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        code = 0
+    except (InputError, Interrupted) as e:
+        told, code = str(e), 2 if isinstance(e, InputError) else 130
+    except KeyboardInterrupt:
+        told, code = f"stopped; {KEPT}", 130
+    except OSError as e:
+        if e.errno not in FAULTS:
+            raise
+        told, code = f"{e.filename or 'a file'}: {e.strerror}; {FAULTS[e.errno]}", 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+    sys.exit(code)

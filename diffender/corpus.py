@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from diffender.errors import InputError
 from diffender.files import read_header, save_atomic
+from diffender.progress import bar
 
 
 class Photos(NamedTuple):
@@ -47,7 +47,7 @@ def load_photos(source: Path, short_side: int) -> Photos:
         rows = captioned_files(source)
         captions = [caption for _, caption in rows]
         pictures = (path for path, _ in rows)
-    for picture in tqdm(pictures, desc="reading photographs", total=len(captions), mininterval=5):
+    for picture in bar(list(pictures), "reading photographs"):
         images.append(pil_to_tensor(resized(Image.open(picture), short_side)))
     return Photos(images, captions)
 
@@ -71,7 +71,7 @@ def resized(image: Image.Image, short_side: int) -> Image.Image:
 def pack(root: Path, out: Path, short_side: int = 256, quality: int = 80) -> None:
     """Put a folder of photographs into one small safetensors file of JPEGs, to carry to another machine."""
     parts, captions = [], []
-    for path, caption in tqdm(captioned_files(root), desc="packing", mininterval=5):
+    for path, caption in bar(list(captioned_files(root)), "packing"):
         buffer = io.BytesIO()
         resized(Image.open(path), short_side).save(buffer, "JPEG", quality=quality, optimize=True)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))

@@ -3,18 +3,22 @@
 import csv
 import hashlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from diffender.errors import InputError
+from diffender.files import one_line
 from diffender.models.classifiers import Classifier, ClassifierConfig
 from diffender.noise import generator
 
+LONGEST = 20  # of a picture's sides, in shorter ones
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -89,17 +93,33 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
     For recognisers of faces: the middle 160 pixels of an LFW picture, and anything else whole, stretched to the square.
     """
-    return fit_image(open_image(path), cfg)
-
-
-def open_image(path: Path) -> Image.Image:
-    """In RGB. Raises InputError for a file that is missing or no picture."""
+    image = open_image(path)
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return fit_image(image, cfg)
+    except InputError as e:
+        raise InputError(f"{path} is {e}") from e
+
+
+def open_image(path: Path, upright: bool = False) -> Image.Image:
+    """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
+    file that is missing, no picture, or one of more than 179 million pixels, Pillow's limit."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({e})"
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
         raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
+    if image.mode.startswith("I"):  # Pillow would cut values off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
@@ -108,6 +128,11 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
         if image.size == (250, 250):  # LFW: the face is in the middle
             image = image.crop((45, 45, 205, 205))
         return pil_to_tensor(image.resize((cfg.size, cfg.size), Image.Resampling.BILINEAR)).float() / 255
+    if max(image.size) > LONGEST * min(image.size):
+        raise InputError(
+            f"a picture of {' x '.join(map(str, image.size))} pixels; one side is at most {LONGEST} times the "
+            "other: crop it"
+        )
     scale = cfg.resize / min(image.size)
     size = [max(cfg.resize, round(side * scale)) for side in image.size]
     image = image.resize(size, getattr(Image.Resampling, cfg.interpolation.upper()))

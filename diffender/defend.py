@@ -4,23 +4,22 @@
     python -m diffender.defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
 
 For every picture NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
-a line in defended.jsonl. The model works at its own resolution and keeps the picture's proportions; pixels outside the
-mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. In
-Python:
+a line in per_image.jsonl. The model works at its own resolution and keeps the picture's proportions; pixels outside the
+mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
+stops after the picture in hand, and the same command goes on. In Python:
 
     from diffender.defend import Defender
     found = Defender()(Image.open("photo.jpg"))
     found.restored.save("clean.png")
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.cli import DefenseOptions, option, parse, pick, run
+from diffender.cli import DefenseOptions, option, parse, pick, run, settings
 from diffender.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,14 +68,15 @@ class Defender:
         self.defenses = {}  # by the size that they work at
 
     def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
-        """A picture of any mode; noise follows from its name."""
+        """A picture of any size and mode; noise follows from its name."""
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+        from diffender.data import as_rgb
         from diffender.pipeline import DIFFender
         from diffender.report import stretch
 
         started = time.monotonic()
-        image = image.convert("RGB")
+        image = as_rgb(image)
         x = (pil_to_tensor(image).float() / 255)[None].to(self.model.alphas_cumprod.device)
         size = working_size(image.size, self.model.cfg)
         if size not in self.defenses:
@@ -132,36 +132,48 @@ def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
     return found
 
 
+def resolved(opts: Options) -> dict:
+    """What all pictures of an --out share."""
+    from diffender.files import sha256
+    from diffender.prompts import SHIPPED
+    from diffender.runs import model_hashes
+
+    hashes = {"model": model_hashes(opts)}
+    files = {"classifier": opts.classifier_weights, "prompts": opts.prompts or SHIPPED}
+    hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
+    return settings(opts, "paths", "out") | {"sha256": hashes}
+
+
 def main() -> None:
     opts = parse(Options, __doc__)
     pictures = find_pictures(opts.paths)
     # Imported after the options are known to be good: torch takes seconds.
-    from tqdm import tqdm
-
     from diffender.data import open_image
+    from diffender.files import sha256, whole
+    from diffender.interruption import patient
+    from diffender.progress import bar
+    from diffender.runs import append_records, command, open_run
 
-    folder = Path(opts.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = (folder / "defended.jsonl").open("w", encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"cannot write to --out {folder} ({e.strerror}); choose another folder") from e
     defend, failed = Defender(opts), []
-    with lines:
-        for name, file in tqdm(pictures, unit="picture", disable=None):
+    own = Path(opts.out) / "per_image.jsonl"
+    done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
+    with patient(f"stopped between two pictures; go on with: {command()}") as may_stop:
+        for name, file in bar(pictures, "defending", opts.quiet, unit=" pictures"):
             try:
-                found = defend(open_image(file), name)
+                image, digest = open_image(file, upright=True), sha256(file)
+                if done.get(name, digest) != digest:
+                    raise InputError(f"{file} is not the picture that {own} tells of; choose another --out")
+                found = defend(image, name) if name not in done else None
             except InputError as e:
                 failed.append(str(e))
                 continue
-            for kind in ("restored", "mask", "heatmap"):
-                path = folder / f"{name}_{kind}.png"
-                partial = path.with_suffix(".partial")
-                getattr(found, kind).save(partial, format="PNG")
-                partial.rename(path)
-            lines.write(json.dumps({"file": str(file), "name": name} | found.record) + "\n")
-            lines.flush()
-    print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures defended; results in {folder}")
+            if found is not None:
+                for kind in ("restored", "mask", "heatmap"):
+                    with whole(own.with_name(f"{name}_{kind}.png")) as partial:
+                        getattr(found, kind).save(partial, format="PNG")
+                append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
+                may_stop()
+    print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures defended; results in {opts.out}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)

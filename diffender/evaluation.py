@@ -28,6 +28,19 @@ class Plan(NamedTuple):
     adaptive: dict[str, tuple[Attack, Victim]]  # on the defence, starting from the base's state, by kind of gradient
 
 
+class Reading(NamedTuple):
+    """What a classifier sees: classes, and how sure it is of them."""
+
+    label: list[int]
+    confidence: list[float]  # its softmax, in [0, 1]
+
+
+def read(logits: Tensor) -> Reading:
+    """From logits (B, K)."""
+    confidence, label = logits.detach().softmax(dim=1).max(dim=1)
+    return Reading(label.tolist(), [round(c, 4) for c in confidence.tolist()])
+
+
 class Verdict(NamedTuple):
     """Whether a picture is read right after purifications with fresh noise: in [0, 1] each."""
 
@@ -46,15 +59,17 @@ def verdict(seen: Sequence[int], label: int) -> Verdict:
 
 
 def purifications(
-    target: Defended, x: Tensor, ids: Sequence[str], seed: int, n: int
-) -> tuple[Purified, list[list[int]]]:
-    """The first of n purifications with noise that no attack has seen, and what the classifier sees in each, a list a
-    picture. Clean pictures and all attacks get the same noise, so that pairs compare like with like."""
+    target: Defended, x: Tensor, ids: Sequence[str], seed: int, n: int, batch: int = 1
+) -> tuple[Purified, list[list[int]], list[float]]:
+    """The first of n purifications with noise that no attack has seen, `batch` of them side by side; what the
+    classifier sees in each, a list a picture; how sure it is of the first. Clean pictures and all attacks get the same
+    noise, so that pairs compare like with like."""
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
-    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1])
+    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1], batch)
     first = next(outs)
-    seen = [target.classifier(out.image).argmax(dim=1) for out in (first, *outs)]
-    return first, torch.stack(seen, dim=1).expand(-1, n).tolist()  # without randomness one says it all
+    readings = [read(target.classifier(out.image)) for out in (first, *outs)]
+    seen = [list(labels) * (n // len(readings)) for labels in zip(*(r.label for r in readings), strict=True)]
+    return first, seen, readings[0].confidence  # without randomness one says it all
 
 
 def evaluate_batch(
@@ -67,37 +82,42 @@ def evaluate_batch(
     seed: int,
     folder: Path,
     n: int = 10,
+    noises: int = 1,
     on_step: Callable[[int], None] = lambda pictures: None,
     bases: dict | None = None,
 ) -> list[dict]:
     """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each; pictures go to `folder`.
 
-    Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there. `on_step` hears
-    the number of pictures after each step of an attack on the undefended classifier. `bases` keeps the patches made on
-    it, for other defences of the same classifier.
+    Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there, by n
+    purifications, `noises` of them side by side. `on_step` hears the number of pictures after each step of an attack on
+    the undefended classifier. `bases` keeps the patches made on it, for other defences of the same classifier.
     """
     x = to_8bit(x)
-    clean, seen = purifications(target, x, ids, seed, n)
+    clean, seen, sure = purifications(target, x, ids, seed, n, noises)
     names = file_names(ids)
     areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
-    reads = undefended(x, None).argmax(dim=1).tolist()
-    records = [
-        {"id": i, "file": name, "label": label, "undefended": read, "defended": labels, "masked": area, "attacks": {}}
-        for i, name, label, read, labels, area in zip(ids, names, y.tolist(), reads, seen, areas, strict=True)
-    ]
+    alone = read(undefended(x, None))
+    columns = {
+        "id": ids, "file": names, "label": y.tolist(), "undefended": alone.label, "defended": seen,
+        "confidence": list(zip(alone.confidence, sure, strict=True)), "masked": areas,
+    }  # fmt: skip
+    records = [{name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
     for plan in plans:
         for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step, {} if bases is None else bases):
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
-            out, seen = purifications(target, image, ids, seed, n)
+            out, seen, sure = purifications(target, image, ids, seed, n, noises)
+            alone = read(undefended(image, None))
             columns = {
-                "undefended": undefended(image, None).argmax(dim=1).tolist(),
+                "undefended": alone.label,
                 "defended": seen,
+                "confidence": list(zip(alone.confidence, sure, strict=True)),
                 "masks": mask_columns(out, mask),
                 "area": mask.mean(dim=(1, 2, 3)).tolist(),
                 "queries": made.queries.tolist(),
                 "loss": [thin(row.tolist()) for row in made.trace],
+                "fooled": [thin(row.tolist()) for row in made.fooled],
             }
             for b, record in enumerate(records):
                 record["attacks"][variant] = {name: column[b] for name, column in columns.items()}

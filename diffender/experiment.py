@@ -3,19 +3,21 @@
 A table is a list of experiments on the same pictures; they share the patches made on the undefended classifier.
 """
 
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from diffender.cli import settings
 from diffender.data import Batch, correct_subset
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import named_images
-from diffender.evaluation import VOTES, Plan, evaluate_batch, summarize
-from diffender.files import read_header, sha256
+from diffender.evaluation import VERDICTS, VOTES, Plan, evaluate_batch, summarize
+from diffender.files import read_header, sha256, write_json, write_text
+from diffender.interruption import patient
 from diffender.page import page
 from diffender.pipeline import Defended, Undefended
 from diffender.plans import (
@@ -34,10 +36,10 @@ from diffender.plans import (
     split,
     without,
 )  # fmt: skip
+from diffender.progress import TRACKERS, Progress
 from diffender.prompts import SHIPPED
 from diffender.report import class_names, markdown, read_records, save_grid
 from diffender.runs import (
-    Progress,
     append_records,
     command,
     machine,
@@ -46,12 +48,10 @@ from diffender.runs import (
     open_run,
     pick_device,
     pick_dtype,
-    write_json,
-    write_text,
 )  # fmt: skip
 from diffender.trust import trust_report
 
-NO_MATTER = ("name", "images", "batch_size", "eot_batch", "micro_batch", "keep", "max_memory", "device", "trust",
+NO_MATTER = ("name", "images", "batch_size", "eot_batch", "max_memory", "trust",
              "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames", "dry_run",
              "list")  # fmt: skip
 
@@ -99,16 +99,35 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     forecasts = [
         forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
     ]
-    announce(opts, forecasts)
+    if not opts.quiet:
+        announce(opts, forecasts)
     if opts.dry_run:
         return
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
-    with Progress(model, sum(f.work for f in forecasts), opts.attack) as progress:
+    follow = [TRACKERS[opts.track](e.folder, resolved(e.opts)) for e in experiments]
+    total = sum(f.work for f in forecasts)
+    with patient(how_to_go_on(experiments[0])) as may_stop, Progress(model, total, opts.attack, opts.quiet) as progress:
         for turn in zip(*left, strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
-            for e, (part, costly) in zip(experiments, turn, strict=True):
+            for e, (part, costly), log in zip(experiments, turn, follow, strict=True):
                 if part:
                     judge_part(e, batch, part, costly, progress, bases)
+                    if opts.track != "none":
+                        log_accuracies(e, log)
+                    may_stop()
+
+
+def how_to_go_on(e: Experiment) -> str:
+    """The command that resumes a run: its own, and the name that it was given."""
+    named = "--name" in sys.argv or e.opts.table or e.opts.figure
+    return f"stopped between two pictures; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
+
+
+def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
+    """Of the pictures done so far, to the tracker."""
+    records = read_records(e.folder)
+    rows = summarize(records)["rows"]
+    log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
 
 
 def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, bases: dict) -> None:
@@ -117,7 +136,8 @@ def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progr
     with named_images(ids):
         records = evaluate_batch(
             Undefended(e.target.classifier), e.target, [without(p, () if costly else COSTLY) for p in e.plans],
-            ids, x, y, e.opts.seed, e.folder, e.opts.verdicts, lambda n: progress.advance(n * PLAIN), bases,
+            ids, x, y, e.opts.seed, e.folder, e.opts.verdicts, e.opts.eot_batch,
+            lambda n: progress.advance(n * PLAIN), bases,
         )  # fmt: skip
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     shares = {name: value / len(records) for name, value in spent.items()}
@@ -159,12 +179,12 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 
 def resolved(opts: Options) -> dict:
     """All that a picture's result depends on: what a resumed run must share. More pictures may join."""
-    settings = {k: v for k, v in asdict(opts).items() if k not in NO_MATTER}
-    settings["attack"] = ",".join(attacks(opts))  # all is its four by name
-    settings["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
+    found = settings(opts, *NO_MATTER)
+    found["attack"] = ",".join(attacks(opts))  # all is its four by name
+    found["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
     hashes = {"model": model_hashes(opts)}
     files = {"classifier": opts.classifier_weights, "generator": opts.generator, "patches": opts.patch_file}
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
     if opts.prompt == "tuned":
         hashes["prompts"] = sha256(Path(opts.prompts or SHIPPED))
-    return settings | {"torch": torch.__version__, "sha256": hashes}
+    return found | {"torch": torch.__version__, "sha256": hashes}

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffender.cli import option, parse, run
 from diffender.data import SUFFIXES, Item, load_image
 from diffender.errors import InputError
 from diffender.models.classifiers import HALF, Classifier, ClassifierConfig
 from diffender.models.faces import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
+from diffender.progress import bar
 
 STD = (128 / 255,) * 3  # (255 x - 127.5) / 128
 RECOGNIZERS = {
@@ -173,7 +173,7 @@ def main() -> None:
     embed = Classifier(load_recognizer(opts.classifier, opts.classifier_weights), cfg)
     pairs = read_pairs(Path(opts.pairs), Path(opts.data))
     files = dict.fromkeys(file for a, b, _ in pairs for file in (a, b))
-    known = {file: embed(load_image(file, cfg)[None])[0] for file in tqdm(files, disable=None)}
+    known = {file: embed(load_image(file, cfg)[None])[0] for file in bar(files, "embedding")}
     distances = torch.stack([(known[a] - known[b]).square().sum() for a, b, _ in pairs])
     found = verify(distances, torch.tensor([same for _, _, same in pairs]))
     print(f"{100 * found.accuracy:.2f} % of {len(pairs)} pairs right, mean of 10 folds, {opts.classifier}, threshold "

@@ -23,11 +23,12 @@ from diffender.defenses import build
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
 from diffender.experiment import pictures
+from diffender.files import write_json, write_text
 from diffender.paper import FIGURE_8
 from diffender.pipeline import Defended, Undefended
 from diffender.plans import Options, build_target, fill
-from diffender.report import stretch, table
-from diffender.runs import command, machine, pick_device, write_json, write_text
+from diffender.report import save_figure, stretch, table
+from diffender.runs import command, machine, pick_device
 from diffender.schedule import noise_timestep, predict_x0, q_sample
 from diffender.tables import NAMES, Row, run_rows, share
 from diffender.workers import is_first
@@ -90,7 +91,7 @@ def draw(columns: dict[str, Tensor], path: Path) -> None:
             axes[r, c].imshow(shown, cmap="inferno" if "difference" in title else "gray", vmin=0, vmax=1)
             axes[r, c].set_axis_off()
         axes[0, c].set_title(title, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def figure_1(s: Scene, folder: Path) -> str:
@@ -143,7 +144,7 @@ def figure_4(s: Scene, folder: Path) -> str:
     high = max(inner + outer)
     axis.plot([0, high], [0, high], color="grey", linewidth=0.8)
     axis.set(xlabel="mean difference outside of the patch", ylabel="inside")
-    figure.savefig(folder / "figure.png", dpi=110)
+    save_figure(figure, folder / "figure.png")
     write_json(folder / "points.json", {"ids": s.batch.ids, "inside": inner, "outside": outer})
     above = sum(i > o for i, o in zip(inner, outer, strict=True))
     return f"Fig. 4: the difference is larger inside of the patch in {above} of {len(inner)} pictures.\n"
@@ -182,7 +183,7 @@ def figure_8(opts: Options, folder: Path) -> str:
         axis.plot(THETAS, [100 * share(line, column)["accuracy"] for line in lines], marker="o", label=column)
     axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
     axis.legend(fontsize=7)
-    figure.savefig(folder / "figure.png", dpi=110)
+    save_figure(figure, folder / "figure.png")
     cells = [
         (str(theta), *(f"{100 * share(line, c)['accuracy']:.1f} ({share(line, c)['right']:.0f})" for c in columns))
         for theta, line in zip(THETAS, lines, strict=True)

@@ -1,7 +1,11 @@
-"""Safetensors files in and out: whole or not at all, and one clear line for whatever is not one."""
+"""Files in and out: whole or not at all, and one clear line for whatever is not the safetensors file it should be."""
 
 import hashlib
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,17 +18,47 @@ from diffender.errors import InputError
 PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
 
 
-def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
-    """Write a safetensors file with `header` as JSON in its metadata; nothing is left behind half-written."""
-    partial = path.with_name(path.name + ".partial")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write to in place of `path`, which it becomes when the block ends well; else nothing is left of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
     try:
-        save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+        yield partial
         partial.rename(path)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"cannot write {path} ({one_line(e)})") from e
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
+    """Write a safetensors file with `header` as JSON in its metadata."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot write {path} ({one_line(e)}); free some space, or choose another place") from e
+
+
+def place_for(path: Path) -> Path:
+    """The path of a file to be written after long work, its folder made. Raises InputError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as f:
+            f.write(b"?")
+    except OSError as e:
+        raise InputError(f"cannot write to {path.parent} ({e.strerror}); choose another place") from e
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffender.attacks import AdvP
 from diffender.cli import pick
@@ -26,14 +25,16 @@ from diffender.defenses.jpeg import JPEG
 from diffender.errors import InputError
 from diffender.evaluation import file_names, proportion
 from diffender.experiment import Experiment
+from diffender.files import write_json, write_text
 from diffender.models.classifiers import Classifier
 from diffender.noise import generator
 from diffender.paper import QUOTED
 from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.pipeline import Purified, Undefended
 from diffender.plans import mine
+from diffender.progress import bar
 from diffender.report import read_records, save_png, table
-from diffender.runs import append_records, command, machine, write_json, write_text
+from diffender.runs import append_records, command, machine
 from diffender.workers import is_first, wait
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
@@ -66,7 +67,7 @@ def film(e: Experiment, batch: Batch) -> None:
     digital = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
     over_poses = replace(digital, eot=max(opts.eot, 4))
     done = {r["id"] for r in read_records(e.folder)}
-    for i in tqdm(mine(opts, len(batch.ids)), desc="filming", mininterval=1):
+    for i in bar(mine(opts, len(batch.ids)), "filming", opts.quiet):
         image_id = batch.ids[i]
         if image_id in done:
             continue
@@ -99,7 +100,7 @@ def judge_photographs(e: Experiment) -> list[str]:
         found = f"has the columns {', '.join(rows[0])}" if rows else "has no rows"
         raise InputError(f"{path} {found}; --frames wants file, label, configuration, clean")
     done = {r["id"] for r in read_records(e.folder)}
-    for i in tqdm(mine(e.opts, len(items)), desc="photographs", mininterval=1):
+    for i in bar(mine(e.opts, len(items)), "photographs", e.opts.quiet):
         item, row = items[i], rows[i]
         if item.id in done:
             continue

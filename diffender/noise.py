@@ -29,6 +29,15 @@ def generator(*key: int | str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
+    """The noise of several batches as that of one; None where nothing is random."""
+    if noises[0] is None:
+        return None
+    if isinstance(noises[0], Tensor):
+        return torch.cat(list(noises))
+    return type(noises[0])(*map(torch.cat, zip(*noises, strict=True)))
+
+
 def sample_noise(
     shape: tuple[int, int, int],
     draws: int,

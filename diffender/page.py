@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffender.cli import run
 from diffender.errors import InputError
+from diffender.files import write_text
 from diffender.report import STAGES, accuracies, class_names, counted, read_records
 
 WIDTH = 224  # of a picture on the page
@@ -194,8 +195,6 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
 
 
 def main() -> None:
-    from diffender.runs import write_text  # torch; not for the page itself
-
     for folder in map(Path, sys.argv[1:]):
         if not (folder / "results.json").is_file():
             raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")

@@ -1,6 +1,6 @@
 """The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from diffender.localize import SCORES, difference_map, refine_mask
 from diffender.losses import decoy, evasion
 from diffender.models.classifiers import Classifier
 from diffender.models.vae import Posterior
-from diffender.noise import Noise, sample_noise
+from diffender.noise import Noise, sample_noise, stack
 from diffender.ops import STE, binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
@@ -169,11 +169,16 @@ class DIFFender(nn.Module):
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 
 
-def passes(defense: Callable, x: Tensor, noises: Iterable) -> Iterator:
-    """defense(x, noise) for one noise after the other; ours encodes the pictures once."""
-    known = {"posterior": defense.posterior(x)} if isinstance(defense, DIFFender) else {}
-    for noise in noises:
-        yield defense(x, noise, **known)
+def passes(defense: Callable, x: Tensor, noises: Sequence, batch: int = 1) -> Iterator[Purified]:
+    """defense(x, noise) for each noise, `batch` of them side by side: the same either way. Ours encodes x once."""
+    posterior = defense.posterior(x) if isinstance(defense, DIFFender) else None
+    for start in range(0, len(noises), batch):
+        part = noises[start : start + batch]
+        n = (len(part), 1, 1, 1)
+        known = {} if posterior is None else {"posterior": Posterior(*(moment.repeat(n) for moment in posterior))}
+        out = defense(x.repeat(n), stack(part), **known)
+        split = ([None] * len(part) if field is None else field.split(len(x)) for field in out)
+        yield from map(Purified, *split)
 
 
 class Defended(nn.Module):

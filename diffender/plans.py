@@ -50,6 +50,7 @@ class Options(TargetOptions):
         "laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS), group="the budget"
     )
     images: int | None = option(None, "number of pictures, of those the classifier gets right", low=1)
+    batch_size: int = option(1, "pictures side by side; changes no result; a killed process loses as many", low=1)
     defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
     attack: str = option(
         "advp", "names of diffender.attacks with commas between, all (the paper's four), or none", group="the attack"
@@ -68,7 +69,7 @@ class Options(TargetOptions):
     iters: int | None = option(None, "steps of the adaptive attack, generations of rhde", low=1)
     iters_undefended: int | None = option(None, "steps of the attack on the classifier alone", low=1)
     eot: int | None = option(None, "noise samples averaged in a step", low=1)
-    eot_batch: int = option(1, "of them side by side; changes no result, takes memory", low=1)
+    eot_batch: int = option(8, "of them, and of verdicts, side by side; changes no result, takes memory", low=1)
     restarts: int | None = option(None, "attempts, of which the best on fresh noise counts", low=1)
     ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
     ste_k: float = option(5.0, "slope of the sigmoid", low=0.01)
@@ -95,6 +96,7 @@ class Options(TargetOptions):
     shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
     max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
     name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
+    track: str = option("none", "package that hears accuracies along the way", choices=("none", "tensorboard", "wandb"))
     dry_run: bool = option(False, "say what would be done and what it would cost, and do nothing")
     list: bool = option(False, "the names of models, classifiers, attacks, gradients and defences, and nothing else")
 
@@ -183,7 +185,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     model, classifier = target.defense.model, target.classifier
     device = classifier.mean.device
     one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
-    rows = opts.batch_size * opts.eot_batch
+    rows = opts.batch_size * min(opts.eot, opts.eot_batch)
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, rows, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
     elif opts.keep is None and opts.defense == "diffender" and not opts.decoded:
@@ -254,11 +256,11 @@ class Forecast(NamedTuple):
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
     """For the pictures of `parts`, measured on x (1, 3, S, S)."""
-    from diffender.runs import Progress
+    from diffender.progress import Progress
 
     noise = target.sample_noise(["estimate"], opts.seed, "estimate")
     target(x, noise)
-    with Progress(target.defense.model, 0, "", hidden=True) as progress:
+    with Progress(target.defense.model, 0, "", quiet=True) as progress:
         started = time.monotonic()
         target(x, noise)
         seconds = time.monotonic() - started
@@ -297,7 +299,7 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
     if model is None:
         return ""
     one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
-    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * opts.eot_batch
+    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * min(opts.eot, opts.eot_batch)
     if model.keep:
         above = kept_bytes(one, rows, opts.draws, recorded_steps(opts))
     else:

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from diffender.cli import Parser, run
 from diffender.corpus import Crops, Photos, Samples, batches, load_photos, pack
@@ -40,6 +39,7 @@ from diffender.models.classifiers import load_classifier
 from diffender.models.unet import ResBlock, SpatialTransformer
 from diffender.models.vae import AutoencoderKL, Posterior
 from diffender.pipeline import DIFFender, DIFFenderConfig
+from diffender.progress import bar
 from diffender.prompts import manual_contexts
 from diffender.restore import composite
 from diffender.schedule import TRAIN_STEPS, q_sample
@@ -150,8 +150,11 @@ def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: ra
     if path.is_file():
         samples = load_file(path)
     else:
-        made = fresh_batches(args, model, range(args.samples), 16)
-        parts = [{k: v.cpu() for k, v in part.items()} for part in tqdm(made, total=args.samples // 16, mininterval=5)]
+        with bar(args.samples // 16, "encoding") as progress:
+            parts = []
+            for part in fresh_batches(args, model, range(args.samples), 16):
+                parts.append({k: v.cpu() for k, v in part.items()})
+                progress.update()
         samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
         save_atomic(samples, path, {})
     for start in indices[:: args.batch]:

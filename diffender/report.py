@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,7 +18,11 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from diffender.cli import run
 from diffender.errors import InputError
+from diffender.files import one_line, whole, write_text
 from diffender.metrics import mcnemar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 
@@ -25,7 +30,8 @@ STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 def save_png(image: Tensor, path: Path) -> None:
     """(C, H, W) in [0, 1] as an 8-bit PNG, which keeps multiples of 1/255 to the bit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(path)
+    with whole(path) as partial:
+        to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(partial, format="PNG")
 
 
 def load_png(path: Path) -> Tensor:
@@ -124,7 +130,12 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
                 answer = seen[stage]
                 colour = "green" if answer == record["label"] else "firebrick"
                 axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> None:
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
 
 
 def class_names() -> list[str]:
@@ -146,13 +157,22 @@ def fill(document: str, results: Path) -> str:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The records of all processes, one for each picture; a line that is being written is left out."""
+    """The records of all processes, one for each picture; a line that is being written is left out.
+
+    Raises InputError for any other line that is not a record.
+    """
     records = {}
     for path in sorted(folder.glob("per_image*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                records.setdefault(record["id"], record)
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                    records.setdefault(record["id"], record)
+                except (ValueError, TypeError, KeyError) as e:
+                    raise InputError(
+                        f"{path}, line {number} is damaged ({one_line(e)}); delete that line and run the same command "
+                        "with --name again: its picture is done anew"
+                    ) from e
     return list(records.values())
 
 
@@ -191,7 +211,7 @@ def main() -> None:
         print(compare(*map(Path, rest)), end="")
         return
     for path in map(Path, sys.argv[1:]):
-        path.write_text(fill(path.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")
+        write_text(path, fill(path.read_text(encoding="utf-8"), Path("results")))
 
 
 if __name__ == "__main__":

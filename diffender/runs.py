@@ -1,4 +1,4 @@
-"""A run's folder, its progress, its device. Results are appended picture by picture, so a killed run can go on."""
+"""A run's folder, its device, its machine. Results are appended picture by picture, so a killed run can go on."""
 
 import json
 import os
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from diffender.checkpoints import folder_files
 from diffender.cli import ModelOptions, TargetOptions, pick
@@ -17,7 +15,7 @@ from diffender.data import Item, list_items
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
 from diffender.faces import RECOGNIZERS, identify, list_faces, split_faces
-from diffender.files import sha256
+from diffender.files import one_line, place_for, sha256, write_json, write_text
 from diffender.models.classifiers import Classifier, load_classifier
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
 from diffender.prompts import SHIPPED, contexts_for
@@ -93,17 +91,6 @@ def model_hashes(opts: ModelOptions) -> list[str]:
     return [sha256(file) for file in files]
 
 
-def write_text(path: Path, content: str) -> None:
-    """The whole file or none of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
-    partial.write_text(content, encoding="utf-8")
-    partial.rename(path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
 def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
     """Make the folder, or resume in it: the records that are there. Another configuration there is refused.
 
@@ -112,50 +99,30 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
     path = folder / "config.json"
     config = json.loads(json.dumps(config))
     if path.is_file():
-        other = json.loads(path.read_text(encoding="utf-8"))
+        other = read_config(folder)
         changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
         if changed:
             raise InputError(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        place_for(path)
         write_json(path, config)
     if own.is_file():
         text = own.read_text(encoding="utf-8")
         if not text.endswith("\n"):
-            own.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+            write_text(own, text[: text.rfind("\n") + 1])
     return read_records(folder)
 
 
+def read_config(folder: Path) -> dict:
+    """Raises InputError where it is damaged."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{folder / 'config.json'} is damaged ({one_line(e)}); choose another --name") from e
+
+
 def append_records(path: Path, records: Sequence[dict]) -> None:
+    """All at once: a process that is killed leaves whole records, and at most one unfinished line."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("a", encoding="utf-8") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
-
-
-class Progress:
-    """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran.
-
-    Work on the classifier alone is told to `advance`, at its worth in UNet evaluations; so it is for a defence without
-    a diffusion model (None).
-    """
-
-    def __init__(self, model: LatentDiffusion | None, total: int, description: str, hidden: bool = False):
-        self.evaluations = 0
-        self.bar = tqdm(total=total, desc=description, unit="ev", mininterval=1, dynamic_ncols=True, disable=hidden)
-        unets = [] if model is None else [unet for unet in (model.unet, model.locator) if unet is not None]
-        self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
-
-    def count(self, _module: nn.Module, args: tuple) -> None:
-        _x, _t, contexts = args
-        self.evaluations += len(contexts)
-        self.advance(len(contexts))
-
-    def advance(self, n: int) -> None:
-        self.bar.update(min(n, self.bar.total - self.bar.n))
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.bar.close()
+        f.write(text)

@@ -24,12 +24,12 @@ from diffender.errors import InputError
 from diffender.evaluation import Verdict, by_variant, proportion, strongest_of, verdict
 from diffender.experiment import Experiment, finish, pictures, prepare, resolved, work
 from diffender.faces import RECOGNIZERS
-from diffender.files import read_header
+from diffender.files import read_header, write_text
 from diffender.filming import run_film, run_photographs
 from diffender.paper import COLUMNS, QUOTED
 from diffender.plans import Options, describe, fill
 from diffender.report import read_records, table
-from diffender.runs import command, machine, open_model, open_run, pick_device, write_text
+from diffender.runs import command, machine, open_model, open_run, pick_device
 from diffender.workers import is_first, wait
 
 NAMES = {

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+
+from diffender.files import whole
+from diffender.progress import bar
+from diffender.report import save_figure
 
 
 class Trainer:
@@ -41,16 +44,16 @@ class Trainer:
         Ends early when --minutes are spent.
         """
         start, mark = self.seconds, time.monotonic()
-        bar = tqdm(total=self.args.steps, initial=self.step, mininterval=5)
+        progress = bar(self.args.steps, "training", initial=self.step)
         while self.step < self.args.steps and self.share_done() < 1:
             yield Generator().manual_seed(self.args.seed * 10_000_000 + self.step)
             self.step += 1
             self.seconds = start + time.monotonic() - mark
-            bar.update()
+            progress.update()
             if self.step % self.args.save_every == 0:
                 self.save()
         self.save()
-        bar.close()
+        progress.close()
 
     def share_done(self) -> float:
         """Of the training, by steps or by time, whichever is nearer its end."""
@@ -82,9 +85,8 @@ class Trainer:
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
             "step": self.step, "seconds": self.seconds,
         }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.path)
+        with whole(self.path) as partial:
+            torch.save(state, partial)
 
 
 def plot_losses(log: Path, names: tuple[str, ...]) -> None:
@@ -97,4 +99,4 @@ def plot_losses(log: Path, names: tuple[str, ...]) -> None:
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axis.set(xlabel="step", yscale="log")
     axis.legend()
-    figure.savefig(log.with_name(f"{log.stem}-loss.png"))
+    save_figure(figure, log.with_name(f"{log.stem}-loss.png"))

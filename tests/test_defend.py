@@ -1,17 +1,17 @@
 """One's own pictures: any size and mode, good files and bad ones."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
-from diffender.data import sample_items
-from diffender.defend import Defender, find_pictures, working_size
+from diffender import cli
+from diffender.data import open_image, sample_items
+from diffender.defend import Defender, find_pictures, main, working_size
 from diffender.diffusion import PRESETS
 from diffender.errors import InputError
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -68,29 +68,59 @@ def test_names_of_pictures(tmp_path):
         find_pictures((str(tmp_path / "empty"),))
 
 
-def test_the_command(tmp_path, photo):
+def test_the_command(tmp_path, photo, monkeypatch, capfd):
     (tmp_path / "in").mkdir()
     photo.save(tmp_path / "in/photo.jpg")
     (tmp_path / "in/broken.png").write_bytes(b"no picture")
-    command = [
-        sys.executable,
-        "-m",
-        "diffender.defend",
-        tmp_path / "in",
-        tmp_path / "gone.jpg",
-        "--out",
-        tmp_path / "out",
-    ]
-    run = subprocess.run([*command, "--classifier", "efficientnet_lite0"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1, run.stderr
-    assert "1 of 3 pictures defended" in run.stdout
-    assert "broken.png: it does not decode" in run.stderr
-    assert "gone.jpg: no such file" in run.stderr
-    (line,) = (tmp_path / "out/defended.jsonl").read_text().splitlines()
+
+    def run(*paths, classifier="efficientnet_lite0"):
+        args = [*map(str, paths), "--out", str(tmp_path / "out"), "--classifier", classifier]
+        monkeypatch.setattr(sys, "argv", ["defend", *args])
+        with pytest.raises(SystemExit) as e:
+            cli.run(main)
+        return e.value.code, *capfd.readouterr()
+
+    code, out, error = run(tmp_path / "in", tmp_path / "gone.jpg")
+    assert code == 1
+    assert "1 of 3 pictures defended" in out
+    assert "broken.png: it does not decode" in error
+    assert "gone.jpg: no such file" in error
+    (line,) = (tmp_path / "out/per_image.jsonl").read_text().splitlines()
     record = json.loads(line)
-    assert {"file", "name", "size", "masked", "largest_z_score", "before", "after", "seconds"} == set(record)
+    expected = {"id", "file", "sha256", "size", "masked", "largest_z_score", "before", "after", "seconds"}
+    assert set(record) == expected
     assert record["before"]["label"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "defended.jsonl", "photo_heatmap.png", "photo_mask.png", "photo_restored.png",
+        "config.json", "per_image.jsonl", "photo_heatmap.png", "photo_mask.png", "photo_restored.png",
     ]  # fmt: skip
     assert Image.open(tmp_path / "out/photo_mask.png").size == photo.size
+    # More pictures join; those that are done stay; another picture of that name, and other settings, are refused.
+    photo.resize((50, 70)).save(tmp_path / "more.png")
+    assert run(tmp_path / "in/photo.jpg", tmp_path / "more.png")[0] == 0
+    lines = (tmp_path / "out/per_image.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["photo", "more"]
+    assert lines[0] == line
+    photo.rotate(90).save(tmp_path / "in/photo.jpg")
+    code, _, error = run(tmp_path / "in/photo.jpg")
+    assert code == 1
+    assert "choose another --out" in error
+    code, _, error = run(tmp_path / "more.png", classifier="none")
+    assert code == 2
+    assert "other settings (classifier)" in error
+
+
+def test_pictures_are_taken_as_they_are_seen(tmp_path):
+    """16 bits, transparency, a turned camera, an animation."""
+    deep = Image.fromarray((torch.arange(256).repeat(8, 1) * 257).numpy().astype("uint16"))
+    deep.save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").getpixel((200, 3)) == (200, 200, 200)
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg", upright=True).size == (20, 30)
+    assert open_image(tmp_path / "turned.jpg").size == (30, 20)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert open_image(tmp_path / "moving.webp").getpixel((0, 0)) == (255, 0, 0)

@@ -11,12 +11,12 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "diffender"
 # A module imports only from lines above its own.
 LAYERS = [
-    {"errors", "ops", "schedule", "layouts"},
+    {"errors", "interruption", "ops", "schedule", "layouts"},
     {"noise", "metrics", "cli", "files", "samplers"},
     {"models.layers"},
     {"models.text", "models.unet", "models.vae", "models.classifiers", "models.faces"},
     {"diffusion", "losses", "checkpoints", "official"},
-    {"weights"},
+    {"weights", "progress"},
     {"localize", "restore", "prompts"},
     {"pipeline"},
     {"attacks.patch", "attacks.stickers"},

@@ -42,7 +42,7 @@ class AdvP:
     targeted: bool = False  # cross-entropy to a random class instead of the margin
     iters: int = 100
     eot: int = 10  # noise samples averaged in a step
-    eot_batch: int = 1  # of them side by side; changes no result
+    eot_batch: int = 1  # of them side by side, also in the choice among patches; changes no result
     lr: float = 0.05  # of the pixel range; halved after half and after three quarters of the steps
     momentum: float = 0.9
     restarts: int = 1
@@ -65,7 +65,7 @@ class AdvP:
         """
         task = Task(victim, x, y, image_ids, seed, self.loss(y, image_ids, seed))
         attempts = [self.attempt(task, r, init if r == 0 else None, callback) for r in range(self.restarts)]
-        return best_attempt(task, attempts, self.eot)
+        return best_attempt(task, attempts, self.eot, self.eot_batch)
 
     def attempt(self, task: Task, r: int, init: Tensor | None, callback: Callable[[int], None]) -> Attacked:
         """The r-th run, from its own place and first pixels."""
@@ -89,7 +89,7 @@ class AdvP:
 
         candidates = [] if init is None else [patch]
         best, best_score = patch, torch.full((len(x),), -torch.inf, device=x.device)
-        velocity, trace = torch.zeros_like(patch), []
+        velocity, trace, missed = torch.zeros_like(patch), [], []
         for step in range(self.iters):
             gradient, values, fooled = torch.zeros_like(x), [], []
             for sample in samples(task, draw, self.eot, self.eot_batch):
@@ -100,6 +100,7 @@ class AdvP:
             best = pick_rows(score > best_score, patch, best)
             best_score = torch.maximum(score, best_score)
             trace.append(torch.stack(values).mean(dim=0))
+            missed.append(torch.stack(fooled).mean(dim=0))
             norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + gradient / norm
             lr = self.lr * 0.5 ** sum(step >= self.iters * share for share in (0.5, 0.75))
@@ -108,12 +109,14 @@ class AdvP:
 
         candidates = torch.stack([*candidates, best, patch])
         images = [apply_patch(x, to_8bit(p), place("choice", 0)) for p in candidates]
-        chosen = torch.stack([judge(task, image, "choice" + key, self.eot) for image in images]).argmax(dim=0)
+        scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image in images]
+        chosen = torch.stack(scores).argmax(dim=0)
         patch = to_8bit(candidates[chosen, torch.arange(len(x), device=x.device)])
         mask = place("verdict", 0)
         seen = self.eot * self.iters + judgements(task, self.eot) * len(candidates)
         queries = torch.full((len(x),), seen, device=x.device)
-        return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch, queries, torch.stack(trace, dim=1))
+        curves = (torch.stack(curve, dim=1) for curve in (trace, missed))
+        return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch, queries, *curves)
 
     def loss(self, y: Tensor, image_ids: Sequence[str], seed: int) -> Callable[[Tensor], Tensor]:
         """What each picture's attacker lowers, from logits (B, K) to (B,)."""

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffender.attacks.gdpa import PatchGenerator, place
 from diffender.attacks.patch import Task, Victim, apply_patch, cross_entropy, margin, masks_for, patch_side, samples
 from diffender.cli import TargetOptions, option, parse, run
 from diffender.data import Batch, correct_subset, list_items
-from diffender.files import save_atomic
+from diffender.files import place_for, save_atomic
 from diffender.noise import generator
 from diffender.pipeline import Undefended
+from diffender.progress import bar
 from diffender.runs import open_target
 
 
@@ -103,13 +103,12 @@ def train_generator(
 
 def main() -> None:
     opts = parse(Options, __doc__)
+    path = place_for(Path(opts.out))
     target = open_target(opts)
     device = target.classifier.mean.device
     data = correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed)
     data = data._replace(x=data.x.to(device), y=data.y.to(device))
     victim = Undefended(target.classifier) if opts.through == "classifier" else target
-    path = Path(opts.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "kind": opts.kind,
         "data": opts.data,
@@ -117,11 +116,11 @@ def main() -> None:
         "through": opts.through,
         "updates": opts.updates,
     }
-    with tqdm(total=opts.updates, desc=opts.kind, mininterval=1) as bar:
+    with bar(opts.updates, opts.kind, opts.quiet) as progress:
 
         def report(loss: float) -> None:
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.3f}")
 
         if opts.kind == "universal":
             patch = universal_patch(victim, data, opts, report)

@@ -41,7 +41,7 @@ class Fixed:
             content = self.content(x[b], int(y[b]), side, generator(seed, image_id, "content"))
             patch[b, mask[b].expand(3, -1, -1) == 1] = content.flatten().to(x)
         image = apply_patch(to_8bit(x), to_8bit(patch), mask)
-        return Attacked(image, mask, patch, torch.zeros(len(x)).long(), x.new_zeros(len(x), 0))
+        return Attacked(image, mask, patch, torch.zeros(len(x)).long(), *(x.new_zeros(len(x), 0),) * 2)
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
         """The patch (3, s, s) for picture x (3, S, S) of class y."""

@@ -215,7 +215,7 @@ class GDPA:
         size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
         if self.mode == "amortised":
             net = load_generator(self.weights, size, side).to(x.device)
-            return self.finish(task, [join(*(t.detach() for t in net(x)))], 0, [], "")
+            return self.finish(task, [join(*(t.detach() for t in net(x)))], [], [], "")
         if self.mode == "generator":
             nets = [
                 PatchGenerator(size, side, generator(seed, i, "net"), self.width, lr=self.lr_net) for i in image_ids
@@ -234,7 +234,7 @@ class GDPA:
         for r, start in enumerate(starts):
             first = [] if init is None or r else [init]
             attempts.append(self.attempt(task, Free(*start, bound(size, side)), first, f" {r}" if r else "", callback))
-        best = best_attempt(task, attempts, self.eot)
+        best = best_attempt(task, attempts, self.eot, self.eot_batch)
         return best._replace(queries=best.queries + searched)
 
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
@@ -266,7 +266,8 @@ class GDPA:
         def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
             return attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k)
 
-        best, best_score, trace = None, torch.full((len(x),), -torch.inf, device=x.device), []
+        best, best_score = None, torch.full((len(x),), -torch.inf, device=x.device)
+        trace, missed = [], []
         for step in range(self.iters):
             if direct and step % 10 == 0:
                 free.move(self.moved(task, *(t.detach() for t in free()), step, key))
@@ -283,12 +284,13 @@ class GDPA:
             best = state if best is None else pick_rows(score > best_score, state, best)
             best_score = torch.maximum(score, best_score)
             trace.append(torch.stack(values).mean(dim=0))
+            missed.append(torch.stack(fooled).mean(dim=0))
             optimizer.zero_grad()
             attacked.backward(gradient)
             optimizer.step()
             callback(step)
         last = join(*(t.detach() for t in free()))
-        return self.finish(task, [*candidates, *([] if best is None else [best]), last], self.iters, trace, key)
+        return self.finish(task, [*candidates, *([] if best is None else [best]), last], trace, missed, key)
 
     def moved(self, task: Task, pattern: Tensor, theta: Tensor, step: int, key: str) -> Tensor:
         """theta (B, 2) after the best of staying and four moves, of 8 pixels in the first third of the steps, then 4,
@@ -305,18 +307,19 @@ class GDPA:
         best = torch.stack(choices)[chosen, torch.arange(len(chosen), device=chosen.device)]
         return pick_rows(chosen == 0, theta, to_theta(best, size, side))
 
-    def finish(self, task: Task, states: list[Tensor], steps: int, trace: list[Tensor], key: str) -> Attacked:
+    def finish(self, task: Task, states: list[Tensor], trace: list[Tensor], missed: list[Tensor], key: str) -> Attacked:
         """The best state of each picture on fresh noise, at whole pixels and in 8 bits."""
+        steps = len(trace)
         x, side = task.x, patch_side(task.x.shape[-1], self.area)
         pasted = [paste(x, to_8bit(p), to_corner(t, x.shape[-1], side)) for p, t in (split(s, side) for s in states)]
-        scores = [judge(task, image, "choice" + key, self.eot) for image, _ in pasted]
+        scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image, _ in pasted]
         chosen, rows = torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device)
         image, mask, state = (torch.stack(list(t))[chosen, rows] for t in (*zip(*pasted, strict=True), states))
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
         seen = self.eot * steps + judgements(task, self.eot) * len(states) + moves
         queries = torch.full((len(x),), seen, device=x.device)
-        losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
-        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, losses)
+        curves = (torch.stack(c, dim=1) if c else x.new_zeros(len(x), 0) for c in (trace, missed))
+        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *curves)
 
 
 def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:

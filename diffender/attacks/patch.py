@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffender.errors import check_finite
-from diffender.noise import Noise, generator
+from diffender.noise import Noise, generator, stack
 
 
 class Victim(Protocol):
@@ -29,6 +29,7 @@ class Attacked(NamedTuple):
     state: Tensor  # (B, ...): from where the same attack can go on, as its `init`
     queries: Tensor  # (B,): how often the victim saw each picture
     trace: Tensor  # (B, steps): the loss along the way
+    fooled: Tensor  # (B, steps): the share of each step's samples that the victim misread
 
 
 class Sample(NamedTuple):
@@ -98,15 +99,6 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
-def stack_noise(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
-    """The noise of several batches as that of one."""
-    if noises[0] is None:
-        return None
-    if isinstance(noises[0], Tensor):
-        return torch.cat(list(noises))
-    return type(noises[0])(*map(torch.cat, zip(*noises, strict=True)))
-
-
 class Task(NamedTuple):
     """Which pictures of whom an attack is to have misread."""
 
@@ -136,9 +128,9 @@ def samples(
         images, patches, noises = zip(*drawn, strict=True)
         x = torch.cat(images).detach().requires_grad_()
         if hasattr(task.victim, "with_penalty"):
-            logits, penalty = task.victim.with_penalty(x, stack_noise(noises), torch.cat(patches))
+            logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
         else:
-            logits, penalty = task.victim(x, stack_noise(noises)), 0
+            logits, penalty = task.victim(x, stack(noises)), 0
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
         gradient = torch.autograd.grad(value.sum(), x)[0]
         for part in gradient.split(b):
@@ -147,14 +139,16 @@ def samples(
         yield from map(Sample, *(t.detach().split(b) for t in (value, fooled, gradient)), patches)
 
 
-def judge(task: Task, images: Tensor, purpose: str, eot: int) -> Tensor:
-    """How good attacked pictures are, (B,): `rank` over `eot` noises, at least three, if there is noise; the same
-    purpose compares all on the same."""
-    values, fooled = [], []
-    for k in range(judgements(task, eot)):
-        logits = task.victim(images, task.noise(purpose, k)).detach()
-        values.append(task.loss(logits))
-        fooled.append(logits.argmax(dim=1).ne(task.y).float())
+def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
+    """How good attacked pictures are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
+    them side by side; the same purpose compares all on the same."""
+    values, fooled, n = [], [], judgements(task, eot)
+    for start in range(0, n, batch):
+        noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
+        logits = task.victim(images.repeat(len(noises), 1, 1, 1), stack(noises)).detach()
+        for part in logits.split(len(images)):
+            values.append(task.loss(part))
+            fooled.append(part.argmax(dim=1).ne(task.y).float())
     return rank(torch.stack(values), torch.stack(fooled))
 
 
@@ -173,11 +167,11 @@ def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(better.view(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int) -> Attacked:
+def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1) -> Attacked:
     """Each picture's best attempt on noise that none has seen; queries are those of all attempts."""
     if len(attempts) == 1:
         return attempts[0]
-    winner = torch.stack([judge(task, a.image, "restarts", eot) for a in attempts]).argmax(dim=0)
+    winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)
     rows = torch.arange(len(winner), device=winner.device)
     fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
     return Attacked(*fields)._replace(queries=sum(a.queries + judgements(task, eot) for a in attempts))

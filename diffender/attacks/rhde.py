@@ -11,10 +11,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffender.attacks.patch import Attacked, Task, Victim, margin, stack_noise, to_8bit
+from diffender.attacks.patch import Attacked, Task, Victim, margin, to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.errors import InputError, nearest
-from diffender.noise import generator
+from diffender.noise import generator, stack
 
 GAP, BETA = 0.15, 20.0  # when to lock on to the runner-up class, and how hard to press then
 FRESH = 10  # draws that must all be fooled before the search may stop
@@ -109,7 +109,7 @@ class Search:
         genes, sticker = genes[:left], sticker[:left]
         if not len(genes):
             return Crowd(genes, sticker, torch.empty(0, 0))
-        noise = stack_noise([self.task.noise(purpose)] * len(genes))
+        noise = stack([self.task.noise(purpose)] * len(genes))
         logits = self.task.victim(self.paste(genes, sticker)[0], noise).detach()
         self.seen += len(genes)
         return Crowd(genes, sticker, logits.softmax(dim=1).cpu())
@@ -135,10 +135,11 @@ class Search:
         return self.ask(genes, best[torch.arange(n) % len(best)], "attack 0")
 
     def run(self, init: Tensor | None, callback: Callable[[int], None]) -> Attacked:
-        crowd, trace, done = self.first(init), [], False
+        crowd, trace, missed, done = self.first(init), [], [], False
         for step in range(1, self.cfg.iters + 1):
             crowd = crowd.take(self.energies(crowd).argsort(stable=True))
             trace.append(self.energies(crowd)[0])
+            missed.append(crowd.probs[0].argmax().ne(self.y).float())
             if self.locked is None and trace[-1] <= GAP:
                 others = crowd.probs[0].clone()
                 others[self.y] = -1
@@ -152,7 +153,8 @@ class Search:
         crowd = crowd.take(self.energies(crowd).argsort(stable=True))
         image, mask = self.paste(crowd.genes[:1], crowd.sticker[:1])
         state = torch.cat([crowd.genes, crowd.sticker[:, None].float()], dim=1)
-        return Attacked(image, mask, state[None], torch.tensor([self.seen]), torch.stack(trace)[None])
+        curves = (torch.stack(curve)[None] for curve in (trace, missed))
+        return Attacked(image, mask, state[None], torch.tensor([self.seen]), *curves)
 
     def energies(self, crowd: Crowd) -> Tensor:
         return energy(crowd.probs, self.y, self.locked)

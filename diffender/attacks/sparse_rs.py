@@ -72,7 +72,8 @@ class SparseRS:
         image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), 2 * steps if random else steps + 1)
-        return Attacked(image, mask, state, queries, torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0))
+        losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
+        return Attacked(image, mask, state, queries, losses, (losses < 0).float())
 
     def propose(
         self, pattern: Tensor, corner: Tensor, size: int, progress: float, step: int, g: torch.Generator

@@ -12,15 +12,15 @@ from itertools import combinations
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from diffender.cli import option, parse, run
 from diffender.data import correct_subset, list_items
-from diffender.files import sha256
+from diffender.files import sha256, write_json, write_text
 from diffender.metrics import wilson
 from diffender.models.classifiers import Classifier, load_classifier
+from diffender.progress import bar
 from diffender.report import table
-from diffender.runs import append_records, command, machine, open_run, write_json, write_text
+from diffender.runs import append_records, command, machine, open_run
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main() -> None:
     if opts.classifier_weights:
         settings["sha256"] = sha256(Path(opts.classifier_weights))
     done = {r["id"] for r in open_run(folder, settings, own)}
-    for image_id, x, y in zip(tqdm(batch.ids), batch.x, batch.y.tolist(), strict=True):
+    for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x, batch.y.tolist(), strict=True):
         if image_id not in done:
             started = time.monotonic()
             found = {"right": cleanser(x) == y, "certified": cleanser.certified(x, y)}

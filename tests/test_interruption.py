@@ -1,0 +1,173 @@
+"""Work that is stopped, or killed, goes on as if it had not been."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from diffender import cli
+from diffender.interruption import Interrupted, patient
+from tests.conftest import ROOT
+from tests.test_scripts import SMALL, here
+
+# A process that has imported everything and forks a child for each command line that it reads: the child runs
+# evaluate.py, the parent kills it after so many seconds (none: waits) and answers with its exit status.
+FORKING = """if True:
+    import os, signal, sys, time
+    sys.path.insert(0, sys.argv[1])
+    import evaluate, timm, diffender.experiment
+    from diffender import cli
+    for line in sys.stdin:
+        delay, *args = line.split()
+        if not (child := os.fork()):
+            sys.argv = ["evaluate.py", *args]
+            os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+            cli.run(evaluate.main)
+        if delay != "none":
+            time.sleep(float(delay))
+            os.kill(child, signal.SIGKILL)
+        print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def told(folder):
+    """The records of a run without what a clock says."""
+    records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
+    for record in records:
+        for part in (record, *record["attacks"].values()):
+            part.pop("seconds")
+    return records
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_the_results_are_those_of_one_go(tmp_path):
+    args = [*SMALL, "--images", "4", "--verdicts", "3", "--quiet"]
+    command = [sys.executable, "-c", FORKING, ROOT]
+    engine = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def go(name, delay="none"):
+        engine.stdin.write(" ".join([str(delay), *args, "--name", name]) + "\n")
+        engine.stdin.flush()
+        return int(engine.stdout.readline())
+
+    def lines(name):
+        path = tmp_path / "runs" / name / "per_image.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    started = time.monotonic()
+    assert go("whole") == 0
+    seconds = time.monotonic() - started
+    whole, draw, kills, run = told(tmp_path / "runs" / "whole"), random.Random(0), 0, 0
+    while kills < 20:
+        run += 1
+        before = 0
+        while go(f"killed-{run}", draw.uniform(0, seconds)) == signal.SIGKILL:
+            kills += 1
+            assert lines(f"killed-{run}") >= before, "what was done is done again"
+            before = lines(f"killed-{run}")
+            for path in (tmp_path / "runs" / f"killed-{run}").rglob("*.png"):
+                assert path.read_bytes().endswith(b"IEND\xaeB`\x82"), f"{path} is half-written"
+        assert told(tmp_path / "runs" / f"killed-{run}") == whole
+    engine.stdin.close()
+    assert engine.wait() == 0
+
+
+def interrupt_after(monkeypatch, module, name, times):
+    """Have this process sent SIGINT within the n-th call of a function."""
+    function, calls = getattr(module, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    from diffender import experiment
+
+    args = [*SMALL, "--images", "3", "--attack", "none"]
+    interrupt_after(monkeypatch, experiment, "evaluate_batch", 2)
+    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    assert code == 130
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(told(folder)) == 2
+    assert "finishing what is in hand" in error
+    assert "go on with: python" in error
+    assert error.endswith(f" {' '.join(args)} --name {folder.name}\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), patient("") as may_stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="again"), patient("again") as may_stop:
+        may_stop()
+        signal.raise_signal(signal.SIGTERM)
+        may_stop()
+
+
+def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd):
+    small = ["--shots", "2", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1"]
+    monkeypatch.chdir(tmp_path)
+
+    def tune(name, *more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *small, "--out", f"{name}.safetensors", *more])
+        with pytest.raises(SystemExit) as e:
+            cli.run(train.main)
+        return e.value.code, capfd.readouterr().err
+
+    assert tune("whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, train, "tuning_round", 1)
+        code, error = tune("stopped")
+    assert code == 130
+    assert "stopped after a round; go on with: python" in error
+    code, error = tune("stopped", "--lr", "0.5")
+    assert code == 2
+    assert "other settings (lr)" in error
+    assert not (tmp_path / "stopped.safetensors").exists()
+    assert tune("stopped")[0] == 0
+    from safetensors.torch import load_file
+
+    whole, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "stopped"))
+    assert all((stopped[k] == whole[k]).all() for k in whole)
+    assert not (tmp_path / "stopped.safetensors.unfinished").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capfd):
+    """A limit on the size of files stands for the end of the disk; a picture of 224 pixels is the first to meet it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "full"], tmp_path, monkeypatch, capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "File too large; free some space" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.partial"))
+    code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "full"], tmp_path, monkeypatch, capfd)
+    assert code == 0, error
+
+
+def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, monkeypatch, capfd):
+    args = [*SMALL, "--attack", "none", "--name"]
+    code, _, error = here([*args, "a"], tmp_path, monkeypatch, capfd)
+    assert code == 0
+    assert "\r" not in error
+    assert "left" in error
+    assert "evaluations/s" in error
+    code, out, error = here([*args, "b", "--quiet"], tmp_path, monkeypatch, capfd)
+    assert (code, error) == (0, "")
+    assert out.strip() == (tmp_path / "runs" / "b" / "table.md").read_text().strip()
