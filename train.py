@@ -90,8 +90,13 @@ def main() -> None:
     opts = replace(opts, device=own_device(opts.device))
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = open_model(opts, device)
     batch = correct_subset(list_items(opts.data), classifier, opts.shots + opts.held_out, opts.seed)
+    if len(batch.ids) < opts.shots + opts.held_out:
+        raise InputError(
+            f"--shots {opts.shots} and --held-out {opts.held_out} are {opts.shots + opts.held_out} photographs, and "
+            f"{opts.classifier} reads {len(batch.ids)} of --data {opts.data} right; ask for fewer, or give more"
+        )
+    model = open_model(opts, device)
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import errno
+import math
 import signal
 import sys
 import types
@@ -68,7 +69,7 @@ class DefenseOptions(ModelOptions):
     prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"), group="the defence")
     prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
-    draws: int = option(3, "m of Eq. 2", low=1)
+    draws: int = option(3, "m of Eq. 2 (paper: 3)", low=1)
     theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
     score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
     shared_noise: bool = option(True, "the two predictions of a draw share their noise")
@@ -129,10 +130,15 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], flags)}")
     for f in fields(cls):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+        if isinstance(value, int | float) and not within(value, low, high):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             parser.error(f"--{f.name.replace('_', '-')} is {value}; allowed is {allowed}")
     return cls(**vars(args))
+
+
+def within(value: float, low: float | None, high: float | None) -> bool:
+    """Whether a number lies in a range, both ends included, None for an open one; NaN and infinity do not."""
+    return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
 
 
 FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: no result depends on them

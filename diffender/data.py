@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib.util
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ def list_items(data: str) -> list[Item]:
         raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
     if not items:
         raise InputError(f"no pictures in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+    if twice := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
+        raise InputError(f"{data} has more than one picture {twice[0]}, whatever their kind; rename or remove one")
     return items
 
 
@@ -61,17 +64,31 @@ def sample_items() -> list[Item]:
 
 
 def csv_items(table: Path) -> list[Item]:
-    with table.open(encoding="utf-8", newline="") as f:
-        reader = csv.DictReader(f)
-        if not {"file", "label"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{table} has the columns {reader.fieldnames}; wanted are file and label")
-        rows = list(reader)
     items = []
-    for number, row in enumerate(rows, start=2):
-        if not (row["label"] or "").isdecimal() or int(row["label"]) > 999:
-            raise InputError(f"{table}, line {number}: label {row['label']!r}; labels are class indices from 0 to 999")
-        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], int(row["label"])))
+    for number, row in enumerate(read_csv(table, "file", "label"), start=2):
+        if not row["file"]:
+            raise InputError(f"{table}, line {number}: no file")
+        label = row["label"] or ""
+        if not label.isdecimal() or int(label) > 999:
+            raise InputError(f"{table}, line {number}: label {label!r}; labels are class indices from 0 to 999")
+        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], int(label)))
     return items
+
+
+def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a csv file that has these columns, at least. Raises InputError for any other file."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f)
+            found, rows = reader.fieldnames or (), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{table} cannot be read as a csv file in UTF-8 ({one_line(e)})") from e
+    if missing := set(columns) - set(found):
+        raise InputError(
+            f"{table} has the columns {', '.join(found) or 'none'}; wanted are {', '.join(columns)}: "
+            f"{', '.join(sorted(missing))} is missing"
+        )
+    return rows
 
 
 def folder_items(root: Path) -> list[Item]:

@@ -70,7 +70,8 @@ class Experiment(NamedTuple):
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
-    attacks(opts)  # an unknown name shows at once
+    attacks(opts)  # what does not exist shows before anything is loaded
+    open_items(opts)
     target = build_target(opts, model)
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
@@ -81,7 +82,10 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
 def pictures(opts: Options, target: Defended) -> Batch:
     """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
     tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
-    return correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+    batch = correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+    if len(batch.ids) < opts.images and not opts.quiet:
+        print(f"{len(batch.ids)} pictures instead of {opts.images}: all that the classifier reads right")
+    return batch
 
 
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:

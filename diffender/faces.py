@@ -8,18 +8,18 @@ python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --cl
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffender.cli import option, parse, run
-from diffender.data import SUFFIXES, Item, load_image
+from diffender.data import SUFFIXES, Item, load_image, read_csv
 from diffender.errors import InputError
+from diffender.files import check_fit, load_tensors
 from diffender.models.classifiers import HALF, Classifier, ClassifierConfig
 from diffender.models.faces import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.progress import bar
@@ -96,14 +96,12 @@ def load_recognizer(name: str, weights: str | None) -> nn.Module:
         }[name]
         raise InputError(f"recogniser {name!r} has no weights in this package; give --classifier-weights {wanted}")
 
-    def kept(keys: Iterable[str]) -> set[str]:
-        return {k for k in keys if not k.startswith("logits.") and not k.endswith("num_batches_tracked")}
+    def kept(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in state.items() if not k.startswith("logits.") and not k.endswith("num_batches_tracked")}
 
-    state, wanted = load_file(weights), net.state_dict()
-    wrong = kept(state) ^ kept(wanted) or {k for k in kept(wanted) if state[k].shape != wanted[k].shape}
-    if wrong:
-        raise InputError(f"{weights} does not fit {name}: {', '.join(sorted(wrong)[:5])}")
-    net.load_state_dict({k: state[k] for k in kept(wanted)}, strict=False)
+    state = kept(load_tensors(Path(weights)))
+    check_fit(Path(weights), name, state, kept(net.state_dict()))
+    net.load_state_dict(state, strict=False)
     return net.eval()
 
 
@@ -140,8 +138,8 @@ def verify(distances: Tensor, same: Tensor, folds: int = 10) -> Verification:
 def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
     """LFW's pairs.txt (name i j, or name i name j), or a csv with file_a, file_b and same."""
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as f:
-            return [(root / r["file_a"], root / r["file_b"], r["same"] == "1") for r in csv.DictReader(f)]
+        rows = read_csv(path, "file_a", "file_b", "same")
+        return [(root / r["file_a"], root / r["file_b"], r["same"] == "1") for r in rows]
 
     def picture(name: str, number: str) -> Path:
         return root / name / f"{name}_{int(number):04d}.jpg"

@@ -102,6 +102,22 @@ def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of comp
         raise InputError(f"{path} is not a whole safetensors file ({one_line(e)}); fetch or copy it again") from e
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_safetensors(path) as f:
+        return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  (no dict)
+
+
+def check_fit(path: Path, what: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises InputError unless a file's tensors are those that `what` has, by name and shape."""
+    wrong = state.keys() ^ wanted.keys() or {k for k in wanted if state[k].shape != wanted[k].shape}
+    if wrong:
+        names = ", ".join(sorted(wrong)[:5])
+        raise InputError(
+            f"{path} does not fit {what}: {len(wrong)} tensors differ ({names}); give the file made for it"
+        )
+
+
 def read_header(path: Path) -> dict:
     """The JSON that `save_atomic` put into the file's metadata; {} for files of others."""
     with open_safetensors(path) as f:

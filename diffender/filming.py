@@ -6,7 +6,6 @@ and jitter. Or from photographs that were really taken: --frames names a csv of 
 there is one, clean: the file of the same scene without its patch.
 """
 
-import csv
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from diffender.attacks import AdvP
 from diffender.cli import pick
-from diffender.data import Batch, csv_items, load_image
+from diffender.data import Batch, csv_items, load_image, read_csv
 from diffender.defenses.jpeg import JPEG
-from diffender.errors import InputError
 from diffender.evaluation import file_names, proportion
 from diffender.experiment import Experiment
 from diffender.files import write_json, write_text
@@ -94,11 +92,7 @@ def judge_photographs(e: Experiment) -> list[str]:
     """A record for each photograph of the csv that is not done; returns their names."""
     path = Path(e.opts.data)
     items = csv_items(path)
-    with path.open(encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
-    if not rows or "configuration" not in rows[0]:
-        found = f"has the columns {', '.join(rows[0])}" if rows else "has no rows"
-        raise InputError(f"{path} {found}; --frames wants file, label, configuration, clean")
+    rows = read_csv(path, "file", "label", "configuration")
     done = {r["id"] for r in read_records(e.folder)}
     for i in bar(mine(e.opts, len(items)), "photographs", e.opts.quiet):
         item, row = items[i], rows[i]

@@ -195,6 +195,11 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
 
 
 def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not sys.argv[1:]:
+        raise InputError("no folder given; give folders that evaluate.py wrote")
     for folder in map(Path, sys.argv[1:]):
         if not (folder / "results.json").is_file():
             raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffender.cli import TargetOptions, option, pick
 from diffender.errors import InputError, nearest
@@ -23,6 +24,7 @@ GRADIENTS = {  # by defence
     "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc"),
     "others": ("transfer", "bpda", "auto"),
 }
+FIGURES = (1, 3, 4, 5, 8, 9)  # of the paper
 COSTLY = ("surrogate", "full", "full+loc")
 PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
 COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
@@ -44,20 +46,29 @@ PRESETS = {  # what the options that default to none become; laptop: with EOT ab
 }  # fmt: skip
 
 
+def budgeted(name: str, help: str, group: str | None = None) -> Any:
+    """An option whose default is the preset's, with all of them in its help."""
+    values = ", ".join(f"{preset} {given[name]}" for preset, given in PRESETS.items())
+    return option(None, f"{help} ({values})", low=1, group=group)
+
+
 @dataclass(frozen=True)
 class Options(TargetOptions):
     preset: str = option(
         "laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS), group="the budget"
     )
-    images: int | None = option(None, "number of pictures, of those the classifier gets right", low=1)
+    images: int | None = budgeted("images", "number of pictures, of those the classifier gets right")
     batch_size: int = option(1, "pictures side by side; changes no result; a killed process loses as many", low=1)
     defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
     attack: str = option(
         "advp", "names of diffender.attacks with commas between, all (the paper's four), or none", group="the attack"
     )
-    grad: str | None = option(None, "backward passes of the adaptive attack, with commas: " + ", ".join(GRADIENTS))
+    grad: str | None = option(
+        None, f"backward passes of the adaptive attack, with commas: {', '.join(GRADIENTS['diffender'])}; of other "
+        f"defences {', '.join(GRADIENTS['others'])} (smoke and laptop bpda-mask, paper all)"
+    )  # fmt: skip
     images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
-    area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02)",
+    area: float | None = option(None, "share of the picture (default and paper: 0.05, lavan 0.02)",
                                 low=0.0005, high=0.9)  # fmt: skip
     shape: str = option("square", "shape of advp's and lavan's patch", choices=("square", "circle"))
     location: str = option(
@@ -66,11 +77,11 @@ class Options(TargetOptions):
     targeted: bool | None = option(
         None, "aim at a random class (default: lavan), or just away from the true one (advp)"
     )
-    iters: int | None = option(None, "steps of the adaptive attack, generations of rhde", low=1)
-    iters_undefended: int | None = option(None, "steps of the attack on the classifier alone", low=1)
-    eot: int | None = option(None, "noise samples averaged in a step", low=1)
+    iters: int | None = budgeted("iters", "steps of the adaptive attack, generations of rhde")
+    iters_undefended: int | None = budgeted("iters_undefended", "steps of the attack on the classifier alone")
+    eot: int | None = budgeted("eot", "noise samples averaged in a step")
     eot_batch: int = option(8, "of them, and of verdicts, side by side; changes no result, takes memory", low=1)
-    restarts: int | None = option(None, "attempts, of which the best on fresh noise counts", low=1)
+    restarts: int | None = budgeted("restarts", "attempts, of which the best on fresh noise counts")
     ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
     ste_k: float = option(5.0, "slope of the sigmoid", low=0.01)
     evasion: float = option(1.0, "weight of hiding from the localiser in full+loc", low=0)
@@ -78,16 +89,16 @@ class Options(TargetOptions):
     gdpa_mode: str = option("direct", "of gdpa", choices=("direct", "generator", "amortised"))
     generator: str | None = option(None, "file of the generator that amortised gdpa uses")
     sticker: str | None = option(None, "of rhde, a name of diffender.attacks.stickers; none: the best three")
-    queries: int | None = option(None, "of rhde and sparse-rs to the defence, a picture", low=1)
-    queries_undefended: int | None = option(None, "of rhde and sparse-rs to the classifier alone, a picture", low=1)
+    queries: int | None = budgeted("queries", "of rhde and sparse-rs to the defence, a picture")
+    queries_undefended: int | None = budgeted("queries_undefended", "of these to the classifier alone, a picture")
     patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
-    verdicts: int | None = option(None, "purifications that judge a picture", low=1, group="the verdict")
+    verdicts: int | None = budgeted("verdicts", "purifications that judge a picture; paper: one", group="the verdict")
     trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
-    trust_images: int | None = option(None, "pictures that the checks are made on", low=1)
+    trust_images: int | None = budgeted("trust_images", "pictures that the checks are made on")
     table: int | None = option(
         None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7, group="the run"
     )
-    figure: int | None = option(None, "make a figure of the paper: 1, 3, 4, 5, 8 or 9", low=1, high=9)
+    figure: int | None = option(None, f"make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
     folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
     frames: str | None = option(None, "Table 7 from photographs: a csv of file, label, configuration and clean")
     tuning_data: str = option(
@@ -113,6 +124,14 @@ def fill(opts: Options) -> Options:
         )
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
+    if opts.table and opts.figure:
+        raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
+    if opts.figure and opts.figure not in FIGURES:
+        raise InputError(f"--figure {opts.figure}; choose of {', '.join(map(str, FIGURES))}")
+    if opts.frames and opts.table != 7:
+        raise InputError("--frames is for --table 7, which judges photographs of printed patches")
+    if opts.name and (Path(opts.name).is_absolute() or ".." in Path(opts.name).parts):
+        raise InputError(f"--name is {opts.name}; it is a folder within runs/")
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     return opts

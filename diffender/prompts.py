@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError
-from diffender.files import read_header, save_atomic
+from diffender.files import load_tensors, read_header, save_atomic
 from diffender.models.text import END, POSITIONS, START, TextTransformer
 from diffender.weights import EMBEDDED
 
@@ -79,7 +78,7 @@ def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
 def load_prompts(path: Path, dim: int) -> PromptPair:
     """Learned prompts of width `dim`; raises InputError for a file of another kind or of another model."""
     read_header(path)
-    state = load_file(path)
+    state = load_tensors(path)
     if sorted(state) != ["ctx_locate", "ctx_restore"]:
         raise InputError(f"{path} holds {sorted(state)[:5]}; prompts are two tensors, ctx_locate and ctx_restore")
     shapes = [tuple(v.shape) for v in state.values()]

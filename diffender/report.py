@@ -205,12 +205,17 @@ def compare(a: Path, b: Path) -> str:
 
 def main() -> None:
     what, *rest = sys.argv[1:] or [""]
+    if what in ("", "-h", "--help"):
+        print(__doc__)
+        return
     if what == "compare":
         if len(rest) != 2 or not all((Path(folder) / "config.json").is_file() for folder in rest):
             raise InputError(f"compare {' '.join(rest)}: give two folders that evaluate.py wrote")
         print(compare(*map(Path, rest)), end="")
         return
     for path in map(Path, sys.argv[1:]):
+        if not path.is_file():
+            raise InputError(f"no document {path}; give Markdown files, or compare and two folders of runs")
         write_text(path, fill(path.read_text(encoding="utf-8"), Path("results")))
 
 

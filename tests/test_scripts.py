@@ -15,7 +15,6 @@ import evaluate
 from diffender import cli
 from diffender.report import STAGES
 from diffender.runs import open_run
-from diffender.weights import EMBEDDED
 from tests.conftest import ROOT
 
 SMALL = [
@@ -247,46 +246,6 @@ def test_large_blocks_are_reused():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=plain)
     before, after = map(int, run.stdout.split())
     assert after < before / 10, run.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--attack", "advp,pgd"], "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
-        (["--shard", "2/2"], "--shard is 2/2; give i/n with i from 0 to n-1"),
-        (["--shard", "1/2"], "--shard 1/2 needs --name"),
-        (["--grad", "exact"], "--grad exact is unknown for diffender; choose of transfer, bpda, bpda-mask"),
-        (["--attack", "ready"], "give --patch-file"),
-        (["--attack", "gdpa", "--gdpa-mode", "amortised"], "give --generator"),
-        (["--attack", "rhde", "--sticker", "dog"], "unknown sticker 'dog'; choose one of smiley"),
-        (["--max-memory", "0.6"], "--max-memory 0.6 GiB is too little"),
-        (["--area", "1.5"], "--area is 1.5; allowed is from 0.0005 to 0.9"),
-        (["--noise_ratio", "7"], "--noise-ratio is 7.0; allowed is from 0.02 to 1"),  # underscores are hyphens
-        (["--eot", "0"], "--eot is 0; allowed is at least 1"),
-        (["--images", "many"], "invalid int value: 'many'"),
-        (["--imges", "4"], "unrecognized arguments: --imges 4"),
-        (["--data", "nowhere"], "no data at 'nowhere'"),
-        (["--model", "sd15-inpainting"], "needs --weights"),
-        (["--weights", "gone.safetensors"], "no weights file gone.safetensors"),
-        (["--classifier", "vgg"], "unknown classifier 'vgg'"),
-        (["--device", "tpu9"], "--device tpu9 does not work here"),
-        (["--prompts", "gone.safetensors"], "no weights file gone.safetensors"),
-        (["--vae", "gone"], "no weights file gone"),
-        (["--locate-unet", str(EMBEDDED / "tiny.safetensors")], "holds no UNet of Stable Diffusion 1 or 2"),
-        (["--ema"], "holds no averaged (EMA) copies; leave out --ema"),
-        (["--weights", "random"], "give --model, one of tiny"),
-        (["--sampler", "euler"], "invalid choice: 'euler'"),
-        (["--sampler", "dpmpp", "--eta", "1"], "eta is 1.0; DPM-Solver++(2M) is deterministic"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--micro-batch", "0"], "--micro-batch is 0; allowed is at least 1"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, args, says):
-    code, _, error = here(args, tmp_path, monkeypatch, capfd)
-    assert code == 2
-    assert says in error
-    assert len(error.strip().splitlines()) == 1, error
-    assert not list(tmp_path.rglob("*"))  # nothing half-made is left behind
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, apply_patch, masks_for, patch_side, to_8bit
 from diffender.errors import InputError
-from diffender.files import open_safetensors
+from diffender.files import load_tensors
 from diffender.noise import generator
 
 
@@ -80,13 +80,28 @@ class Ready(Fixed):
     def __post_init__(self) -> None:
         if self.file is None:
             raise InputError("ready patches come from a file; give --patch-file, safetensors with patches and targets")
+        self.load()
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Patches and targets. Raises InputError for a file of anything else."""
+        state = load_tensors(Path(self.file))
+        if {"patches", "targets"} - set(state):
+            raise InputError(f"{self.file} holds {', '.join(state)}; wanted are patches and targets")
+        patches, targets = state["patches"].float(), state["targets"]
+        if not (patches.ndim == 4 and patches.shape[1] == 3 and len(patches) and targets.shape == patches.shape[:1]):
+            raise InputError(
+                f"{self.file} has patches {tuple(patches.shape)} and targets {tuple(targets.shape)}; wanted are "
+                "patches (N, 3, s, s) and targets (N,), at least one"
+            )
+        if not (patches.min() >= 0 and patches.max() <= 1):
+            raise InputError(f"{self.file} has patches outside of [0, 1]; divide by 255, undo any normalisation")
+        return patches, targets
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
-        with open_safetensors(Path(self.file)) as f:
-            if {"patches", "targets"} - set(f.keys()):
-                raise InputError(f"{self.file} holds {', '.join(f.keys())}; wanted are patches and targets")
-            patches, targets = f.get_tensor("patches").float(), f.get_tensor("targets")
+        patches, targets = self.load()
         usable = (targets != y).nonzero()[:, 0]
+        if not len(usable):
+            raise InputError(f"{self.file} has no patch that aims at another class than {y}")
         patch = patches[usable[torch.randint(len(usable), (), generator=g)]]
         if patch.shape[-1] == side:
             return patch

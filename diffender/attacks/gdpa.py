@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from diffender.attacks.patch import (
@@ -33,7 +32,7 @@ from diffender.attacks.patch import (
     to_8bit,
 )
 from diffender.errors import InputError
-from diffender.files import read_header
+from diffender.files import load_tensors, read_header
 from diffender.noise import Noise, generator
 
 MODES = ("direct", "generator", "amortised")
@@ -126,16 +125,24 @@ class PatchGenerator(nn.Module):
         return pattern.view(-1, 3, self.side, self.side), bound(self.size, self.side) * location.tanh()
 
 
+def check_generator(path: Path) -> dict:
+    """The header of a trained network's file. Raises InputError for any other file."""
+    header = read_header(path)
+    if header.get("kind") != "gdpa":
+        raise InputError(f"{path} holds no generator; python -m diffender.attacks.beforehand --kind gdpa trains one")
+    return header
+
+
 def load_generator(path: str, size: int, side: int) -> PatchGenerator:
     """A trained network from its safetensors file. Raises InputError where it was made for other sizes."""
-    header = read_header(Path(path))
+    header = check_generator(Path(path))
     if (header.get("size"), header.get("side")) != (size, side):
         raise InputError(
             f"{path} makes patches of side {header.get('side')} for pictures of side {header.get('size')}; wanted are "
             f"{side} and {size}: python -m diffender.attacks.beforehand --kind gdpa trains one"
         )
     net = PatchGenerator(size, side, Generator(), header["width"])
-    net.load_state_dict(load_file(path))
+    net.load_state_dict(load_tensors(Path(path)))
     return net
 
 
@@ -195,6 +202,8 @@ class GDPA:
                 "GDPA's amortised mode needs a trained generator; give --generator a file of python -m "
                 "diffender.attacks.beforehand --kind gdpa"
             )
+        if self.weights is not None:
+            check_generator(Path(self.weights))
 
     def __call__(
         self,

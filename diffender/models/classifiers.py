@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffender.errors import InputError, check_finite, nearest
+from diffender.files import check_fit, load_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -126,7 +127,6 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
     Raises InputError where the name is unknown or there are no weights to be had.
     """
     import timm
-    from safetensors.torch import load_file
 
     tag = name.removeprefix("timm:")
     if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
@@ -137,8 +137,8 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
     net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     if weights is not None:
-        state = load_file(weights)
-        state = {k: v for k, v in state.items() if not k.startswith("AuxLogits.")}
+        state = {k: v for k, v in load_tensors(Path(weights)).items() if not k.startswith("AuxLogits.")}
+        check_fit(Path(weights), name, state, net.state_dict())
         net.load_state_dict(state)
     elif cfg.package:
         net.load_state_dict(package_weights(cfg.package, net.state_dict()))

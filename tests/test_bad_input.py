@@ -1,0 +1,349 @@
+"""A table of bad input to every program: one clear line, exit code 2, and nothing lost or half-made."""
+
+import importlib
+import json
+import struct
+import sys
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffender import cli
+from diffender.data import as_rgb, load_image, sample_items
+from diffender.models.classifiers import CLASSIFIERS
+from diffender.prompts import SHIPPED
+from diffender.weights import EMBEDDED
+
+TINY = EMBEDDED / "tiny.safetensors"
+MODULES = (
+    "evaluate", "train", "diffender.ablation", "diffender.attacks.beforehand", "diffender.defend",
+    "diffender.defenses.patchcleanser", "diffender.faces", "diffender.page", "diffender.pretrain", "diffender.report",
+    "diffender.weights",
+)  # fmt: skip
+PROGRAMS = {module.split(".")[-1]: module for module in MODULES}
+
+
+def png(width, height, data, crc=None):
+    """A PNG of one grey channel with these bytes in it, whatever they are."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content) if crc is None else crc
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder of files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("bad")
+    photo = sample_items()[0].path.read_bytes()
+    pictures = {
+        "text.jpg": b"I am no picture",
+        "empty.png": b"",
+        "cut.jpg": photo[: len(photo) // 3],
+        "head.jpg": photo[:20],
+        "crc.png": png(8, 8, zlib.compress(bytes(72)), crc=1),
+        "short.png": png(64, 64, zlib.compress(b"few")),
+        "garbage.png": png(8, 8, b"no zlib"),
+        "huge.png": png(20_000, 20_000, zlib.compress(b"")),
+        "zero.png": png(0, 8, zlib.compress(b"")),
+        "page.jpg": b"<!doctype html><title>404</title>",
+        "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "film.jpg": b"\x00\x00\x00\x18ftypmp42" + bytes(64),
+        "document.jpg": b"%PDF-1.7\n",
+        "cut.webp": b"RIFF\x24\x00\x00\x00WEBPVP8 ",
+        "cut.bmp": b"BM\x36\x00\x00\x00",
+    }
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+        (folder / f"of-{name}.csv").write_text(f"file,label\n{name},1\n")
+    Image.new("L", (20_000, 1)).save(folder / "thin.png")
+    (folder / "of-thin.png.csv").write_text("file,label\nthin.png,1\n")
+    (folder / "of-gone.png.csv").write_text("file,label\ngone.png,1\n")
+    (folder / "folder.png").mkdir()
+    (folder / "of-folder.png.csv").write_text("file,label\nfolder.png,1\n")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    tables = {
+        "blank": "", "columns": "name,class\na.png,1\n", "label": "file,label\na.png,cat\n", "none": "file,label\n",
+        "high": "file,label\na.png,1000\n", "low": "file,label\na.png,-1\n", "half": "file,label\na.png,1.5\n",
+        "nameless": "file,label\n,3\n", "short": "file,label\na.png\n", "wrong": "file,label\ndot.png,1\n",
+        "twice": "file,label\na.png,1\na.jpg,2\n",
+    }  # fmt: skip
+    for name, content in tables.items():
+        (folder / f"{name}.csv").write_text(content)
+    (folder / "latin.csv").write_bytes("file,label\nä.png,1\n".encode("latin-1"))
+    for name in ("nothing", "people/only", "classes/n00000000"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "people/only/a.png")
+    Image.new("RGB", (8, 8)).save(folder / "classes/n00000000/a.png")
+    ones = torch.ones(2, 2)
+    save_file({"a": ones}, folder / "other.safetensors")
+    save_file({"ctx_locate": ones, "ctx_restore": ones.clone()}, folder / "narrow.safetensors")
+    save_file({"ctx_locate": ones}, folder / "half.safetensors")
+    save_file({"a": ones}, folder / "header.safetensors", metadata={"diffender": "{"})
+    save_file({"patches": torch.ones(1, 3, 8, 8), "targets": torch.tensor([[1]])}, folder / "targets.safetensors")
+    save_file({"patches": torch.ones(1, 8), "targets": torch.tensor([1])}, folder / "flat.safetensors")
+    save_file({"patches": 2 * torch.ones(1, 3, 8, 8), "targets": torch.tensor([1])}, folder / "bright.safetensors")
+    save_file({"patches": torch.ones(0, 3, 8, 8), "targets": torch.ones(0).long()}, folder / "few.safetensors")
+    (folder / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:-100])
+    (folder / "text.safetensors").write_text("weights")
+    torch.save({"a": ones}, folder / "pickle.ckpt")
+    (folder / "pairs.txt").write_text("10 300\nA 1 2\n")
+    (folder / "pairs.csv").write_text("a,b\nx,y\n")
+    (folder / "file").write_text("in the way")
+    (folder / "run").mkdir()
+    (folder / "run/config.json").write_text("{")
+    (folder / "tuning.safetensors.unfinished").write_text("no tuning")
+    (folder / "damaged").mkdir()
+    (folder / "damaged/config.json").write_text("{}")
+    (folder / "damaged/results.json").write_text("{}")
+    (folder / "damaged/per_image.jsonl").write_text('{"id": "a"}\nnot json\n')
+    (folder / "unnamed").mkdir()
+    (folder / "unnamed/config.json").write_text("{}")
+    (folder / "unnamed/per_image.jsonl").write_text("{}\n[]\n")
+    return folder
+
+
+def below(name):
+    """A number that is too small for every option of this list."""
+    return [(f"evaluate --{name} {value}", f"--{name} is {value}; allowed is ") for value in ("0", "-3")]
+
+
+OUT_OF_RANGE = [
+    *(case for name in ("draws", "steps", "batch-size", "micro-batch", "images", "iters", "iters-undefended", "eot",
+                        "eot-batch", "restarts", "queries", "queries-undefended", "verdicts", "trust-images", "table",
+                        "figure", "folds", "dilation") for case in below(name)),
+    ("evaluate --noise_ratio 7", "--noise-ratio is 7.0; allowed is from 0.02 to 1"),  # underscores are hyphens
+    ("evaluate --noise-ratio 0", "allowed is from 0.02 to 1"),
+    ("evaluate --noise-ratio nan", "--noise-ratio is nan; allowed is from 0.02 to 1"),
+    ("evaluate --theta -1", "--theta is -1.0; allowed is at least 0"),
+    ("evaluate --theta nan", "--theta is nan"),
+    ("evaluate --guidance inf", "--guidance is inf; allowed is at least 0"),
+    ("evaluate --sigma -0.5", "--sigma is -0.5"),
+    ("evaluate --dilation 2", "dilation is 2; it is an odd number of latents"),
+    ("evaluate --eta 1.5", "--eta is 1.5; allowed is from 0 to 1"),
+    ("evaluate --steps 1000", "--steps is 1000; allowed is from 1 to 999"),
+    ("evaluate --seed -1", "--seed is -1; allowed is at least 0"),
+    ("evaluate --fold -1", "--fold is -1"),
+    ("evaluate --area 1.5", "--area is 1.5; allowed is from 0.0005 to 0.9"),
+    ("evaluate --area 0", "--area is 0.0; allowed is from 0.0005 to 0.9"),
+    ("evaluate --ste-k 0", "--ste-k is 0.0"),
+    ("evaluate --evasion -1", "--evasion is -1.0"),
+    ("evaluate --images-full -1", "--images-full is -1"),
+    ("evaluate --max-memory 0.1", "--max-memory is 0.1; allowed is at least 0.5"),
+    ("evaluate --table 8", "--table is 8; allowed is from 1 to 7"),
+    ("evaluate --figure 2", "--figure 2; choose of 1, 3, 4, 5, 8, 9"),
+    ("evaluate --images many", "invalid int value: 'many'"),
+    ("evaluate --images 1.5", "invalid int value: '1.5'"),
+    ("evaluate --theta two", "invalid float value: 'two'"),
+    ("train --shots 0", "--shots is 0; allowed is at least 1"),
+    ("train --n-ctx 76", "--n-ctx is 76; allowed is from 1 to 75"),
+    ("train --lr nan", "--lr is nan"),
+    ("train --rounds 0", "--rounds is 0"),
+    ("patchcleanser --masks 0", "--masks is 0"),
+    ("patchcleanser --area 0.9", "--area is 0.9; allowed is from 0.0005 to 0.5"),
+    ("defend photo.jpg --draws 0", "--draws is 0"),
+]  # fmt: skip
+
+NAMES = [
+    ("evaluate --attack advp,pgd", "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
+    ("evaluate --attack advq", "(nearest: advp)"),
+    ("evaluate --grad exact", "--grad exact is unknown for diffender; choose of transfer, bpda, bpda-mask"),
+    ("evaluate --grad bpda-msk", "(nearest: bpda-mask)"),
+    ("evaluate --defense jpg", "(nearest: jpeg)"),
+    ("evaluate --defense jpeg:quality=high", "setting 'quality=high' of defence jpeg; its settings and their defaults"),
+    ("evaluate --defense jpeg:colour=1", "setting 'colour=1' of defence jpeg"),
+    ("evaluate --classifier vgg", "unknown classifier 'vgg'"),
+    ("evaluate --classifier resnet5", "(nearest: resnet50)"),
+    ("evaluate --classifier timm:no_such_net", "no_such_net"),
+    ("evaluate --model sd15", "(nearest: sd15-inpainting)"),
+    ("evaluate --attack rhde --sticker dog", "unknown sticker 'dog'; choose one of smiley"),
+    ("evaluate --device tpu9", "--device tpu9 does not work here"),
+    ("evaluate --sampler euler", "invalid choice: 'euler'"),
+    ("evaluate --dtype int8", "invalid choice: 'int8'"),
+    ("evaluate --prompt best", "invalid choice: 'best'"),
+    ("evaluate --preset huge", "invalid choice: 'huge'"),
+    ("evaluate --score mean", "invalid choice: 'mean'"),
+    ("evaluate --shape star", "invalid choice: 'star'"),
+    ("evaluate --trust some", "invalid choice: 'some'"),
+    ("evaluate --track mlflow", "invalid choice: 'mlflow'"),
+    ("evaluate --imges 4", "unrecognized arguments: --imges 4 (nearest: --images)"),
+    ("evaluate photo.jpg", "unrecognized arguments: photo.jpg"),
+    ("train --without colour", "invalid choice: 'colour'"),
+    ("train --optimizer sgd", "unrecognized arguments: --optimizer sgd"),
+    ("ablation --study colours", "unknown study colours; choose of"),
+    ("beforehand --kind pgd", "invalid choice: 'pgd'"),
+    ("pretrain", "the following arguments are required"),
+    ("pretrain text --data x", "invalid choice: 'text'"),
+    ("weights", "the following arguments are required"),
+    ("weights fetch sd3", "invalid choice: 'sd3'"),
+]
+
+CONFLICTS = [
+    ("evaluate --shard 2/2 --name a", "--shard is 2/2; give i/n with i from 0 to n-1"),
+    ("evaluate --shard one", "--shard is one; give i/n"),
+    ("evaluate --shard 1/2", "--shard 1/2 needs --name"),
+    ("evaluate --dry-run --table 1", "--dry-run is for a single run"),
+    ("evaluate --table 1 --figure 5", "--table 1 and --figure 5: one at a time"),
+    ("evaluate --frames {bad}/none.csv", "--frames is for --table 7"),
+    ("evaluate --name ../elsewhere", "--name is ../elsewhere; it is a folder within runs/"),
+    ("evaluate --name /tmp/elsewhere", "it is a folder within runs/"),
+    ("evaluate --sampler dpmpp --eta 1", "eta is 1.0; DPM-Solver++(2M) is deterministic"),
+    ("evaluate --attack ready", "give --patch-file"),
+    ("evaluate --attack gdpa --gdpa-mode amortised", "give --generator"),
+    ("evaluate --defense jpeg --grad full", "--grad full is unknown for jpeg"),
+    ("evaluate --max-memory 0.6", "--max-memory 0.6 GiB is too little"),
+    ("evaluate --model sd15-inpainting", "needs --weights"),
+    ("evaluate --weights random", "give --model, one of tiny"),
+    ("evaluate --ema", "holds no averaged (EMA) copies; leave out --ema"),
+    ("evaluate --table 6", "--table 6 is of faces"),
+    ("evaluate --classifier facenet --data {bad}/people", "identification needs two such people"),
+    ("train --shots 8 --held-out 500", "photographs"),
+]
+
+FILES = [
+    ("evaluate --data nowhere", "no data at 'nowhere'"),
+    ("evaluate --data {bad}/nothing", "no pictures in"),
+    ("evaluate --data {bad}/file", "no data at"),
+    ("evaluate --data {bad}/classes", "names that are no ImageNet-1k wnids: n00000000"),
+    *((f"evaluate --data {{bad}}/{name}.csv", says) for name, says in (
+        ("blank", "has the columns none; wanted are file, label"), ("columns", "wanted are file, label"),
+        ("label", "line 2: label 'cat'; labels are class indices from 0 to 999"), ("high", "label '1000'"),
+        ("low", "label '-1'"), ("half", "label '1.5'"), ("none", "no pictures in"), ("nameless", "line 2: no file"),
+        ("short", "line 2: label"), ("twice", "more than one picture a"), ("latin", "csv file in UTF-8"),
+    )),
+    ("patchcleanser --data {bad}/wrong.csv", "the classifier gets none of these pictures right"),
+    *((f"patchcleanser --data {{bad}}/of-{name}.csv", f"{name}") for name in (
+        "text.jpg", "empty.png", "cut.jpg", "head.jpg", "crc.png", "short.png", "garbage.png", "huge.png", "zero.png",
+        "page.jpg", "vector.png", "film.jpg", "document.jpg", "cut.webp", "cut.bmp", "thin.png", "gone.png",
+        "folder.png",
+    )),
+    ("evaluate --prompts gone.safetensors", "no weights file gone.safetensors"),
+    ("evaluate --prompts {bad}/nothing", "is a folder; give the path of a .safetensors file"),
+    ("evaluate --prompts {bad}/other.safetensors", "prompts are two tensors, ctx_locate and ctx_restore"),
+    ("evaluate --prompts {bad}/half.safetensors", "prompts are two tensors"),
+    ("evaluate --prompts {bad}/narrow.safetensors", "tune new ones (train.py)"),
+    ("evaluate --prompts {bad}/cut.safetensors", "is not a whole safetensors file"),
+    ("evaluate --prompts {bad}/text.safetensors", "is not a whole safetensors file"),
+    ("evaluate --prompts {bad}/header.safetensors", "damaged header"),
+    ("evaluate --prompts {bad}/pickle.ckpt", "looks like a pickle"),
+    ("evaluate --weights gone.safetensors", "no weights file gone.safetensors"),
+    ("evaluate --weights {bad}/nothing", "nothing"),
+    ("evaluate --weights {bad}/text.safetensors", "is not a whole safetensors file"),
+    ("evaluate --weights {bad}/other.safetensors", "other.safetensors"),
+    ("evaluate --weights {bad}/pickle.ckpt", "looks like a pickle"),
+    ("evaluate --vae gone", "no weights file gone"),
+    (f"evaluate --locate-unet {TINY}", "holds no UNet of Stable Diffusion 1 or 2"),
+    ("evaluate --classifier-weights gone.safetensors", "no weights file gone.safetensors"),
+    ("evaluate --classifier-weights {bad}/text.safetensors", "is not a whole safetensors file"),
+    ("evaluate --classifier-weights {bad}/other.safetensors", "other.safetensors"),
+    ("faces --pairs {bad}/pairs.csv --classifier-weights {bad}/text.safetensors", "is not a whole safetensors file"),
+    ("faces --pairs gone.txt", "no pairs at 'gone.txt'"),
+    ("faces --pairs {bad}/pairs.txt", "has no weights in this package"),
+    ("evaluate --attack ready --patch-file gone.safetensors", "no weights file gone.safetensors"),
+    *((f"evaluate --attack ready --patch-file {{bad}}/{name}.safetensors", says) for name, says in (
+        ("other", "wanted are patches and targets"), ("targets", "targets"), ("flat", "patches"),
+        ("bright", "[0, 1]"), ("few", "patches"),
+    )),
+    ("evaluate --attack gdpa --gdpa-mode amortised --generator gone.safetensors", "no weights file gone.safetensors"),
+    ("evaluate --attack gdpa --gdpa-mode amortised --generator {bad}/other.safetensors", "other.safetensors"),
+    ("weights inspect gone.safetensors", "no weights file gone.safetensors"),
+    ("weights convert gone.ckpt", "no file gone.ckpt"),
+    ("weights convert {bad}/text.jpg --out a.safetensors", "cannot be read safely as a checkpoint"),
+    ("pretrain vae --data {bad}/nothing", "training wants a folder with captions.csv"),
+    ("defend", "no pictures given; name files or folders"),
+    ("defend {bad}/nothing", "no pictures in"),
+    ("report compare {bad}/run", "give two folders that evaluate.py wrote"),
+    ("report compare {bad}/nothing {bad}/nothing", "give two folders that evaluate.py wrote"),
+    ("report compare {bad}/damaged {bad}/damaged", "per_image.jsonl, line 2 is damaged"),
+    ("report compare {bad}/unnamed {bad}/unnamed", "per_image.jsonl, line 1 is damaged"),
+    ("report gone.md", "gone.md"),
+    ("page {bad}/run", "no finished run in"),
+    ("page {bad}/damaged", "is damaged"),
+    ("page", "no folder given; give folders that evaluate.py wrote"),
+]  # fmt: skip
+
+PLACES = [
+    ("train --out {bad}/file/prompts.safetensors", "choose another place"),
+    ("train --out {bad}/nothing", "is a folder; give the name of a file"),
+    ("train --out {bad}/tuning.safetensors", "is damaged"),
+    ("train --out /sys/prompts/a.safetensors", "choose another place"),
+    ("defend {bad}/dot.png --out {bad}/file", "choose another place"),
+    ("defend {bad}/dot.png --out /sys/pictures", "choose another place"),
+    ("defend {bad}/dot.png --out {bad}/run", "config.json is damaged"),
+    ("ablation --images 1 --out {bad}/file", "choose another place"),
+    ("beforehand --kind universal --out {bad}/file/a", "choose another place"),
+    ("patchcleanser --images 1 --out {bad}/file/a", "choose another place"),
+    ("pretrain vae --data {bad} --out {bad}/file/a", "choose another place"),
+]
+TABLE = OUT_OF_RANGE + NAMES + CONFLICTS + FILES + PLACES
+
+
+def test_the_table_is_long():
+    assert len({line for line, _ in TABLE}) == len(TABLE) >= 150
+
+
+@pytest.mark.parametrize(("line", "says"), TABLE, ids=[line.replace("/", "|") for line, _ in TABLE])
+def test_one_line_and_exit_code_2(bad, tmp_path, monkeypatch, capfd, line, says):
+    program, *args = line.format(bad=bad).split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *args])
+    before = {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}
+    with pytest.raises(SystemExit) as e:
+        cli.run(importlib.import_module(PROGRAMS[program]).main)
+    error = capfd.readouterr().err
+    assert e.value.code == 2
+    assert says in error
+    assert len(error.strip().splitlines()) == 1, error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing half-made is left behind"
+    assert before == {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}, "nothing is lost"
+
+
+def test_a_place_in_the_way_of_runs(tmp_path, monkeypatch, capfd):
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--attack", "none", "--images", "1"])
+    with pytest.raises(SystemExit) as e:
+        cli.run(importlib.import_module("evaluate").main)
+    assert e.value.code == 2
+    assert "choose another place" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 3), (31, 17), (4000, 250)])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F"]
+)
+def test_pictures_of_every_mode_and_size_are_taken(tmp_path, mode, size):
+    image = Image.new("RGB", size, (40, 120, 200))
+    image = Image.new(mode, size, 30_000) if mode in ("I", "I;16") else image.convert(mode)
+    if mode in ("PA", "HSV", "LAB", "I", "F"):  # of no file that is taken; they reach the package from Python
+        assert as_rgb(image).mode == "RGB"
+        return
+    path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
+    image.save(path)
+    x = load_image(path, CLASSIFIERS["efficientnet_lite0"])
+    assert x.shape == (3, 224, 224)
+    assert mode == "1" or 0.3 < x.mean() < 0.6, "the colour is what it was"
+
+
+def test_a_damaged_record_is_named_and_nothing_else_is_lost(tmp_path, monkeypatch, capfd):
+    from tests.test_scripts import SMALL, here
+
+    args = [*SMALL, "--attack", "none", "--quiet", "--name", "a"]
+    assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
+    path = tmp_path / "runs/a/per_image.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first[:50]}\n{second}\n")
+    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    assert code == 2
+    assert "per_image.jsonl, line 1 is damaged" in error
+    path.write_text(f"{second}\n")  # as the message says
+    assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
+    assert {json.loads(line)["id"] for line in path.read_text().splitlines()} == {
+        json.loads(line)["id"] for line in (first, second)
+    }
