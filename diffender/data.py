@@ -133,7 +133,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
     if image.mode.startswith("I"):  # Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -99,7 +99,7 @@ def evaluate_batch(
     alone = read(undefended(x, None))
     columns = {
         "id": ids, "file": names, "label": y.tolist(), "undefended": alone.label, "defended": seen,
-        "confidence": list(zip(alone.confidence, sure, strict=True)), "masked": areas,
+        "confidence": [list(pair) for pair in zip(alone.confidence, sure, strict=True)], "masked": areas,
     }  # fmt: skip
     records = [{name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
@@ -112,7 +112,7 @@ def evaluate_batch(
             columns = {
                 "undefended": alone.label,
                 "defended": seen,
-                "confidence": list(zip(alone.confidence, sure, strict=True)),
+                "confidence": [list(pair) for pair in zip(alone.confidence, sure, strict=True)],
                 "masks": mask_columns(out, mask),
                 "area": mask.mean(dim=(1, 2, 3)).tolist(),
                 "queries": made.queries.tolist(),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from diffender.cli import settings
+from diffender.curves import draw_curves
 from diffender.data import Batch, correct_subset
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import named_images
@@ -36,7 +37,7 @@ from diffender.plans import (
     split,
     without,
 )  # fmt: skip
-from diffender.progress import TRACKERS, Progress
+from diffender.progress import TRACKERS, Progress, bar
 from diffender.prompts import SHIPPED
 from diffender.report import class_names, markdown, read_records, save_grid
 from diffender.runs import (
@@ -53,7 +54,7 @@ from diffender.trust import trust_report
 
 NO_MATTER = ("name", "images", "batch_size", "eot_batch", "max_memory", "trust",
              "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames", "dry_run",
-             "list")  # fmt: skip
+             "list", "curves")  # fmt: skip
 
 
 class Experiment(NamedTuple):
@@ -169,8 +170,17 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     checked = time.monotonic()
     if opts.trust != "off" and e.plans:
         n = min(opts.trust_images, len(batch.ids))
+        if not opts.quiet:
+            print(f"checking the evaluation on {n} pictures (--trust {opts.trust})")
         few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(e.device), y=batch.y[:n].to(e.device))
         results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results, e.folder)
+    if opts.curves != "off":
+        with patient(how_to_go_on(e)) as may_stop:
+            on_device = batch._replace(x=batch.x.to(e.device), y=batch.y.to(e.device))
+            results["curves"] = draw_curves(
+                opts.curves, e.target, e.plans, on_device, opts.seed,
+                bar(records, "curves", opts.quiet, " pictures"), e.folder, may_stop,
+            )  # fmt: skip
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)

@@ -56,24 +56,36 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
-def chart(title: str, curves: dict[str, Sequence[float]], axis: str) -> str:
-    """Lines over their own index, as an inline SVG."""
+def chart(
+    title: str,
+    curves: dict[str, Sequence[float]],
+    axis: str,
+    at: Sequence[float] = (),
+    span: tuple[float, float] | None = None,
+) -> str:
+    """Lines over the numbers `at`, evenly spaced, or over their own index, as an inline SVG; `span` fixes the scale."""
     curves = {name: values for name, values in curves.items() if len(values) > 1}
     if not curves:
         return ""
     (width, height), pad = CURVE, 34
     every = [v for values in curves.values() for v in values]
-    low, high = min(every), max(every)
+    low, high = span or (min(every), max(every))
     high = high if high > low else low + 1
 
+    def across(i: int, n: int) -> float:
+        return pad + i * (width - pad - 16) / (n - 1)
+
     def point(i: int, n: int, value: float) -> str:
-        x = pad + i * (width - pad - 8) / (n - 1)
-        return f"{x:.1f},{8 + (height - pad - 8) * (high - value) / (high - low):.1f}"
+        return f"{across(i, n):.1f},{8 + (height - pad - 8) * (high - value) / (high - low):.1f}"
 
     parts = [f"<line class=axis x1={pad} x2={width - 8} y1={y} y2={y} />" for y in (8, height - pad)]
     ends = (high, 12), (low, height - pad + 4)
     parts += [f"<text x={pad - 4} y={y} text-anchor=end>{v:.3g}</text>" for v, y in ends]
-    parts.append(f"<text x={width / 2} y={height - 6} text-anchor=middle>{escape(axis)}</text>")
+    parts += [
+        f"<text x={across(i, len(at)):.0f} y={height - pad + 14} text-anchor=middle>{v:g}</text>"
+        for i, v in enumerate(at)
+    ]
+    parts.append(f"<text x={width / 2} y={height - 4} text-anchor=middle>{escape(axis)}</text>")
     legend = []
     for (name, values), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         points = " ".join(point(i, len(values), v) for i, v in enumerate(values))
@@ -86,13 +98,33 @@ def chart(title: str, curves: dict[str, Sequence[float]], axis: str) -> str:
     )
 
 
-def mean_curves(records: Sequence[dict]) -> dict[str, list[float]]:
-    """The loss of each attack along its steps, mean over pictures."""
+def along_steps(records: Sequence[dict], what: str) -> dict[str, list[float]]:
+    """`loss` or `fooled` of each attack along its steps, mean over pictures."""
     found: dict[str, list[list[float]]] = {}
     for record in records:
         for variant, attack in record["attacks"].items():
-            found.setdefault(variant, []).append(attack["loss"])
+            found.setdefault(variant, []).append(attack.get(what, []))
     return {name: [sum(step) / len(step) for step in zip(*rows, strict=False)] for name, rows in found.items()}
+
+
+def charts(results: dict, records: Sequence[dict]) -> str:
+    """Over the attacks' steps, and over theta and the patch's size where --curves asked for them."""
+    steps, percent = "steps, evenly thinned", (0, 100)
+    right = {name: [100 - 100 * v for v in values] for name, values in along_steps(records, "fooled").items()}
+    drawn = [
+        chart("accuracy that the attack saw, in per cent", right, steps, span=percent),
+        chart("attacker's loss, mean over pictures", along_steps(records, "loss"), steps),
+    ]
+    titles = {
+        "theta": ("accuracy of these patches at other thresholds, in per cent", "theta"),
+        "area": ("accuracy under patches of other sizes, made anew, in per cent", "share of the picture"),
+    }
+    for axis, (title, label) in titles.items():
+        columns = dict(results.get("curves", {}).get(axis, {}))
+        at = columns.pop("at", ())
+        columns = {name: [100 * v for v in values] for name, values in columns.items()}
+        drawn.append(chart(title, columns, label, at, percent))
+    return "".join(drawn)
 
 
 def headline(results: dict) -> str:
@@ -119,10 +151,14 @@ def states(record: dict) -> list[str]:
     return found
 
 
-def seen(answer: int, label: int, names: Sequence[str], votes: Sequence[int] = ()) -> str:
-    """A class in words, green or red, and how many purifications agree."""
+def seen(
+    answer: int, label: int, names: Sequence[str], votes: Sequence[int] = (), confidence: float | None = None
+) -> str:
+    """A class in words, ticked or crossed, how sure the classifier is of it, and how many purifications agree."""
     tally = f" ({sum(v == answer for v in votes)} of {len(votes)})" if len(votes) > 1 else ""
-    return f"<span class={'good' if answer == label else 'bad'}>{escape(names[answer].split(',')[0])}</span>{tally}"
+    sure = "" if confidence is None else f" {100 * confidence:.0f} %"
+    kind, sign = ("good", "&#10003;") if answer == label else ("bad", "&#10007;")
+    return f"<span class={kind}>{sign}&nbsp;{escape(names[answer].split(',')[0])}</span>{sure}{tally}"
 
 
 def card(record: dict, folder: Path, names: Sequence[str]) -> str:
@@ -130,10 +166,11 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> str:
     label, attacks = record["label"], record["attacks"]
     last = list(attacks.values())[-1] if attacks else record
     uris = {s: inline(f) for s in STAGES if (f := folder / f"{record['file']}_{s}.png").is_file()}
+    clean, attacked = (r.get("confidence", (None, None)) for r in (record, last))
     told = {
-        "clean": seen(record["undefended"], label, names),
-        "attacked": seen(last["undefended"], label, names),
-        "restored": seen(last["defended"][0], label, names, last["defended"]),
+        "clean": seen(record["undefended"], label, names, (), clean[0]),
+        "attacked": seen(last["undefended"], label, names, (), attacked[0]),
+        "restored": seen(last["defended"][0], label, names, last["defended"], attacked[1]),
     }
     parts = [
         f'<figure class={stage}><img loading=lazy alt="{stage}" src="{uri}"><figcaption>{stage} {told.get(stage, "")}'
@@ -167,9 +204,8 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
         signs = {True: passed, False: failed, None: "shown"}
         checks = [[*(escape(c[k]) for k in ("name", "figure", "wanted")), signs[c["passed"]]] for c in results["trust"]]
         parts.append("<h2>Can the evaluation be trusted?</h2>" + table(("check", "figure", "wanted", ""), checks))
-    curves = chart("attacker's loss, mean over pictures", mean_curves(records), "steps, evenly thinned")
-    if curves:
-        parts.append(f"<h2>Attacks</h2><div class=charts>{curves}</div>")
+    if drawn := charts(results, records):
+        parts.append(f"<h2>Curves</h2><div class=charts>{drawn}</div>")
     filters = {"every": "all", "failed": "failed under attack", "rescued": "rescued", "alarm": "false alarms"}
     counts = {name: sum(name in states(r) for r in records) for name in filters} | {"every": len(records)}
     radios = "".join(
@@ -203,9 +239,12 @@ def main() -> None:
     for folder in map(Path, sys.argv[1:]):
         if not (folder / "results.json").is_file():
             raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")
-        results, config = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("results", "config"))
-        records = read_records(folder)
-        write_text(folder / "report.html", page(results, records, folder / "images", class_names(), config))
+        try:
+            results, config = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("results", "config"))
+            text = page(results, read_records(folder), folder / "images", class_names(), config)
+        except (ValueError, KeyError) as e:
+            raise e if isinstance(e, InputError) else InputError(f"{folder} is damaged ({e!r}); run it again") from e
+        write_text(folder / "report.html", text)
         print(folder / "report.html")
 
 

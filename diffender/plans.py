@@ -25,6 +25,7 @@ GRADIENTS = {  # by defence
     "others": ("transfer", "bpda", "auto"),
 }
 FIGURES = (1, 3, 4, 5, 8, 9)  # of the paper
+AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 COSTLY = ("surrogate", "full", "full+loc")
 PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
 COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
@@ -32,24 +33,24 @@ COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc"
 PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer pictures and steps
     "smoke": {
         "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
-        "trust_images": 1, "queries": 20, "queries_undefended": 50,
+        "trust_images": 1, "queries": 20, "queries_undefended": 50, "curves": "off",
     },
     "laptop": {
         "images": 6, "iters": 20, "iters_undefended": 100, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 10,
-        "trust_images": 2, "queries": 100, "queries_undefended": 600,
+        "trust_images": 2, "queries": 100, "queries_undefended": 600, "curves": "theta",
     },
     "paper": {
         "images": 512, "iters": 100, "iters_undefended": 100, "eot": 10, "restarts": 3,
         "grad": ",".join(GRADIENTS["diffender"]), "verdicts": 10, "trust_images": 32,
-        "queries": 2400, "queries_undefended": 2400,
+        "queries": 2400, "queries_undefended": 2400, "curves": "theta",
     },
 }  # fmt: skip
 
 
-def budgeted(name: str, help: str, group: str | None = None) -> Any:
+def budgeted(name: str, help: str, group: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
     """An option whose default is the preset's, with all of them in its help."""
     values = ", ".join(f"{preset} {given[name]}" for preset, given in PRESETS.items())
-    return option(None, f"{help} ({values})", low=1, group=group)
+    return option(None, f"{help} ({values})", choices, None if choices else 1, group=group)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Options(TargetOptions):
     patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
     verdicts: int | None = budgeted("verdicts", "purifications that judge a picture; paper: one", group="the verdict")
     trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
+    curves: str | None = budgeted(
+        "curves", "of the report: over theta for these patches; all: and over their size, made anew",
+        choices=("off", "theta", "all"),
+    )  # fmt: skip
     trust_images: int | None = budgeted("trust_images", "pictures that the checks are made on")
     table: int | None = option(
         None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7, group="the run"
@@ -263,7 +268,8 @@ def names() -> str:
 class Forecast(NamedTuple):
     """What an experiment will cost, from one measured pass of its defence."""
 
-    passes: float
+    passes: float  # of attacks and verdicts
+    after: float  # of checks and curves, when all pictures are done
     seconds: float  # of a pass
     evaluations: int  # of a UNet in a pass, or what a pass is worth in them
     memory: str  # in words
@@ -286,18 +292,18 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[
     count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
     passes = sum(n * costs(opts, costly) for costly, n in count.items())
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
-    passes += opts.trust_images * checks * (opts.attack != "none")
-    return Forecast(passes, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
+    after = opts.trust_images * checks * (opts.attack != "none") + curve_costs(opts) * sum(count.values())
+    return Forecast(passes, after, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
 
 
 def announce(opts: Options, forecasts: list[Forecast]) -> None:
     """Say before the start what will be done, what it will cost, and what it leaves out."""
-    total = sum(f.passes * f.seconds for f in forecasts)
+    total = sum((f.passes + f.after) * f.seconds for f in forecasts)
     if len(forecasts) > 1:
         print(f"{len(forecasts)} experiments, about {duration(total)}{max((f.memory for f in forecasts), key=len)}")
     else:
         (only,) = forecasts
-        each = f"{only.passes:.0f} passes of the defence of {only.seconds:.2f} s each"
+        each = f"{only.passes + only.after:.0f} passes of the defence of {only.seconds:.2f} s each"
         print(f"about {duration(total)}: {each}{only.memory}")
     if opts.preset != "paper" and opts.attack != "none":
         paper = replace(opts, **budget(opts, "paper"))
@@ -340,6 +346,15 @@ def costs(opts: Options, costly: bool) -> float:
                 if kind != "transfer" and (costly or kind not in COSTLY):
                     total += opts.verdicts + opts.restarts * (opts.eot * opts.iters * COST[kind] + 3 * max(3, opts.eot))
     return total
+
+
+def curve_costs(opts: Options) -> float:
+    """What a picture takes for --curves, in forward passes of the defence."""
+    if opts.curves == "off":
+        return 0
+    columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
+    sizes = len(AREAS) * costs(opts, costly=True) / max(1, len(attacks(opts))) if opts.curves == "all" else 0
+    return 3 * columns + sizes
 
 
 def duration(seconds: float) -> str:

@@ -156,13 +156,13 @@ def fill(document: str, results: Path) -> str:
     return re.sub(r"<!-- results/(?P<name>[\w-]+) -->\n.*?<!-- end -->", table, document, flags=re.DOTALL)
 
 
-def read_records(folder: Path) -> list[dict]:
+def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
     """The records of all processes, one for each picture; a line that is being written is left out.
 
     Raises InputError for any other line that is not a record.
     """
     records = {}
-    for path in sorted(folder.glob("per_image*.jsonl")):
+    for path in sorted(folder.glob(files)):
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if line.endswith(b"\n"):
                 try:

@@ -285,7 +285,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     y = classifier(x).argmax(dim=1)
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     steps = []
-    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 2, steps.append)
+    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 2, on_step=steps.append)
     assert steps == [1] * 5
     for kind in ("transfer", "full"):
         files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
@@ -294,7 +294,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         assert torch.equal(
             (image * (1 - mask)), to_8bit(x) * (1 - mask)
         )  # outside the patch: the clean picture, exactly
-        _, seen = purifications(target, image, ids, 0, 2)
+        _, seen, _ = purifications(target, image, ids, 0, 2)
         assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
     assert json.loads(json.dumps(records)) == records
     results = summarize(records) | {

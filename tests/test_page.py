@@ -19,9 +19,10 @@ NAMES = [f"class <{i}>" for i in range(4)]
 
 
 def record(i: int, clean: int = 1, attacked: int = 2, restored: int = 1) -> dict:
-    attack = {"undefended": attacked, "defended": [restored, 1, 1], "loss": [1.0, 0.5]}
+    attack = {"undefended": attacked, "defended": [restored, 1, 1], "loss": [1.0, 0.5], "fooled": [0.0, 1.0],
+              "confidence": [0.9, 0.25]}  # fmt: skip
     return {"id": f"p{i}", "file": f"p{i}", "label": 1, "undefended": 1, "defended": [clean, 1, 1], "masked": 0.1,
-            "attacks": {"advp/transfer": attack}}  # fmt: skip
+            "confidence": [0.8, 0.7], "attacks": {"advp/transfer": attack}}  # fmt: skip
 
 
 RECORDS = [record(0), record(1, restored=3), record(2, clean=0), record(3, attacked=1)]
@@ -33,6 +34,7 @@ def results() -> dict:
     rows = [row | {"attack": "none", "gradient": ""}, row | {"attack": "strongest on each picture", "gradient": ""}]
     checks = [{"name": "a & b", "figure": "1", "wanted": "", "passed": passed} for passed in (True, False, None)]
     told = {"setting": "s", "seed": 0, "machine": "m", "date": "d", "command": "python evaluate.py --name <x>"}
+    told |= {"curves": {"theta": {"at": [2.0, 2.5], "none": [1.0, 0.5]}, "area": {"at": []}}}
     return told | {"rows": rows, "defense": "D", "verdicts": 3, "votes": 3, "trust": checks, "seconds": 1.0}
 
 
@@ -91,6 +93,63 @@ def test_pictures_are_filtered_by_what_happened(html):
     for text in ("failed under attack (1)", "rescued (2)", "false alarms (1)", "all (4)"):
         assert text in html
     assert "(1 of 3)" in html
+    assert "</span> 25 % (3 of 3)" in html, "how sure the classifier is"
+
+
+def test_curves_are_drawn_where_there_are_any(html):
+    titles = re.findall(r'aria-label="([^"]*)"', html)
+    assert [t for t in titles if "accuracy" in t or "loss" in t] == [
+        "accuracy that the attack saw, in per cent", "attacker&#x27;s loss, mean over pictures",
+        "accuracy of these patches at other thresholds, in per cent",
+    ]  # fmt: skip
+    assert ">2.5</text>" in html
+
+
+BROWSER = """if True:
+    import os, sys
+    os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_DISABLE_SANDBOX": "1"}
+    from PySide6.QtCore import QUrl
+    from PySide6.QtWebEngineWidgets import QWebEngineView
+    from PySide6.QtWidgets import QApplication
+    app, page, script = QApplication(sys.argv[:1]), sys.argv[1], sys.argv[2]
+    view = QWebEngineView()
+    view.resize(1200, 900)
+    view.show()
+    done = lambda found: (print(found, flush=True), os._exit(0))
+    view.loadFinished.connect(lambda ok: view.page().runJavaScript(script, done))
+    view.load(QUrl.fromLocalFile(page))
+    app.exec()
+"""
+
+
+def test_the_page_in_a_browser(html, tmp_path):
+    """Filters show and hide cards, by keyboard too; the slider cuts; every picture is drawn; nothing sticks out."""
+    pytest.importorskip("PySide6.QtWebEngineWidgets", reason="no browser: pip install PySide6", exc_type=ImportError)
+    (tmp_path / "report.html").write_text(html)
+    script = """(() => {
+        const visible = card => getComputedStyle(card).display != 'none'
+        const found = {}
+        for (const id of ['every', 'failed', 'rescued', 'alarm']) {
+            document.getElementById(id).click()
+            found[id] = [...document.querySelectorAll('.card')].filter(visible).length
+        }
+        document.getElementById('every').click()
+        const input = document.querySelector('.slide input')
+        input.value = 30
+        input.dispatchEvent(new Event('input'))
+        found.cut = document.querySelector('.pair').style.getPropertyValue('--cut')
+        found.hidden = document.querySelector('.slide').hidden
+        found.broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length
+        found.focusable = document.querySelectorAll('input, summary').length
+        found.wide = document.documentElement.scrollWidth <= innerWidth
+        return JSON.stringify(found)
+    })()"""
+    run = [sys.executable, "-c", BROWSER, tmp_path / "report.html", script]
+    found = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert json.loads(found.stdout.splitlines()[-1]) == {
+        "every": 4, "failed": 1, "rescued": 2, "alarm": 1, "cut": "30%", "hidden": False, "broken": 0,
+        "focusable": 4 + len(RECORDS) + 1, "wide": True,
+    }  # fmt: skip
 
 
 def test_a_page_of_512_pictures_stays_light(html):

@@ -31,7 +31,7 @@ LAYERS = [
     {"defenses.patchcleanser", "defend"},
     {"evaluation", "corpus", "trainer"},
     {"pretrain", "ablation", "trust", "plans", "attacks.beforehand"},
-    {"page"},
+    {"page", "curves"},
     {"experiment", "paper", "physical", "controls", "workers"},
     {"filming"},
     {"tables"},

@@ -1,0 +1,148 @@
+"""Documents tell the truth: commands parse, and run at their smallest setting; code in them runs or is ours."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+
+from diffender import cli, plans
+from diffender.data import sample_items
+from diffender.prompts import SHIPPED
+from tests.conftest import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md")])
+NEEDS = {  # words in a command, and what it takes that is not here
+    "--weights sd-v1-5": "an official checkpoint", "sd-v1-5-inpainting": "an official checkpoint",
+    "weights fetch": "a network", "facenet": "weights of a recogniser of faces", "diffender.faces": "pictures of LFW",
+    "--before": "an earlier commit beside this one", "benchmarks/": "idle cores and diffusers beside",
+    "pip install": "a network; CI runs it", "pytest": "itself", "ruff": "the linter; CI runs it",
+    "diffender.pretrain": "captions.csv; tests/test_pretrain.py", "results/": "hours: it is the command of a result",
+}  # fmt: skip
+SMALLEST = {
+    "evaluate.py": "--preset smoke --images 1 --images-full 1 --iters 1 --iters-undefended 2 --steps 1 --draws 1 "
+    "--verdicts 1 --eot 1 --queries 4 --queries-undefended 20 --trust off --curves off --batch-size 1",
+    "train.py": "--shots 2 --batch-size 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1",
+    "diffender.ablation": "--images 1 --iters 2 --draws 1 --steps 1",
+    "diffender.defend": "--draws 1 --steps 1",
+    "diffender.defenses.patchcleanser": "--images 1 --masks 2",
+    "diffender.defenses.jedi": "--images 2 --epochs 1 --out jedi.safetensors",
+}
+
+
+def commands(document):
+    """Command lines in a document: those of its shell blocks, and those in backticks."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [part.strip() for line in lines + inline for part in " ".join(line.split()).split("&&")]
+    return [c for c in found if c and not c.startswith("#")]
+
+
+EVERY = list(dict.fromkeys(c for document in DOCUMENTS for c in commands(document)))
+PYTHON = [c for c in EVERY if re.match(r"(\.venv/bin/)?python |torchrun ", c) and not c.endswith("...")]
+
+
+def program(command):
+    """The module or file that it starts, and what follows."""
+    words = shlex.split(command)[1:]
+    while words and words[0].startswith("-") and words[0] != "-m":
+        words = words[2:]  # of torchrun
+    return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+
+
+def test_there_are_commands():
+    assert len(PYTHON) > 40
+    assert {"evaluate.py", "train.py", "diffender.defend", "diffender.report"} <= {program(c)[0] for c in PYTHON}
+
+
+@pytest.mark.parametrize("command", PYTHON)
+def test_commands_are_of_programs_and_options_that_exist(command):
+    name, args = program(command)
+    if name in ("pytest", "venv") or name.startswith("benchmarks/"):
+        assert not name.endswith(".py") or (ROOT / name).is_file()
+        return
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "Options"):
+        opts = cli.parse(module.Options, "", args)
+        if name == "evaluate.py":
+            plans.attacks(plans.fill(opts))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with everything that the documents' commands name."""
+    folder = tmp_path_factory.mktemp("workplace")
+    wnids = ImageNetInfo().label_names()
+    for items in ("imagenet", "my_images", "photos/imagenet_samples"):
+        for item in sample_items():
+            (folder / items / wnids[item.label]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(item.path, folder / items / wnids[item.label])
+    (folder / "nips17").mkdir()
+    rows = [f"{item.path},{item.label}" for item in sample_items()]
+    (folder / "nips17/labels.csv").write_text("\n".join(["file,label", *rows]))
+    (folder / "frames.csv").write_text("\n".join(["file,label,configuration", *(f"{r},front" for r in rows[:2])]))
+    (folder / "folder").mkdir()
+    for name in ("photo.jpg", "folder/other.jpg"):
+        shutil.copy(sample_items()[0].path, folder / name)
+    patches = {"patches": torch.rand(2, 3, 50, 50), "targets": torch.tensor([1, 2])}
+    save_file(patches, folder / "FILE.safetensors")
+    for name in ("README.md", "docs", "results"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "runs").mkdir()
+    shutil.copy(SHIPPED, folder / "runs/prompts.safetensors")
+    return folder
+
+
+def run(command, folder):
+    name, args = program(command)
+    start = [sys.executable, "-m", name] if not name.endswith(".py") else [sys.executable, ROOT / name]
+    if command.startswith("torchrun"):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / name]
+    small = [] if "--help" in args else shlex.split(SMALLEST.get(name, ""))
+    args = [part for a in args for part in (sorted(map(str, folder.glob(a))) if "*" in a else [a])]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*start, *args, *small], cwd=folder, capture_output=True, text=True, timeout=900, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EVERY)
+def test_commands_run_at_their_smallest_setting(command, workplace):
+    for words, reason in NEEDS.items():
+        if words in command:
+            pytest.skip(f"needs {reason}")
+    if "report compare" in command:
+        for name in ("A", "B"):
+            made = run(f"python evaluate.py --attack none --name {name}", workplace)
+            assert made.returncode == 0, made.stderr
+    done = run(command, workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_code_of_the_readme_runs(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(sample_items()[0].path, "photo.jpg")
+    names = {"x": photos[:1]}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert names["logits"].shape == (1, 1000)
+    assert Image.open("clean.png").size == Image.open("photo.jpg").size
+
+
+def test_code_of_the_guide_is_the_code():
+    """Every line of an excerpt stands in the package."""
+    sources = [*(ROOT / "diffender").rglob("*.py"), ROOT / "train.py", ROOT / "evaluate.py"]
+    lines = {line.strip() for path in sources for line in path.read_text().splitlines()}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), flags=re.DOTALL):
+        for line in block.splitlines():
+            assert line.strip() in lines, line
