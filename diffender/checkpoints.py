@@ -26,6 +26,8 @@ from diffender.layouts import (
     unet_name,
     vae_name,
 )
+from diffender.models.unet import UNet
+from diffender.models.vae import AutoencoderKL
 
 FOLDERS = {
     "unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text": "text_encoder/model"
@@ -161,9 +163,11 @@ def renaming(part: str, layout: str, module: nn.Module) -> Callable[[str], list[
     if layout == "openclip":
         return open_clip_names
     if layout == "huggingface" and part == "unet":
+        assert isinstance(module, UNet)
         ours = {unet_name(k, module.cfg.num_res_blocks): k for k in module.state_dict()}
         return lambda key: [ours.get(key, key)]
     if layout == "huggingface" and part == "vae":
+        assert isinstance(module, AutoencoderKL)
         ours = {vae_name(k, len(module.cfg.ch_mult)): k for k in module.state_dict()}
         return lambda key: [ours.get(new_vae_name(key), key)]
     return lambda key: [key.removeprefix("text_model.")]

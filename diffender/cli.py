@@ -10,13 +10,16 @@ import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from diffender.errors import InputError, nearest
 from diffender.interruption import Interrupted
 
-Options = TypeVar("Options")
-Fields = TypeVar("Fields")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+Fields = TypeVar("Fields", bound="DataclassInstance")
 
 
 def option(
@@ -126,8 +129,8 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             group.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(argv)
     if rest:
-        flags = [f"--{f.name.replace('_', '-')}" for f in fields(cls)]
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], flags)}")
+        known = [f"--{f.name.replace('_', '-')}" for f in fields(cls)]
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
     for f in fields(cls):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):

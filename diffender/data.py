@@ -165,7 +165,8 @@ def correct_subset(
     Pictures whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
-    ids, images, labels, hashes = [], [], [], []
+    ids: list[str] = []
+    images, labels, hashes = [], [], []
     for i in order:
         if len(ids) == count:
             break

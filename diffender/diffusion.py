@@ -87,7 +87,7 @@ class LatentDiffusion(nn.Module):
         contexts (B, n, L, D) -> (B, n, 4, h, w): n answers for each row, which share what comes before the text.
         """
         x = z_t if conditioning is None else torch.cat([z_t, conditioning], dim=1)
-        dtype = unet.out[2].weight.dtype
+        dtype = unet.get_parameter("out.2.weight").dtype
         out = unet(x.to(dtype), t, rearrange(contexts, "b n l d -> (n b) l d").to(dtype)).to(z_t.dtype)
         out = rearrange(out, "(n b) c h w -> b n c h w", b=len(x))
         if unet.cfg.prediction == "v":
@@ -111,8 +111,8 @@ class LatentDiffusion(nn.Module):
         b, several = len(z_t), context.ndim == 4
         contexts = (context if several else context[None]).expand(-1, b, -1, -1).transpose(0, 1)
         given = [] if conditioning is None else [conditioning.expand(b, -1, -1, -1)]
-        t = torch.full((b,), t, device=z_t.device)
-        out = self.run(partial(self, unet or self.unet), z_t, t, contexts, *given, rows=contexts.shape[1])
+        times = torch.full((b,), t, device=z_t.device)
+        out = self.run(partial(self, unet or self.unet), z_t, times, contexts, *given, rows=contexts.shape[1])
         return out.transpose(0, 1) if several else out[:, 0]
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -190,7 +190,7 @@ def strongest(verdicts: Sequence[Verdict]) -> Verdict:
 
 def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
     """Verdicts by attack/gradient and picture; the costly gradients may see fewer pictures."""
-    found = {}
+    found: dict[str, dict[str, Verdict]] = {}
     for r in records:
         for variant, a in r["attacks"].items():
             found.setdefault(variant, {})[r["id"]] = verdict(a["defended"], r["label"])
@@ -208,7 +208,7 @@ def proportion(values: Sequence[float]) -> dict:
     return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
 
 
-def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Sequence[Verdict]) -> dict:
+def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
     columns = {column: proportion([getattr(v, column) for v in verdicts]) for column in VERDICTS}
     return {"attack": name, "gradient": kind, "undefended": proportion(list(map(float, undefended)))} | columns
 

@@ -75,7 +75,7 @@ def digest(tensors: dict[str, Tensor], header: dict) -> str:
     for key in sorted(tensors):
         value = tensors[key].detach().cpu()
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.flatten().contiguous().view(torch.uint8).numpy())
+        total.update(value.flatten().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

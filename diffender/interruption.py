@@ -15,7 +15,7 @@ class Interrupted(Exception):
 def patient(goes_on: str) -> Iterator[Callable[[], None]]:
     """Inside, Ctrl-C and SIGTERM wait for the next call of the function given, which raises Interrupted(goes_on); a
     second one does not wait."""
-    asked = []
+    asked: list[bool] = []
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
         if asked:

@@ -54,8 +54,9 @@ def unet_name(key: str, num_res_blocks: int) -> str:
     for ours, theirs in UNET_ENDS.items():
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
-    side, index, rest = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.*)", key).groups()
-    index = int(index)
+    found = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.*)", key)
+    assert found is not None, f"{key} is no tensor of a UNet"
+    side, index, rest = found[1], int(found[2]), found[3]
     if side == "middle":
         name = f"mid_block.{MIDDLE[index]}.{rest}"
     else:

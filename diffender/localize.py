@@ -4,6 +4,8 @@ Read as the authors' code and B.3 do: absolute difference of the latents for eac
 the channels, z-score over the picture, threshold theta in standard deviations, then smoothing and dilation.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -52,7 +54,8 @@ def difference_map(
         x0_a, x0_b = model.decode(x0_a), model.decode(x0_b)
     difference = (x0_a - x0_b).abs()
     if decoded:
-        difference = F.adaptive_avg_pool2d(difference, z0.shape[-2:])
+        height, width = z0.shape[-2:]
+        difference = F.adaptive_avg_pool2d(difference, (height, width))
     return reduce(difference, "(b m) c h w -> b 1 h w", "mean", m=m)
 
 
@@ -76,7 +79,7 @@ SCORES = {"z": standardize, "mad": standardize_robustly}
 def refine_mask(
     z_score: Tensor,
     theta: float,
-    size: tuple[int, int],
+    size: Sequence[int],
     sigma: float = 1.0,
     dilation: int = 3,
     ste: str = "identity",

@@ -45,7 +45,7 @@ def feature_distance(features_r: Sequence[Tensor], features_c: Sequence[Tensor])
         (F.normalize(r, dim=1, eps=1e-10) - F.normalize(c, dim=1, eps=1e-10)).square().sum(dim=1).mean()
         for r, c in zip(features_r, features_c, strict=True)
     ]
-    return sum(layers) / len(layers)
+    return sum(layers[1:], layers[0]) / len(layers)
 
 
 def tuning_loss(mask: Tensor, l1: Tensor, feature: Tensor) -> TuningLoss:

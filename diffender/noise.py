@@ -34,12 +34,12 @@ def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
     if noises[0] is None:
         return None
     if isinstance(noises[0], Tensor):
-        return torch.cat(list(noises))
+        return torch.cat(list(noises))  # type: ignore[arg-type]  # all are what the first is
     return type(noises[0])(*map(torch.cat, zip(*noises, strict=True)))
 
 
 def sample_noise(
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     draws: int,
     steps: int,
     seed: int,

@@ -1,6 +1,6 @@
 """Tensor operations that several stages share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,9 @@ def dilate(x: Tensor, kernel: int = 3) -> Tensor:
     return F.max_pool2d(x, kernel, stride=1, padding=kernel // 2)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize with antialiasing; the identity where the size is right already."""
-    if x.shape[-2:] == size:
+    if x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 

@@ -22,7 +22,8 @@ from diffender.report import STAGES, accuracies, class_names, counted, read_reco
 
 WIDTH = 224  # of a picture on the page
 CURVE = (420, 190)  # of a chart
-COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b")
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
+GREY = "#64748b"  # without a patch, or without a defence
 
 STYLE = Path(__file__).with_suffix(".css")
 
@@ -62,6 +63,7 @@ def chart(
     axis: str,
     at: Sequence[float] = (),
     span: tuple[float, float] | None = None,
+    colours: dict[str, str] | None = None,
 ) -> str:
     """Lines over the numbers `at`, evenly spaced, or over their own index, as an inline SVG; `span` fixes the scale."""
     curves = {name: values for name, values in curves.items() if len(values) > 1}
@@ -87,10 +89,11 @@ def chart(
     ]
     parts.append(f"<text x={width / 2} y={height - 4} text-anchor=middle>{escape(axis)}</text>")
     legend = []
-    for (name, values), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+    for (name, values), usual in zip(curves.items(), COLOURS * len(curves), strict=False):
+        colour = (colours or {}).get(name, usual)
         points = " ".join(point(i, len(values), v) for i, v in enumerate(values))
         parts.append(f'<polyline fill=none stroke="{colour}" stroke-width=2 points="{points}" />')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {escape(name)}')
+        legend.append(f'<span class=key><span style="color:{colour}">&#9632;</span> {escape(name)}</span>')
     size = f'viewBox="0 0 {width} {height}" width={width}'
     svg = f'<svg role=img aria-label="{escape(title)}" {size}>{"".join(parts)}</svg>'
     return (
@@ -110,10 +113,12 @@ def along_steps(records: Sequence[dict], what: str) -> dict[str, list[float]]:
 def charts(results: dict, records: Sequence[dict]) -> str:
     """Over the attacks' steps, and over theta and the patch's size where --curves asked for them."""
     steps, percent = "steps, evenly thinned", (0, 100)
+    loss = along_steps(records, "loss")
+    colours = dict(zip(loss, COLOURS * len(loss), strict=False))  # the same attack has the same one everywhere
     right = {name: [100 - 100 * v for v in values] for name, values in along_steps(records, "fooled").items()}
     drawn = [
-        chart("accuracy that the attack saw, in per cent", right, steps, span=percent),
-        chart("attacker's loss, mean over pictures", along_steps(records, "loss"), steps),
+        chart("accuracy that the attack saw, in per cent", right, steps, span=percent, colours=colours),
+        chart("attacker's loss, mean over pictures", loss, steps, colours=colours),
     ]
     titles = {
         "theta": ("accuracy of these patches at other thresholds, in per cent", "theta"),
@@ -123,7 +128,7 @@ def charts(results: dict, records: Sequence[dict]) -> str:
         columns = dict(results.get("curves", {}).get(axis, {}))
         at = columns.pop("at", ())
         columns = {name: [100 * v for v in values] for name, values in columns.items()}
-        drawn.append(chart(title, columns, label, at, percent))
+        drawn.append(chart(title, columns, label, at, percent, dict.fromkeys(columns, GREY) | colours))
     return "".join(drawn)
 
 

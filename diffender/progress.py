@@ -35,7 +35,7 @@ class Lines:
 
 def bar(what: Collection | int, description: str, quiet: bool = False, unit: str = "it", initial: int = 0) -> tqdm:
     """Progress over a collection, or over a count that `update` is told of: rate and time left, on stderr."""
-    given = {"total": what} if isinstance(what, int) else {"iterable": what}
+    given: dict[str, object] = {"total": what} if isinstance(what, int) else {"iterable": what}
     given |= {"desc": description, "unit": unit, "initial": initial, "disable": quiet}
     if sys.stderr.isatty():
         return tqdm(**given, mininterval=1, dynamic_ncols=True)

@@ -25,7 +25,8 @@ class Contexts(NamedTuple):
 
     def detach(self) -> "Contexts":
         """Constants: no gradient reaches the prompts."""
-        return Contexts(*(c if c is None else c.detach() for c in self))
+        locate = None if self.locate is None else self.locate.detach()
+        return Contexts(locate, self.restore.detach(), self.empty.detach())
 
 
 class PromptPair(nn.Module):

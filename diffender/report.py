@@ -46,7 +46,7 @@ def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
         save_png(image, folder / f"{name}_{stage}.png")
 
 
-def stretch(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
+def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
     """A difference map (1, h, w) to its own range [0, 1], enlarged without smoothing: what the localiser sees."""
     low, high = heatmap.aminmax()
     scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
@@ -161,7 +161,7 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
 
     Raises InputError for any other line that is not a record.
     """
-    records = {}
+    records: dict[str, dict] = {}
     for path in sorted(folder.glob(files)):
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if line.endswith(b"\n"):

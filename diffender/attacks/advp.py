@@ -82,12 +82,12 @@ class AdvP:
             corner = self.location == "corner"
             return masks_for(task.image_ids, task.seed, at, size, self.area, self.shape, corner).to(x)
 
-        def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
+        def draw(k: int) -> tuple[Tensor, Tensor, Noise | Tensor | None]:
             purpose = f"attack {0 if self.fixed_noise else step}"
             mask = place(purpose, k)
             return apply_patch(x, patch, mask), mask, task.noise(purpose + key, k)
 
-        candidates = [] if init is None else [patch]
+        first = [] if init is None else [patch]
         best, best_score = patch, torch.full((len(x),), -torch.inf, device=x.device)
         velocity, trace, missed = torch.zeros_like(patch), [], []
         for step in range(self.iters):
@@ -107,7 +107,7 @@ class AdvP:
             patch = (patch - lr * velocity.sign()).clamp(0, 1)
             callback(step)
 
-        candidates = torch.stack([*candidates, best, patch])
+        candidates = torch.stack([*first, best, patch])
         images = [apply_patch(x, to_8bit(p), place("choice", 0)) for p in candidates]
         scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image in images]
         chosen = torch.stack(scores).argmax(dim=0)

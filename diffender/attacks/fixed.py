@@ -78,12 +78,12 @@ class Ready(Fixed):
     file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.file is None:
-            raise InputError("ready patches come from a file; give --patch-file, safetensors with patches and targets")
         self.load()
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """Patches and targets. Raises InputError for a file of anything else."""
+        """Patches and targets. Raises InputError for no file and for one of anything else."""
+        if self.file is None:
+            raise InputError("ready patches come from a file; give --patch-file, safetensors with patches and targets")
         state = load_tensors(Path(self.file))
         if {"patches", "targets"} - set(state):
             raise InputError(f"{self.file} holds {', '.join(state)}; wanted are patches and targets")

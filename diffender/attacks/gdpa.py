@@ -80,6 +80,8 @@ class PatchGenerator(nn.Module):
     features' size, so that a step moves the patch as far as theirs (beta 3000 at 802,816 features and lr 5e-4).
     """
 
+    beta: Tensor
+
     def __init__(self, size: int, side: int, g: Generator, width: int = 64, blocks: int = 6, lr: float = 5e-4):
         super().__init__()
         self.size, self.side = size, side
@@ -103,6 +105,7 @@ class PatchGenerator(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.weight.data.normal_(0, 0.02, generator=g)
+                assert module.bias is not None
                 module.bias.data.zero_()
             elif isinstance(module, nn.InstanceNorm2d):
                 module.weight.data.normal_(1, 0.02, generator=g)
@@ -223,6 +226,7 @@ class GDPA:
         )
         size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
         if self.mode == "amortised":
+            assert self.weights is not None  # as __post_init__ saw to
             net = load_generator(self.weights, size, side).to(x.device)
             return self.finish(task, [join(*(t.detach() for t in net(x)))], [], [], "")
         if self.mode == "generator":
@@ -265,21 +269,21 @@ class GDPA:
     ) -> Attacked:
         """Adam on pattern and place; in direct mode also moves by forward passes, every ten steps."""
         x, size = task.x, task.x.shape[-1]
-        direct = isinstance(free, Free)
-        if direct:
+        if isinstance(free, Free):
             groups = [{"params": [free.w], "lr": self.lr}, {"params": [free.u], "lr": self.lr_place}]
             optimizer = torch.optim.Adam(groups)
         else:
             optimizer = torch.optim.Adam(free.parameters(), self.lr_net, (0.5, 0.999))
 
-        def draw(k: int) -> tuple[Tensor, Tensor, Noise | None]:
+        def draw(k: int) -> tuple[Tensor, Tensor, Noise | Tensor | None]:
             return attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k)
 
         best, best_score = None, torch.full((len(x),), -torch.inf, device=x.device)
         trace, missed = [], []
         for step in range(self.iters):
-            if direct and step % 10 == 0:
-                free.move(self.moved(task, *(t.detach() for t in free()), step, key))
+            if isinstance(free, Free) and step % 10 == 0:
+                pattern, theta = (t.detach() for t in free())
+                free.move(self.moved(task, pattern, theta, step, key))
             pattern, theta = free()
             canvas, covered = place(pattern, theta, size)
             attacked = x * (1 - covered) + canvas

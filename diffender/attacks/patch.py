@@ -18,9 +18,11 @@ class Victim(Protocol):
     besides its own loss, given where its pixels are.
     """
 
-    def __call__(self, x: Tensor, noise: Noise | None) -> Tensor: ...
+    def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
 
-    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | None: ...
+    def sample_noise(
+        self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0
+    ) -> Noise | Tensor | None: ...
 
 
 class Attacked(NamedTuple):
@@ -109,12 +111,12 @@ class Task(NamedTuple):
     seed: int
     loss: Callable[[Tensor], Tensor]  # what the attacker lowers, from logits (B, K) to (B,)
 
-    def noise(self, purpose: str, k: int = 0) -> Noise | None:
+    def noise(self, purpose: str, k: int = 0) -> Noise | Tensor | None:
         return self.victim.sample_noise(self.image_ids, self.seed, purpose, k)
 
 
 def samples(
-    task: Task, draw: Callable[[int], tuple[Tensor, Tensor, Noise | None]], eot: int, batch: int = 1
+    task: Task, draw: Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]], eot: int, batch: int = 1
 ) -> Iterator[Sample]:
     """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side: the same either way.
 
@@ -174,4 +176,5 @@ def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int 
     winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)
     rows = torch.arange(len(winner), device=winner.device)
     fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
-    return Attacked(*fields)._replace(queries=sum(a.queries + judgements(task, eot) for a in attempts))
+    queries = torch.stack([a.queries + judgements(task, eot) for a in attempts]).sum(dim=0)
+    return Attacked(*fields)._replace(queries=queries)

@@ -6,6 +6,7 @@ generation share their noise, each generation has new noise, and the elite is ju
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class RHDE:
         results = []
         for b, image_id in enumerate(image_ids):
             rows = slice(b, b + 1)
-            task = Task(victim, x[rows], y[rows], [image_id], seed, lambda logits, b=b: margin(logits, y[b : b + 1]))
+            task = Task(victim, x[rows], y[rows], [image_id], seed, partial(margin, y=y[rows]))
             results.append(Search(self, task).run(None if init is None else init[b], callback))
         return Attacked(*map(torch.cat, zip(*results, strict=True)))
 
@@ -87,7 +88,9 @@ class Search:
     def __init__(self, cfg: RHDE, task: Task):
         self.cfg, self.task, self.y = cfg, task, int(task.y)
         self.g: Generator = generator(task.seed, task.image_ids[0], "rhde")
-        self.seen, self.locked, self.visited = 0, None, set()
+        self.seen = 0
+        self.locked: int | None = None  # the runner-up class, once the gap to it is small
+        self.visited: set[tuple[int, int, int]] = set()  # sticker, top, left
 
     def paste(self, genes: Tensor, sticker: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates as 8-bit pictures (N, 3, S, S) and where they differ from the picture, (N, 1, S, S)."""

@@ -55,7 +55,7 @@ class SparseRS:
             image, _ = paste(x, to_8bit(pattern).to(x), corner)
             return margin(victim(image, victim.sample_noise(image_ids, seed, f"attack {step}")), y).detach().cpu()
 
-        value, trace = None if random else loss(pattern, corner, 0), []
+        value, trace = torch.empty(0) if random else loss(pattern, corner, 0), []  # if random, anew in every step
         for step in range(steps):
             if random:
                 value = loss(pattern, corner, step)

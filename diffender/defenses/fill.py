@@ -1,5 +1,7 @@
 """What a mask is filled with where no diffusion model paints: grey, the mean colour, or a harmonic surface."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +29,9 @@ def harmonic(x: Tensor, mask: Tensor, sweeps: int = 20, smallest: int = 8) -> Te
     if min(x.shape[-2:]) <= smallest:
         start = mean_colour(x, mask)
     else:
-        half = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
-        share = F.avg_pool2d(known, **half)
-        small = F.avg_pool2d(x * known, **half) / share.clamp_min(1e-8)
+        half = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True, count_include_pad=False)
+        share = half(known)
+        small = half(x * known) / share.clamp_min(1e-8)
         coarse = harmonic(small, (share == 0).to(x), sweeps, smallest)
         start = F.interpolate(coarse, x.shape[-2:], mode="bilinear", align_corners=False)
     filled = x * known + start * mask

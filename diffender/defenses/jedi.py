@@ -193,7 +193,8 @@ def clean_statistics(opts: Training) -> tuple[list[float], list[float]]:
     means = torch.tensor(
         [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in pictures]
     )
-    return [[round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0))]
+    mean, std = ([round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0)))
+    return mean, std
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def main() -> None:
             found = {"right": cleanser(x) == y, "certified": cleanser.certified(x, y)}
             append_records(own, [{"id": image_id, **found, "seconds": time.monotonic() - started}])
     records = [r for r in open_run(folder, settings, own) if r["id"] in batch.ids]
-    rows, results = [], {"command": command()}
+    rows = []
+    results: dict[str, object] = {"command": command()}
     for name in ("right", "certified"):
         k, n = sum(r[name] for r in records), len(records)
         low, high = wilson(k, n)

@@ -42,6 +42,7 @@ class Upsample(nn.Module):
             return fold_doubling(weight)
         if self.folded is None or self.folded[0] is not weight or self.folded[1] != weight._version:
             self.kernel, self.folded = fold_doubling(weight), (weight, weight._version)
+        assert self.kernel is not None  # made where `folded` was
         return self.kernel
 
 
@@ -51,5 +52,5 @@ def fold_doubling(weight: Tensor) -> Tensor:
     Summed in float32 at least.
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1).flip(2, 3)
-    total = sum(F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
+    total = sum((F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)), w.new_zeros(()))
     return total.to(weight.dtype).contiguous(memory_format=torch.channels_last)

@@ -88,7 +88,7 @@ class TextTransformer(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, 77, D) to the context (B, 77, D): causal, no padding mask, no pooling."""
         x = embeddings + self.embeddings.position_embedding.weight
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.final_layer_norm(x)
 

@@ -151,7 +151,7 @@ class Downsample(nn.Module):
 class Block(nn.Sequential):
     """A sequence that hands the time embedding to residual blocks and the text to transformers."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]  # three, not one
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
