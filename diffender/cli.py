@@ -109,25 +109,29 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
     """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    usage = " ".join(["[options]", *(f.name for f in fields(cls) if get_type_hints(cls)[f.name] == tuple[str, ...])])
+    parser = Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage=f"%(prog)s {usage}",
+    )  # fmt: skip
     hints = get_type_hints(cls)
     group = parser.add_argument_group("options")
     for f in fields(cls):
         assert f.default is not MISSING, f"option {f.name} needs a default"
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        flags = {f"--{f.name.replace('_', '-')}": None, f"--{f.name}": None}
+        flag = f"--{f.name.replace('_', '-')}"
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         hint = hints[f.name]
         kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
         if hint == tuple[str, ...]:
             group.add_argument(f.name, nargs="*", help=f.metadata["help"])
         elif kind is bool:
-            group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+            group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             choices = f.metadata["choices"]
-            group.add_argument(*flags, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
-    args, rest = parser.parse_known_args(argv)
+            group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
+    args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
         known = [f"--{f.name.replace('_', '-')}" for f in fields(cls)]
         parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
@@ -137,6 +141,12 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             parser.error(f"--{f.name.replace('_', '-')} is {value}; allowed is {allowed}")
     return cls(**vars(args))
+
+
+def with_hyphens(word: str) -> str:
+    """A flag as it is known, however it is spelt: --noise_ratio=0.5 is --noise-ratio=0.5."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
 def within(value: float, low: float | None, high: float | None) -> bool:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffender.diffusion import ModelConfig
+    from diffender.models.classifiers import Classifier
+    from diffender.pipeline import DIFFender
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Defender:
         self.model = open_model(opts, device)
         self.contexts = contexts_for(opts.prompt, self.model, Path(opts.prompts or SHIPPED)).detach()
         self.cfg = pick(DIFFenderConfig, opts)
-        self.classifier = None
+        self.classifier: Classifier | None = None
         if opts.classifier != "none":
             self.classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
             self.names = self.classifier.names or class_names()
-        self.defenses = {}  # by the size that they work at
+        self.defenses: dict[tuple[int, int], DIFFender] = {}  # by the size that they work at
 
     def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
         """A picture of any size and mode; noise follows from its name."""
@@ -97,6 +99,7 @@ class Defender:
         """What the classifier sees in an RGB picture, fitted to it as its training was."""
         from diffender.data import fit_image
 
+        assert self.classifier is not None  # else nobody looks
         p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
         best = p.argmax().item()
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
@@ -138,7 +141,7 @@ def resolved(opts: Options) -> dict:
     from diffender.prompts import SHIPPED
     from diffender.runs import model_hashes
 
-    hashes = {"model": model_hashes(opts)}
+    hashes: dict[str, object] = {"model": model_hashes(opts)}
     files = {"classifier": opts.classifier_weights, "prompts": opts.prompts or SHIPPED}
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
     return settings(opts, "paths", "out") | {"sha256": hashes}

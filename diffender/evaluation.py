@@ -101,7 +101,9 @@ def evaluate_batch(
         "id": ids, "file": names, "label": y.tolist(), "undefended": alone.label, "defended": seen,
         "confidence": [list(pair) for pair in zip(alone.confidence, sure, strict=True)], "masked": areas,
     }  # fmt: skip
-    records = [{name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))]
+    records: list[dict] = [
+        {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
+    ]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
     for plan in plans:
         for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step, {} if bases is None else bases):

@@ -1,4 +1,9 @@
-"""Files in and out: whole or not at all, and one clear line for whatever is not the safetensors file it should be."""
+"""Files in and out: whole or not at all, and one clear line for whatever is not the safetensors file it should be.
+
+Torch is imported inside the functions: what only writes text answers at once.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -7,13 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from diffender.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
 
@@ -40,6 +44,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
     """Write a safetensors file with `header` as JSON in its metadata."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         with whole(path) as partial:
@@ -71,6 +78,8 @@ def sha256(path: Path) -> str:
 
 def digest(tensors: dict[str, Tensor], header: dict) -> str:
     """A checksum of a file's tensors and header, for `save_atomic` to store and a reader to compare."""
+    import torch
+
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
         value = tensors[key].detach().cpu()
@@ -85,6 +94,8 @@ def one_line(e: BaseException) -> str:
 
 def open_safetensors(path: Path):  # noqa: ANN201  (safe_open is a class of compiled code)
     """A lazily read safetensors file; raises InputError for anything that is not one."""
+    from safetensors import SafetensorError, safe_open
+
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a .safetensors file")
     if not path.exists():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,20 @@ class Localized(NamedTuple):
 
 class Purified(NamedTuple):
     image: Tensor  # (B, 3, H, W) in [0, 1] (unclamped without composite)
-    mask: Tensor
-    heatmap: Tensor
-    z_score: Tensor
+    mask: Tensor | None  # this and the rest as in Localized; None where another defence has no such thing
+    heatmap: Tensor | None
+    z_score: Tensor | None
+
+
+class Defense(Protocol):
+    """What can stand before a classifier: purified = defense(x, noise, backward), noise of its own kind or none."""
+
+    @property
+    def model(self) -> LatentDiffusion | None: ...
+
+    def __call__(self, x: Tensor, noise: Noise | Tensor | None, backward: Backward = EXACT) -> Purified: ...
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
 
 
 class DIFFender(nn.Module):
@@ -95,6 +106,8 @@ class DIFFender(nn.Module):
 
     Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
     """
+
+    blank: Tensor
 
     def __init__(
         self,
@@ -169,7 +182,9 @@ class DIFFender(nn.Module):
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 
 
-def passes(defense: Callable, x: Tensor, noises: Sequence, batch: int = 1) -> Iterator[Purified]:
+def passes(
+    defense: Callable[..., Purified], x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
+) -> Iterator[Purified]:
     """defense(x, noise) for each noise, `batch` of them side by side: the same either way. Ours encodes x once."""
     posterior = defense.posterior(x) if isinstance(defense, DIFFender) else None
     for start in range(0, len(noises), batch):
@@ -184,15 +199,15 @@ def passes(defense: Callable, x: Tensor, noises: Sequence, batch: int = 1) -> It
 class Defended(nn.Module):
     """A victim, f(x, noise) -> logits: the classifier behind the defence."""
 
-    def __init__(self, defense: DIFFender, classifier: Classifier, backward: Backward = EXACT):
+    def __init__(self, defense: Defense, classifier: Classifier, backward: Backward = EXACT):
         super().__init__()
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.sample_noise = defense.sample_noise
 
-    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor:
         return self.classifier(self.defense(x, noise, self.backward).image)
 
-    def with_penalty(self, x: Tensor, noise: Noise, patch: Tensor) -> tuple[Tensor, Tensor]:
+    def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,); 0 but in full+loc.
 
         patch (B, 1, H, W) in {0, 1}: where the attacker's pixels are.
@@ -201,6 +216,8 @@ class Defended(nn.Module):
         logits, b = self.classifier(out.image), self.backward
         if b.mode != "full+loc":
             return logits, logits.new_zeros(len(x))
+        assert isinstance(self.defense, DIFFender)  # no other defence has this mode
+        assert out.z_score is not None and out.heatmap is not None
         hide = evasion(out.z_score, patch, self.defense.cfg.theta)
         return logits, b.evasion * hide + b.decoy * decoy(out.heatmap)
 

@@ -69,7 +69,7 @@ class Options(TargetOptions):
         f"defences {', '.join(GRADIENTS['others'])} (smoke and laptop bpda-mask, paper all)"
     )  # fmt: skip
     images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
-    area: float | None = option(None, "share of the picture (default and paper: 0.05, lavan 0.02)",
+    area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02; the paper does not say)",
                                 low=0.0005, high=0.9)  # fmt: skip
     shape: str = option("square", "shape of advp's and lavan's patch", choices=("square", "circle"))
     location: str = option(
@@ -127,6 +127,8 @@ def fill(opts: Options) -> Options:
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
             f"{nearest(unknown[0], allowed)}"
         )
+    if not opts.composite and opts.restore and "bpda-mask" in kinds(opts) and opts.attack != "none":
+        raise InputError("--no-composite leaves --grad bpda-mask no way back: take bpda, surrogate, full or full+loc")
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     if opts.table and opts.figure:

@@ -2,7 +2,11 @@
 
 python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
 python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
+
+Torch is imported inside the functions: tables need none.
 """
+
+from __future__ import annotations
 
 import json
 import re
@@ -11,24 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from diffender.cli import run
 from diffender.errors import InputError
 from diffender.files import one_line, whole, write_text
-from diffender.metrics import mcnemar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """(C, H, W) in [0, 1] as an 8-bit PNG, which keeps multiples of 1/255 to the bit."""
+    from torchvision.transforms.functional import to_pil_image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
         to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(partial, format="PNG")
@@ -36,6 +39,8 @@ def save_png(image: Tensor, path: Path) -> None:
 
 def load_png(path: Path) -> Tensor:
     """What `save_png` wrote, as (3, H, W) in [0, 1]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
     with Image.open(path) as image:
         return pil_to_tensor(image.convert("RGB")).float() / 255
 
@@ -48,6 +53,8 @@ def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
 
 def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
     """A difference map (1, h, w) to its own range [0, 1], enlarged without smoothing: what the localiser sees."""
+    import torch
+
     low, high = heatmap.aminmax()
     scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
     return torch.nn.functional.interpolate(scaled[None], size, mode="nearest")[0]
@@ -133,7 +140,7 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
     save_figure(figure, path, dpi=100)
 
 
-def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     with whole(path) as partial:
         figure.savefig(partial, dpi=dpi, format="png")
 
@@ -182,6 +189,8 @@ def compare(a: Path, b: Path) -> str:
 
     Raises InputError where they share no pictures.
     """
+    from diffender.metrics import mcnemar
+
     left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
     ids = [i for i in left if i in right]
     if not ids:

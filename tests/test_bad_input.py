@@ -194,6 +194,7 @@ CONFLICTS = [
     ("evaluate --name ../elsewhere", "--name is ../elsewhere; it is a folder within runs/"),
     ("evaluate --name /tmp/elsewhere", "it is a folder within runs/"),
     ("evaluate --sampler dpmpp --eta 1", "eta is 1.0; DPM-Solver++(2M) is deterministic"),
+    ("evaluate --no-composite", "--no-composite leaves --grad bpda-mask no way back"),
     ("evaluate --attack ready", "give --patch-file"),
     ("evaluate --attack gdpa --gdpa-mode amortised", "give --generator"),
     ("evaluate --defense jpeg --grad full", "--grad full is unknown for jpeg"),

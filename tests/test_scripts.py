@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 SMALL = [
     "--images", "2", "--iters", "1", "--iters-undefended", "3", "--steps", "2", "--draws", "1", "--verdicts", "1",
-    "--trust", "off", "--no-keep",
+    "--trust", "off", "--curves", "off", "--no-keep",
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +102,23 @@ def test_readme_commands_are_options_that_exist():
             for flag in re.findall(r"--([a-z0-9-]+)", command):
                 name = flag.removeprefix("no-").replace("-", "_")
                 assert f"    {name}:" in source or flag == "help", flag
+
+
+@pytest.mark.parametrize(
+    "program", ["evaluate.py", "train.py", "diffender.defend", "diffender.report", "diffender.page"]
+)
+def test_help_answers_without_torch(program):
+    """It takes seconds to import, and mistakes on the command line should show at once, too."""
+    start = f"run_path({program!r}" if program.endswith(".py") else f"run_module({program!r}"
+    code = f"""if True:
+        import runpy, sys
+        sys.argv = ["program", "--help"]
+        try:
+            runpy.{start}, run_name="__main__")
+        except SystemExit as e:
+            print("exit", e.code)
+        print(sorted(sys.modules.keys() & {{"torch", "timm", "torchvision", "safetensors.torch"}}))
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.endswith("[]\n"), run.stdout + run.stderr
+    assert "python" in run.stdout or "options" in run.stdout

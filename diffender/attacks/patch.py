@@ -20,9 +20,7 @@ class Victim(Protocol):
 
     def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
 
-    def sample_noise(
-        self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0
-    ) -> Noise | Tensor | None: ...
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
 
 
 class Attacked(NamedTuple):

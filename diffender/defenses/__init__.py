@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,18 @@ from diffender.defenses.smoothing import Smoothing
 from diffender.diffusion import LatentDiffusion
 from diffender.errors import InputError, nearest
 from diffender.ops import resize, straight_through
-from diffender.pipeline import EXACT, Backward, Defended, Purified, check_images
+from diffender.pipeline import EXACT, Backward, Defended, DIFFender, Purified, check_images
+
+Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # pictures to purified ones, and to their masks
+
+
+@runtime_checkable
+class Diffusing(Protocol):
+    """A defence that draws: only those that diffuse do."""
+
+    def __call__(self, x: Tensor, noise: Tensor) -> Tensor: ...
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor: ...
 
 
 class Purifier(nn.Module):
@@ -30,25 +42,30 @@ class Purifier(nn.Module):
     what is not, as each defence's own file says.
     """
 
-    def __init__(self, purify: Callable, model: LatentDiffusion | None = None):
+    def __init__(self, purify: Purify | Diffusing, model: LatentDiffusion | None = None):
         super().__init__()
         self.purify, self.model = purify, model
-        self.random = model is not None  # the only ones that draw are those that diffuse
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
-        return self.purify.sample_noise(image_ids, seed, purpose, k) if self.random else None
+        if isinstance(self.purify, Diffusing):
+            return self.purify.sample_noise(image_ids, seed, purpose, k)
+        return None
 
     def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
         check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
-        out = self.purify(x, noise) if self.random else self.purify(x)
+        if isinstance(self.purify, Diffusing):
+            assert noise is not None, "this defence needs the noise of its sample_noise"
+            return Purified(self.purify(x, noise), None, None, None)
+        out = self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
         return Purified(image, mask, None, None)
 
 
-class RoundTrip(NamedTuple):
+@dataclass(frozen=True)
+class RoundTrip:
     """Control: to the diffusion model's size and back, nothing else."""
 
     size: int
@@ -67,7 +84,7 @@ def pure(purify: Callable) -> Entry:
     return Entry(purify, lambda target, **settings: Defended(Purifier(purify(**settings)), target.classifier))
 
 
-def build_dw(target: Defended, **settings: float) -> Defended:
+def build_dw(target: Defended, **settings: Any) -> Defended:
     network = target.classifier
     if any(isinstance(m, nn.ReLU | nn.ReLU6) for m in network.modules()):
         network = guided(network)
@@ -84,14 +101,17 @@ def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Def
     return Defended(Purifier(nn.Identity()), twin)
 
 
-def build_diffpure(target: Defended, **settings: float) -> Defended:
+def build_diffpure(target: Defended, **settings: Any) -> Defended:
     d = target.defense
+    assert isinstance(d, DIFFender)  # as `build` asks
     purify = DiffPure(d.model, d.contexts.empty, d.blank, **settings)
     return Defended(Purifier(purify, d.model), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:
-    return Defended(Purifier(RoundTrip(target.defense.model.cfg.image_size)), target.classifier)
+    model = target.defense.model
+    assert model is not None  # DIFFender's
+    return Defended(Purifier(RoundTrip(model.cfg.image_size)), target.classifier)
 
 
 DEFENSES = {

@@ -95,10 +95,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         c, last = cfg.ch, len(cfg.ch_mult) - 1
         for i, mult in enumerate(cfg.ch_mult):
-            level = nn.ModuleDict({"block": nn.ModuleList()})
+            blocks = []
             for _ in range(cfg.num_res_blocks):
-                level["block"].append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
+                blocks.append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
                 c = cfg.ch * mult
+            level = nn.ModuleDict({"block": nn.Sequential(*blocks)})
             if i < last:
                 level["downsample"] = Downsample(c)
             self.down.append(level)
@@ -109,10 +110,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            for block in level["block"]:
-                h = block(h)
-            if "downsample" in level:
-                h = level["downsample"](h)
+            for layer in level.children():
+                h = layer(h)
         for block in self.mid.values():
             h = block(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -126,10 +125,11 @@ class Decoder(nn.Module):
         self.mid = middle(c, cfg.norm_groups)
         levels = []
         for i, mult in reversed(list(enumerate(cfg.ch_mult))):
-            level = nn.ModuleDict({"block": nn.ModuleList()})
+            blocks = []
             for _ in range(cfg.num_res_blocks + 1):
-                level["block"].append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
+                blocks.append(ResnetBlock(c, cfg.ch * mult, cfg.norm_groups))
                 c = cfg.ch * mult
+            level = nn.ModuleDict({"block": nn.Sequential(*blocks)})
             if i > 0:
                 level["upsample"] = Upsample(c)
             levels.append(level)
@@ -142,10 +142,8 @@ class Decoder(nn.Module):
         for block in self.mid.values():
             h = block(h)
         for level in reversed(self.up):
-            for block in level["block"]:
-                h = block(h)
-            if "upsample" in level:
-                h = level["upsample"](h)
+            for layer in level.children():
+                h = layer(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
