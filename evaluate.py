@@ -18,12 +18,15 @@ shards of one run may share a folder: --name big --shard 0/2 and --name big --sh
 import json
 
 from diffender.cli import parse, run
+from diffender.errors import InputError
 from diffender.plans import Options, fill, names
 
 
 def main() -> None:
     given = parse(Options, __doc__)
     fill(given)
+    if (given.table or given.figure) and given.defense != "diffender":
+        raise InputError(f"--defense {given.defense}: tables and figures choose their defences; leave it out")
     if given.list:
         print(names())
         return

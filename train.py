@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from diffender.data import Batch
     from diffender.losses import TuningLoss
     from diffender.models.classifiers import Classifier
     from diffender.models.vae import Posterior
@@ -65,7 +66,6 @@ def main() -> None:
     import torch
 
     from diffender.attacks import AdvP
-    from diffender.data import correct_subset, list_items
     from diffender.errors import InputError
     from diffender.files import place_for
     from diffender.memory import footprint, keep_or_recompute
@@ -90,12 +90,7 @@ def main() -> None:
     opts = replace(opts, device=own_device(opts.device))
     device = pick_device(opts.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    batch = correct_subset(list_items(opts.data), classifier, opts.shots + opts.held_out, opts.seed)
-    if len(batch.ids) < opts.shots + opts.held_out:
-        raise InputError(
-            f"--shots {opts.shots} and --held-out {opts.held_out} are {opts.shots + opts.held_out} photographs, and "
-            f"{opts.classifier} reads {len(batch.ids)} of --data {opts.data} right; ask for fewer, or give more"
-        )
+    batch = photographs(opts, classifier)
     model = open_model(opts, device)
     x, y = batch.x.to(device), batch.y.to(device)
 
@@ -124,6 +119,25 @@ def main() -> None:
     save_prompts(prompts, path, header)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
+
+
+def photographs(opts: Options, classifier: Classifier) -> Batch:
+    """Those to tune on and those to choose by. Raises InputError where there are too few, or no layers for Eq. 6."""
+    from diffender.data import correct_subset, list_items
+    from diffender.errors import InputError
+
+    if not classifier.cfg.taps:
+        raise InputError(
+            f"{opts.classifier} names no layers for the feature distance of Eq. 6; take another classifier"
+        )
+    wanted = opts.shots + opts.held_out
+    batch = correct_subset(list_items(opts.data), classifier, wanted, opts.seed)
+    if len(batch.ids) < wanted:
+        raise InputError(
+            f"--shots {opts.shots} and --held-out {opts.held_out} are {wanted} photographs; {opts.classifier} reads "
+            f"{len(batch.ids)} of --data {opts.data} right: ask for fewer, or give more"
+        )
+    return batch
 
 
 class Shots(NamedTuple):

@@ -272,7 +272,7 @@ def test_gdpa_by_network(mode, batch, tmp_path):
         opts = beforehand.Options(area=0.2, updates=30, batch_size=3, width=4)
         net = beforehand.train_generator(victim, data, opts)
         weights = str(tmp_path / "generator.safetensors")
-        header = {"size": SIZE, "side": patch_side(SIZE, 0.2), "width": 4}
+        header = {"kind": "gdpa", "size": SIZE, "side": patch_side(SIZE, 0.2), "width": 4}
         save_atomic(net.state_dict(), tmp_path / "generator.safetensors", header)
     attack = ATTACKS["gdpa"](mode=mode, area=0.2, iters=25, eot=1, width=4, weights=weights)
     out = attack(victim, x, y, IDS, seed=0)

@@ -190,6 +190,7 @@ CONFLICTS = [
     ("evaluate --shard 1/2", "--shard 1/2 needs --name"),
     ("evaluate --dry-run --table 1", "--dry-run is for a single run"),
     ("evaluate --table 1 --figure 5", "--table 1 and --figure 5: one at a time"),
+    ("evaluate --table 7 --defense jpeg", "tables and figures choose their defences"),
     ("evaluate --frames {bad}/none.csv", "--frames is for --table 7"),
     ("evaluate --name ../elsewhere", "--name is ../elsewhere; it is a folder within runs/"),
     ("evaluate --name /tmp/elsewhere", "it is a folder within runs/"),
@@ -205,6 +206,7 @@ CONFLICTS = [
     ("evaluate --table 6", "--table 6 is of faces"),
     ("evaluate --classifier facenet --data {bad}/people", "identification needs two such people"),
     ("train --shots 8 --held-out 500", "photographs"),
+    ("train --classifier timm:test_vit --classifier-weights {bad}/other.safetensors", "does not fit"),
 ]
 
 FILES = [

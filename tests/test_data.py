@@ -59,7 +59,7 @@ def test_csv(tmp_path):
     with pytest.raises(InputError, match="line 2: label '1000'; labels are class indices from 0 to 999"):
         list_items(str(table))
     table.write_text("name,class\n")
-    with pytest.raises(InputError, match="wanted are file and label"):
+    with pytest.raises(InputError, match="wanted are file, label"):
         list_items(str(table))
 
 

@@ -25,6 +25,7 @@ NEEDS = {  # words in a command, and what it takes that is not here
     "weights fetch": "a network", "facenet": "weights of a recogniser of faces", "diffender.faces": "pictures of LFW",
     "--before": "an earlier commit beside this one", "benchmarks/": "idle cores and diffusers beside",
     "pip install": "a network; CI runs it", "pytest": "itself", "ruff": "the linter; CI runs it",
+    "mypy": "the type checker; CI runs it",
     "diffender.pretrain": "captions.csv; tests/test_pretrain.py", "results/": "hours: it is the command of a result",
 }  # fmt: skip
 SMALLEST = {

@@ -124,7 +124,10 @@ BROWSER = """if True:
 
 def test_the_page_in_a_browser(html, tmp_path):
     """Filters show and hide cards, by keyboard too; the slider cuts; every picture is drawn; nothing sticks out."""
-    pytest.importorskip("PySide6.QtWebEngineWidgets", reason="no browser: pip install PySide6", exc_type=ImportError)
+    try:
+        import PySide6.QtWebEngineWidgets  # noqa: F401
+    except ImportError as e:
+        pytest.skip(f"no browser ({e}): pip install PySide6")
     (tmp_path / "report.html").write_text(html)
     script = """(() => {
         const visible = card => getComputedStyle(card).display != 'none'

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
+from diffender import plans
 from diffender.controls import FILLED, controls, elsewhere
 from diffender.data import Batch, sample_items
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
 from diffender.errors import InputError
 from diffender.evaluation import Verdict
-from diffender.figures import run_figure
+from diffender.figures import FIGURES
 from diffender.paper import COLUMNS, QUOTED
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
 from diffender.plans import Options, fill
@@ -108,22 +109,23 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
         f"{c.path},{(c.label + 1) % 1000},far,{c.path}\n"
     )
     monkeypatch.chdir(tmp_path)
-    opts = Options(frames="frames.csv", draws=1, steps=1, preset="smoke")
+    opts = Options(table=7, frames="frames.csv", draws=1, steps=1, preset="smoke")
     text = run_table(7, opts)
     assert text.splitlines()[0] == "| accuracy in per cent of frames | near | far |"
     (undefended,) = (line for line in text.splitlines() if "Undefended, patch as photographed" in line)
     assert undefended.endswith("| 100.0 (1/1) | 100.0 (1/1) |")
     assert "The 67 % of frames" in text
     (tmp_path / "frames.csv").write_text(f"file,label\n{a.path},{a.label}\n")
-    with pytest.raises(InputError, match="--frames wants file, label, configuration, clean"):
+    with pytest.raises(InputError, match="wanted are file, label, configuration"):
         run_table(7, opts)
 
 
 def test_mistakes():
     with pytest.raises(InputError, match="--table 6 is of faces"):
         run_table(6, Options(preset="smoke"))
-    with pytest.raises(InputError, match="no figure 2; there are 1, 3, 4, 5, 8, 9"):
-        run_figure(2, Options(preset="smoke"))
+    with pytest.raises(InputError, match="--figure 2; choose of 1, 3, 4, 5, 8, 9"):
+        fill(Options(figure=2))
+    assert set(FIGURES) | {8} == set(plans.FIGURES)
 
 
 def evaluate(cwd, *args):
