@@ -121,9 +121,10 @@ def open_image(path: Path, upright: bool = False) -> Image.Image:
     """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
     file that is missing, no picture, or one of more than 179 million pixels, Pillow's limit."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+            with Image.open(path) as image:
+                return as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
         raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e

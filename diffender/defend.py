@@ -168,7 +168,7 @@ def main() -> None:
                     raise InputError(f"{file} is not the picture that {own} tells of; choose another --out")
                 found = defend(image, name) if name not in done else None
             except InputError as e:
-                failed.append(str(e))
+                failed.append(str(e) if str(file) in str(e) else f"{file} is {e}")
                 continue
             if found is not None:
                 for kind in ("restored", "mask", "heatmap"):

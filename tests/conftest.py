@@ -1,6 +1,7 @@
 """Fixtures: the embedded model, a few real photographs, and the material that only some machines have."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from diffender.weights import load_model
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 keep_freed_memory()  # as the scripts do
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # share the cores, and so do the scripts they start
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.fixture(scope="session")
