@@ -33,6 +33,7 @@ SMALLEST = {
     "--verdicts 1 --eot 1 --queries 4 --queries-undefended 20 --trust off --curves off --batch-size 1",
     "train.py": "--shots 2 --batch-size 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1",
     "diffender.ablation": "--images 1 --iters 2 --draws 1 --steps 1",
+    "diffender.attacks.beforehand": "--images 2 --updates 1 --width 2 --batch-size 2",
     "diffender.defend": "--draws 1 --steps 1",
     "diffender.defenses.patchcleanser": "--images 1 --masks 2",
     "diffender.defenses.jedi": "--images 2 --epochs 1 --out jedi.safetensors",
