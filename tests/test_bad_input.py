@@ -206,7 +206,7 @@ CONFLICTS = [
     ("evaluate --table 6", "--table 6 is of faces"),
     ("evaluate --classifier facenet --data {bad}/people", "identification needs two such people"),
     ("train --shots 8 --held-out 500", "photographs"),
-    ("train --classifier timm:test_vit --classifier-weights {bad}/other.safetensors", "does not fit"),
+    ("train --classifier timm:resnet18 --classifier-weights {bad}/other.safetensors", "does not fit"),
 ]
 
 FILES = [
