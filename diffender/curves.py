@@ -5,18 +5,19 @@ about it. Over the size every patch is made anew, on the classifier alone and th
 One purification judges each, the first of the run's verdicts.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import torch
 from torch import Tensor
 
 from diffender.attacks.patch import to_8bit
 from diffender.data import Batch
 from diffender.evaluation import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
-from diffender.noise import Noise
+from diffender.noise import Noise, stack
 from diffender.pipeline import EXACT, Defended, DIFFender, Undefended
 from diffender.plans import AREAS
 from diffender.report import read_records
@@ -69,18 +70,19 @@ def over_theta(target: Defended, x: Tensor, record: dict, seed: int, folder: Pat
         images[variant] = load_attacked(folder / "adv" / variant, [record["file"]])[0].to(x)
     found = {}
     for name, image in images.items():
-        outs = at_thresholds(target.defense, image, noise)
-        found[name] = [read(target.classifier(out)).label == [record["label"]] for out in outs]
+        seen = read(target.classifier(at_thresholds(target.defense, image, noise))).label
+        found[name] = [label == record["label"] for label in seen]
     return found
 
 
-def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """The purified picture at every threshold."""
-    cfg, z_score = defense.cfg, defense.localize(x, noise).z_score
-    for theta in THETAS:
-        mask = refine_mask(z_score, theta, x.shape[-2:], cfg.sigma, cfg.dilation, EXACT.ste, EXACT.ste_k)
-        restored = defense.restore(x, mask, noise)
-        yield composite(x, restored, mask) if cfg.composite else restored
+def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
+    """The purified picture (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
+    cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THETAS)
+    size = x.shape[-2:]
+    masks = [refine_mask(z_score, theta, size, cfg.sigma, cfg.dilation, EXACT.ste, EXACT.ste_k) for theta in THETAS]
+    every, mask = x.expand(n, -1, -1, -1), torch.cat(masks)
+    restored = defense.restore(every, mask, stack([noise] * n))
+    return composite(every, restored, mask) if cfg.composite else restored
 
 
 def over_area(target: Defended, plan: Plan, x: Tensor, y: Tensor, record: dict, seed: int) -> dict[str, list[bool]]:
