@@ -25,7 +25,6 @@ from diffender.restore import composite
 from diffender.runs import append_records
 
 THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
-FILE = "curves.jsonl"
 
 
 def draw_curves(
@@ -39,14 +38,15 @@ def draw_curves(
     may_stop: Callable[[], None],
 ) -> dict[str, dict]:
     """`theta` or `all` of a run's pictures: {"theta": {"at": [...], "none": accuracies, ...}, "area": ...}."""
-    done = {r["id"]: r for r in read_records(folder, FILE)}
+    path = folder / f"curves-{which}.jsonl"
+    done = {r["id"]: r for r in read_records(folder, path.name)}
     for i, record in enumerate(records):
         if record["id"] not in done:
             x, y = to_8bit(batch.x[i : i + 1]), batch.y[i : i + 1]
             found = {"id": record["id"], "theta": over_theta(target, x, record, seed, folder)}
             if which == "all" and plans:
                 found["area"] = over_area(target, plans[0], x, y, record, seed)
-            append_records(folder / FILE, [found])
+            append_records(path, [found])
             done[record["id"]] = found
             may_stop()
     every = [done[i] for i in batch.ids]

@@ -124,7 +124,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 
 def how_to_go_on(e: Experiment) -> str:
     """The command that resumes a run: its own, and the name that it was given."""
-    named = "--name" in sys.argv or e.opts.table or e.opts.figure
+    named = any(a.startswith("--name") for a in sys.argv) or e.opts.table or e.opts.figure
     return f"stopped between two pictures; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
 
 

@@ -211,9 +211,9 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     model, classifier = target.defense.model, target.classifier
     device = classifier.mean.device
     one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
-    rows = opts.batch_size * min(opts.eot, opts.eot_batch)
+    rows, widest = opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch  # of verdicts
     if opts.max_memory is not None:
-        model.micro_batch = fit_micro_batch(one, rows, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
+        model.micro_batch = fit_micro_batch(one, widest, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
     elif opts.keep is None and opts.defense == "diffender" and not opts.decoded:
         model.keep = keep_or_recompute(one, rows, opts.draws, recorded_steps(opts), device)
     return build(opts.defense, target)
@@ -326,11 +326,11 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
     if model is None:
         return ""
     one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
-    rows = min(opts.batch_size, max((len(part) for part, _ in parts), default=1)) * min(opts.eot, opts.eot_batch)
+    side_by_side = min(opts.batch_size, max((len(part) for part, _ in parts), default=1))
+    above = peak_bytes(one, side_by_side * opts.eot_batch, opts.draws, model.micro_batch)  # verdicts take less
     if model.keep:
-        above = kept_bytes(one, rows, opts.draws, recorded_steps(opts))
-    else:
-        above = peak_bytes(one, rows, opts.draws, model.micro_batch)
+        rows = side_by_side * min(opts.eot, opts.eot_batch)
+        above = max(above, kept_bytes(one, rows, opts.draws, recorded_steps(opts)))
     peak = held_bytes(x.device) + above
     return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
 
