@@ -109,18 +109,18 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
     """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
-    usage = " ".join(["[options]", *(f.name for f in fields(cls) if get_type_hints(cls)[f.name] == tuple[str, ...])])
+    hints = get_type_hints(cls)
+    usage = " ".join(["[options]", *(f.name for f in fields(cls) if hints[f.name] == tuple[str, ...])])
     parser = Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage=f"%(prog)s {usage}",
     )  # fmt: skip
-    hints = get_type_hints(cls)
     group = parser.add_argument_group("options")
     for f in fields(cls):
         assert f.default is not MISSING, f"option {f.name} needs a default"
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        flag = f"--{f.name.replace('_', '-')}"
+        flag = with_hyphens(f"--{f.name}")
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         hint = hints[f.name]
         kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
@@ -133,13 +133,13 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
-        known = [f"--{f.name.replace('_', '-')}" for f in fields(cls)]
+        known = [with_hyphens(f"--{f.name}") for f in fields(cls)]
         parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
     for f in fields(cls):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            parser.error(f"--{f.name.replace('_', '-')} is {value}; allowed is {allowed}")
+            parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed}")
     return cls(**vars(args))
 
 

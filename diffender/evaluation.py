@@ -96,11 +96,8 @@ def evaluate_batch(
     clean, seen, sure = purifications(target, x, ids, seed, n, noises)
     names = file_names(ids)
     areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
-    alone = read(undefended(x, None))
-    columns = {
-        "id": ids, "file": names, "label": y.tolist(), "undefended": alone.label, "defended": seen,
-        "confidence": [list(pair) for pair in zip(alone.confidence, sure, strict=True)], "masked": areas,
-    }  # fmt: skip
+    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(undefended(x, None)), seen, sure)
+    columns["masked"] = areas
     records: list[dict] = [
         {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
     ]
@@ -110,11 +107,7 @@ def evaluate_batch(
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
             out, seen, sure = purifications(target, image, ids, seed, n, noises)
-            alone = read(undefended(image, None))
-            columns = {
-                "undefended": alone.label,
-                "defended": seen,
-                "confidence": [list(pair) for pair in zip(alone.confidence, sure, strict=True)],
+            columns = answers(read(undefended(image, None)), seen, sure) | {
                 "masks": mask_columns(out, mask),
                 "area": mask.mean(dim=(1, 2, 3)).tolist(),
                 "queries": made.queries.tolist(),
@@ -131,6 +124,12 @@ def evaluate_batch(
             stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
         save_stages(folder / "images", name, stages)
     return records
+
+
+def answers(alone: Reading, seen: list[list[int]], sure: list[float]) -> dict[str, list]:
+    """Columns of the records: what is seen without the defence and in each purification, and how sure of the first."""
+    confidence = [list(pair) for pair in zip(alone.confidence, sure, strict=True)]
+    return {"undefended": alone.label, "defended": seen, "confidence": confidence}
 
 
 def craft(

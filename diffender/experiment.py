@@ -49,6 +49,7 @@ from diffender.runs import (
     open_run,
     pick_device,
     pick_dtype,
+    read_config,
 )  # fmt: skip
 from diffender.trust import trust_report
 
@@ -109,7 +110,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     if opts.dry_run:
         return
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
-    follow = [TRACKERS[opts.track](e.folder, resolved(e.opts)) for e in experiments]
+    follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
     total = sum(f.work for f in forecasts)
     with patient(how_to_go_on(experiments[0])) as may_stop, Progress(model, total, opts.attack, opts.quiet) as progress:
         for turn in zip(*left, strict=True):
@@ -187,7 +188,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     write_text(e.folder / "table.md", markdown(results))
     names, images = e.target.classifier.names or class_names(), e.folder / "images"
     save_grid(images, records, e.folder / "grid.png", names)
-    write_text(e.folder / "report.html", page(results, records, images, names, resolved(opts)))
+    write_text(e.folder / "report.html", page(results, records, images, names, read_config(e.folder)))
     return results
 
 
