@@ -17,9 +17,9 @@ shards of one run may share a folder: --name big --shard 0/2 and --name big --sh
 
 import json
 
-from diffender.cli import parse, run
-from diffender.errors import InputError
-from diffender.plans import Options, fill, names
+from diffender.evaluation.plan import Options, fill, names
+from diffender.utils.errors import InputError
+from diffender.utils.options import parse, run
 
 
 def main() -> None:
@@ -31,16 +31,19 @@ def main() -> None:
         print(names())
         return
     # Imported after the options are known to be good: torch and timm take seconds.
-    from diffender.experiment import finish, pictures, prepare, resolved, work
-    from diffender.memory import GIB, most_held_bytes
-    from diffender.report import markdown, read_records
-    from diffender.workers import is_first, join, wait
+    from diffender.classifiers.imagenet import class_names
+    from diffender.evaluation.memory import GIB, most_held_bytes
+    from diffender.evaluation.records import read_records
+    from diffender.evaluation.run import finish, pictures, prepare, resolved, work
+    from diffender.evaluation.workers import is_first, join, wait
+    from diffender.report.folder import write_report
+    from diffender.report.tables import markdown
 
     given = join(given)
     opts = fill(given)
     if opts.table is not None or opts.figure is not None:
-        from diffender.figures import run_figure
-        from diffender.tables import run_table
+        from diffender.paper.figures import run_figure
+        from diffender.paper.tables import run_table
 
         print(run_table(opts.table, given) if opts.table is not None else run_figure(opts.figure, given))
         return
@@ -56,8 +59,8 @@ def main() -> None:
         print(json.dumps(resolved(opts), indent=1))
         return
     wait()
-    results = finish(experiment, batch) if is_first() else None
-    if results is not None:
+    if is_first() and finish(experiment, batch) is not None:
+        results = write_report(experiment.folder, experiment.target.classifier.names or class_names())
         print(f"\n{markdown(results)}")
         if not opts.quiet:
             print(f"pictures and all else: {experiment.folder / 'report.html'}")

@@ -16,19 +16,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.cli import ModelOptions, option, parse, pick, run, settings
+from diffender.utils.options import ModelOptions, option, parse, pick, run, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from diffender.data import Batch
+    from diffender.classifiers.dataset import Batch
+    from diffender.classifiers.imagenet import Classifier
     from diffender.losses import TuningLoss
-    from diffender.models.classifiers import Classifier
-    from diffender.models.vae import Posterior
     from diffender.pipeline import DIFFender
     from diffender.prompts import PromptPair
+    from diffender.stable_diffusion.vae import Posterior
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options(ModelOptions):
     )
     area: float = option(0.05, "share of the picture that a patch covers", low=0.0005, high=0.9)
     iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
-    classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.models.classifiers")
+    classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.classifiers.imagenet")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
     noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
     draws: int = option(2, "m of Eq. 2 while tuning", low=1)
@@ -66,16 +66,17 @@ def main() -> None:
     import torch
 
     from diffender.attacks import AdvP
-    from diffender.errors import InputError
-    from diffender.files import place_for
-    from diffender.memory import footprint, keep_or_recompute
-    from diffender.models.classifiers import load_classifier
+    from diffender.classifiers.imagenet import load_classifier
+    from diffender.evaluation.memory import footprint, keep_or_recompute
+    from diffender.evaluation.workers import own_device, start
+    from diffender.factory import open_model, pick_device, pick_dtype
     from diffender.noise import generator
     from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
-    from diffender.progress import bar
-    from diffender.prompts import MANUAL, PromptPair, save_prompts
-    from diffender.runs import open_model, pick_device, pick_dtype
-    from diffender.workers import own_device, start
+    from diffender.prompts import MANUAL, PromptPair
+    from diffender.utils.errors import InputError
+    from diffender.utils.files import place_for
+    from diffender.utils.progress import bar
+    from diffender.weights.prompts import save_prompts
 
     started = time.monotonic()
     path = place_for(Path(opts.out))
@@ -123,8 +124,8 @@ def main() -> None:
 
 def photographs(opts: Options, classifier: Classifier) -> Batch:
     """Those to tune on and those to choose by. Raises InputError where there are too few, or no layers for Eq. 6."""
-    from diffender.data import correct_subset, list_items
-    from diffender.errors import InputError
+    from diffender.classifiers.dataset import correct_subset, list_items
+    from diffender.utils.errors import InputError
 
     if not classifier.cfg.taps:
         raise InputError(
@@ -173,10 +174,10 @@ def tune(
     """
     import torch
 
-    from diffender.files import whole
-    from diffender.interruption import patient
-    from diffender.progress import TRACKERS, bar
-    from diffender.runs import command
+    from diffender.factory import command
+    from diffender.utils.files import whole
+    from diffender.utils.interruption import patient
+    from diffender.utils.progress import TRACKERS, bar
 
     shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
     batches = shots.split(opts.batch_size)
@@ -199,7 +200,7 @@ def tune(
             if held_out.ids:
                 terms["held_out_iou"] = mask_fit(opts, defense, prompts, held_out, empty)
             if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
-                best, kept = terms, {name: value.clone() for name, value in prompts.state_dict().items()}
+                best, kept = (terms, {name: value.clone() for name, value in prompts.state_dict().items()})
             if rank == 0:
                 state = {type(what).__name__: what.state_dict() for what in (prompts, optimizer, schedule)}
                 state |= {"best": best, "kept": kept, "rounds": round_ + 1, "settings": resolved(opts)}
@@ -221,7 +222,7 @@ def unfinished(opts: Options) -> Path:
 
 def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
-    from diffender.runs import model_hashes
+    from diffender.factory import model_hashes
 
     return settings(opts, "out") | {"sha256": model_hashes(opts)}
 
@@ -232,8 +233,8 @@ def read_unfinished(opts: Options) -> dict:
 
     import torch
 
-    from diffender.errors import InputError
-    from diffender.files import one_line
+    from diffender.utils.errors import InputError
+    from diffender.utils.files import one_line
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
     try:
@@ -261,7 +262,7 @@ def tuning_round(
     """A step for each batch: this process's pictures of it, and their share. Returns the mean terms."""
     import torch
 
-    from diffender.workers import add_up
+    from diffender.evaluation.workers import add_up
 
     names, steps = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R"), []
     for part, share in parts:
@@ -284,7 +285,7 @@ def mask_fit(opts: Options, defense: DIFFender, prompts: PromptPair, held_out: S
     """Mean IoU of the masks on photographs that the prompts are not tuned on."""
     import torch
 
-    from diffender.metrics import mask_scores
+    from diffender.evaluation.metrics import mask_scores
 
     with torch.no_grad():
         defense.contexts = prompts(defense.model, empty)
@@ -297,9 +298,9 @@ def tuning_step(
     opts: Options, defense: DIFFender, classifier: Classifier, shots: Shots, purpose: str
 ) -> tuple[TuningLoss, Tensor]:
     """Eq. 7 on these pictures, and the mean IoU of their masks."""
-    from diffender.errors import named_images
+    from diffender.evaluation.metrics import mask_scores
     from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
-    from diffender.metrics import mask_scores
+    from diffender.utils.errors import named_images
 
     with named_images(shots.ids):
         noise = defense.sample_noise(shots.ids, opts.seed, purpose)

@@ -18,13 +18,13 @@ from common import DTYPES, in_turn, parser, report
 from torch import Tensor
 
 from diffender.attacks.patch import Task, margin, samples
-from diffender.cli import DefenseOptions, pick
-from diffender.data import load_image, sample_items
-from diffender.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes
-from diffender.models.classifiers import load_classifier
+from diffender.classifiers.dataset import load_image, sample_items
+from diffender.classifiers.imagenet import load_classifier
+from diffender.evaluation.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes
 from diffender.pipeline import GRADIENTS, Backward, Defended, DIFFender, DIFFenderConfig
-from diffender.prompts import contexts_for
-from diffender.weights import load_model
+from diffender.utils.options import DefenseOptions, pick
+from diffender.weights.loading import load_model
+from diffender.weights.prompts import contexts_for
 
 
 def build(args: argparse.Namespace, steps: int) -> Defended:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffender.cli import keep_freed_memory
-from diffender.diffusion import LatentDiffusion
-from diffender.files import write_json, write_text
-from diffender.layouts import unet_name, vae_name
-from diffender.report import table
-from diffender.runs import machine
+from diffender.factory import machine
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.files import write_json, write_text
+from diffender.utils.markdown import table
+from diffender.utils.options import keep_freed_memory
+from diffender.weights.layouts import unet_name, vae_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 

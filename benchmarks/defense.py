@@ -17,15 +17,15 @@ import torch
 from common import DTYPES, diffusers_unet, diffusers_vae, in_turn, parser, report
 from torch import Tensor, nn
 
-from diffender.data import load_image, sample_items
+from diffender.classifiers.dataset import load_image, sample_items
+from diffender.classifiers.imagenet import load_classifier
 from diffender.localize import refine_mask, standardize
-from diffender.models.classifiers import load_classifier
 from diffender.noise import Noise
 from diffender.ops import resize
 from diffender.pipeline import DIFFender, DIFFenderConfig
 from diffender.prompts import manual_contexts
-from diffender.schedule import noise_timestep
-from diffender.weights import load_model
+from diffender.stable_diffusion.schedule import noise_timestep
+from diffender.weights.loading import load_model
 
 PAPER = DIFFenderConfig(composite=False)  # m = 3, theta 2, DDIM, 20 steps, guidance 7.5; all that the VAE decodes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffender.weights import load_model
+from diffender.weights.loading import load_model
 
 
 def resident(field: str) -> float:

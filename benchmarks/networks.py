@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from common import DTYPES, difference, diffusers_unet, diffusers_vae, in_turn, parser, report
 from torch import Tensor
 
-from diffender.diffusion import LatentDiffusion
-from diffender.models.unet import CrossAttention
-from diffender.weights import load_model
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.unet import CrossAttention
+from diffender.weights.loading import load_model
 
 PARTS = ("linear", "unet", "guidance", "encode", "decode")
 
@@ -37,13 +37,13 @@ def contenders(part: str, model: LatentDiffusion, dtype: torch.dtype, wrap: Call
     if part in ("unet", "guidance"):
         unet, their_unet = wrap(model.unet), wrap(diffusers_unet(model))
         x = normal(1 if part == "guidance" else 2, cfg.unet.in_channels, side, side).to(dtype)
-        both, t = x.expand(2, -1, -1, -1).contiguous(), torch.full((2,), 481, device=device)
+        both, t = (x.expand(2, -1, -1, -1).contiguous(), torch.full((2,), 481, device=device))
         context = normal(2, 77, cfg.unet.context_dim).to(dtype)
         return {"ours": lambda: unet(x, t[: len(x)], context), "diffusers": lambda: their_unet(both, t, context).sample}
     their_vae = diffusers_vae(model)
     if part == "encode":
         x = torch.rand(1, 3, size, size, generator=g).to(device)
-        encode, theirs = wrap(lambda x: vae.posterior(x).mean), wrap(lambda x: their_vae.encode(x).latent_dist.mean)
+        encode, theirs = (wrap(lambda x: vae.posterior(x).mean), wrap(lambda x: their_vae.encode(x).latent_dist.mean))
         return {"ours": lambda: encode(x), "diffusers": lambda: theirs(2 * x - 1)}
     z = normal(1, cfg.vae.z_channels, side, side)
     decode, theirs = wrap(vae.decode), wrap(lambda z: their_vae.decode(z).sample)

@@ -12,8 +12,8 @@ import torch
 from common import parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffender.diffusion import PRESETS, LatentDiffusion
-from diffender.plans import Options, costs, fill
+from diffender.evaluation.plan import Options, costs, fill
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 
 PICTURES = 50_000
 BUDGETS = {  # what a picture is given
@@ -29,7 +29,7 @@ def teraflops_of_a_pass(name: str, draws: int, steps: int) -> float:
         model = LatentDiffusion(PRESETS[name])
         z = torch.empty(draws, model.cfg.unet.in_channels, *model.cfg.latent_shape[1:])
         context = torch.empty(2 * draws, 77, model.cfg.unet.context_dim)
-        x, t = torch.empty(1, 3, model.cfg.image_size, model.cfg.image_size), torch.empty(draws)
+        x, t = (torch.empty(1, 3, model.cfg.image_size, model.cfg.image_size), torch.empty(draws))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.unet(z, t, context)
         for _ in range(steps):
@@ -52,7 +52,7 @@ def main() -> None:
     seconds = args.pass_seconds or work / args.tflops
     given = "measured" if args.pass_seconds else f"{work:.1f} TFLOP at {args.tflops:.0f} TFLOP/s, assumed"
     print(f"a pass: {seconds:.3f} s ({given})")
-    rows, figures = [], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes a picture": {}}
+    rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes a picture": {}})
     for name, budget in BUDGETS.items():
         opts = fill(Options(preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
         passes = costs(opts, costly=True)

@@ -19,22 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.cli import DefenseOptions, option, parse, pick, run, settings
-from diffender.errors import InputError
+from diffender.utils.errors import InputError
+from diffender.utils.options import DefenseOptions, option, parse, pick, run, settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffender.diffusion import ModelConfig
-    from diffender.models.classifiers import Classifier
+    from diffender.classifiers.imagenet import Classifier
     from diffender.pipeline import DIFFender
+    from diffender.stable_diffusion.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class Options(DefenseOptions):
     paths: tuple[str, ...] = option((), "pictures, and folders of pictures, searched through")
     out: str = option("defended", "folder for what comes out")
-    classifier: str = option("none", "a name of diffender.models.classifiers, timm:TAG, or none")
+    classifier: str = option("none", "a name of diffender.classifiers.imagenet, timm:TAG, or none")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for an embedded one")
     seed: int = option(0, "of the noise, which also depends on the file's name", low=0)
 
@@ -52,11 +52,10 @@ class Defender:
     """The defence for PIL pictures of any size and mode; opts as on the command line."""
 
     def __init__(self, opts: Options | None = None):
-        from diffender.models.classifiers import load_classifier
+        from diffender.classifiers.imagenet import class_names, load_classifier
+        from diffender.factory import open_model, pick_device
         from diffender.pipeline import DIFFenderConfig
-        from diffender.prompts import SHIPPED, contexts_for
-        from diffender.report import class_names
-        from diffender.runs import open_model, pick_device
+        from diffender.weights.prompts import SHIPPED, contexts_for
 
         self.opts = opts = opts or Options()
         device = pick_device(opts.device)
@@ -73,9 +72,9 @@ class Defender:
         """A picture of any size and mode; noise follows from its name."""
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-        from diffender.data import as_rgb
+        from diffender.classifiers.dataset import as_rgb
         from diffender.pipeline import DIFFender
-        from diffender.report import stretch
+        from diffender.utils.images import stretch
 
         started = time.monotonic()
         image = as_rgb(image)
@@ -97,7 +96,7 @@ class Defender:
 
     def look(self, image: "Image.Image") -> dict:
         """What the classifier sees in an RGB picture, fitted to it as its training was."""
-        from diffender.data import fit_image
+        from diffender.classifiers.dataset import fit_image
 
         assert self.classifier is not None  # else nobody looks
         p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
@@ -115,7 +114,7 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
 
 def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(name, file) of every picture given or in a folder given; a name is the file's path, unlike any other."""
-    from diffender.data import SUFFIXES
+    from diffender.classifiers.dataset import SUFFIXES
 
     found = []
     for path in map(Path, paths):
@@ -137,9 +136,9 @@ def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 def resolved(opts: Options) -> dict:
     """What all pictures of an --out share."""
-    from diffender.files import sha256
-    from diffender.prompts import SHIPPED
-    from diffender.runs import model_hashes
+    from diffender.factory import model_hashes
+    from diffender.utils.files import sha256
+    from diffender.weights.prompts import SHIPPED
 
     hashes: dict[str, object] = {"model": model_hashes(opts)}
     files = {"classifier": opts.classifier_weights, "prompts": opts.prompts or SHIPPED}
@@ -151,11 +150,12 @@ def main() -> None:
     opts = parse(Options, __doc__)
     pictures = find_pictures(opts.paths)
     # Imported after the options are known to be good: torch takes seconds.
-    from diffender.data import open_image
-    from diffender.files import sha256, whole
-    from diffender.interruption import patient
-    from diffender.progress import bar
-    from diffender.runs import append_records, command, open_run
+    from diffender.classifiers.dataset import open_image
+    from diffender.evaluation.records import append_records, open_run
+    from diffender.factory import command
+    from diffender.utils.files import sha256, whole
+    from diffender.utils.interruption import patient
+    from diffender.utils.progress import bar
 
     defend, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"

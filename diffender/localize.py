@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from diffender.diffusion import LatentDiffusion
 from diffender.ops import binarize, dilate, gaussian_blur, resize
-from diffender.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.schedule import predict_x0, q_sample
 
 
 def difference_map(

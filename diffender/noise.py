@@ -39,13 +39,7 @@ def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
 
 
 def sample_noise(
-    shape: Sequence[int],
-    draws: int,
-    steps: int,
-    seed: int,
-    image_ids: Sequence[str],
-    purpose: str,
-    k: int = 0,
+    shape: Sequence[int], draws: int, steps: int, seed: int, image_ids: Sequence[str], purpose: str, k: int = 0
 ) -> Noise:
     """The k-th noise of these images for this purpose; `shape` is that of one latent, (4, h, w)."""
 

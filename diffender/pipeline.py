@@ -2,23 +2,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError, check_finite
 from diffender.localize import SCORES, difference_map, refine_mask
 from diffender.losses import decoy, evasion
-from diffender.models.classifiers import Classifier
-from diffender.models.vae import Posterior
 from diffender.noise import Noise, sample_noise, stack
 from diffender.ops import STE, binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
-from diffender.samplers import check_sampler
-from diffender.schedule import noise_timestep
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.samplers import check_sampler
+from diffender.stable_diffusion.schedule import noise_timestep
+from diffender.stable_diffusion.vae import Posterior
+from diffender.utils.errors import InputError, check_finite
+
+if TYPE_CHECKING:
+    from diffender.classifiers.imagenet import Classifier
 
 GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
 
@@ -199,7 +201,7 @@ def passes(
 class Defended(nn.Module):
     """A victim, f(x, noise) -> logits: the classifier behind the defence."""
 
-    def __init__(self, defense: Defense, classifier: Classifier, backward: Backward = EXACT):
+    def __init__(self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT):
         super().__init__()
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.sample_noise = defense.sample_noise
@@ -241,7 +243,7 @@ class WithFreshNoise(nn.Module):
 class Undefended(nn.Module):
     """The same signature without a defence and without noise."""
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: "Classifier"):
         super().__init__()
         self.classifier = classifier
 

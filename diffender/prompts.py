@@ -1,18 +1,14 @@
 """The two prompts of DIFFender, Sec. 3.3 and Eq. 3: empty, hand-written, or 16 learned context vectors each."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError
-from diffender.files import load_tensors, read_header, save_atomic
-from diffender.models.text import END, POSITIONS, START, TextTransformer
-from diffender.weights import EMBEDDED
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.text import END, POSITIONS, START, TextTransformer
+from diffender.utils.errors import InputError
 
-SHIPPED = EMBEDDED / "prompts.safetensors"
 MANUAL = ("adversarial", "clean")  # prompt_L, prompt_R of the paper's MP variant
 
 
@@ -70,35 +66,3 @@ def manual_contexts(model: LatentDiffusion, words: tuple[str, str] = MANUAL) -> 
     """The paper's MP variant: hand-written words for localisation and restoration."""
     locate, restore, empty = model.encode_text([*words, ""]).split(1)
     return Contexts(locate, restore, empty)
-
-
-def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
-    save_atomic(dict(prompts.named_parameters()), path, header)
-
-
-def load_prompts(path: Path, dim: int) -> PromptPair:
-    """Learned prompts of width `dim`; raises InputError for a file of another kind or of another model."""
-    read_header(path)
-    state = load_tensors(path)
-    if sorted(state) != ["ctx_locate", "ctx_restore"]:
-        raise InputError(f"{path} holds {sorted(state)[:5]}; prompts are two tensors, ctx_locate and ctx_restore")
-    shapes = [tuple(v.shape) for v in state.values()]
-    n_ctx = shapes[0][0] if shapes[0] else 0
-    if shapes != [(n_ctx, dim)] * 2:
-        raise InputError(
-            f"{path} holds prompts of shapes {shapes[0]} and {shapes[1]}; this model's are {dim} wide: use --prompt "
-            "manual, or tune new ones (train.py)"
-        )
-    prompts = PromptPair(n_ctx, dim)
-    prompts.load_state_dict(state)
-    return prompts
-
-
-def contexts_for(kind: str, model: LatentDiffusion, path: Path = SHIPPED) -> Contexts:
-    """Contexts by name: empty, manual, or tuned (the vectors at `path`)."""
-    if kind == "tuned":
-        return load_prompts(path, model.cfg.text.width)(model)
-    kinds = {"empty": empty_contexts, "manual": manual_contexts}
-    if kind not in kinds:
-        raise InputError(f"unknown prompt {kind!r}; choose empty, manual or tuned")
-    return kinds[kind](model)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffender.diffusion import LatentDiffusion
-from diffender.samplers import SAMPLERS
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.samplers import SAMPLERS
 
 
 def inpaint(

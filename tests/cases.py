@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffender.diffusion import LatentDiffusion, ModelConfig
-from diffender.models.text import TextConfig
-from diffender.models.unet import UNetConfig
-from diffender.models.vae import VAEConfig
 from diffender.noise import generator
 from diffender.restore import inpaint
-from diffender.samplers import SAMPLERS
-from diffender.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.samplers import SAMPLERS
+from diffender.stable_diffusion.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.text import TextConfig
+from diffender.stable_diffusion.unet import UNetConfig
+from diffender.stable_diffusion.vae import VAEConfig
 
 GOLDEN = Path(__file__).with_name("golden.safetensors")
 CONFIGS = {
@@ -122,7 +122,7 @@ def ours_unet(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor]:
         weights = normal(f"weights {name}", *eps.shape, dtype=dtype)
         grads = torch.autograd.grad((eps * weights).sum(), (z, context))
         out[f"gradient sample {name}"], out[f"gradient context {name}"] = grads
-    z0, context = normal("z0", 1, 4, 8, 8, dtype=dtype), normal("context x0", 1, 77, 64, dtype=dtype)
+    z0, context = (normal("z0", 1, 4, 8, 8, dtype=dtype), normal("context x0", 1, 77, 64, dtype=dtype))
     a_t = model.alphas_cumprod[481].item()
     z_t = q_sample(z0, normal("noise x0", 1, 4, 8, 8, dtype=dtype), a_t)
     eps = model.eps_from_text(z_t, 481, context, model.blank_conditioning((64, 64)))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffender.cli import keep_freed_memory
-from diffender.data import load_image, sample_items
-from diffender.diffusion import LatentDiffusion
-from diffender.models.classifiers import Classifier, load_classifier
-from diffender.weights import load_model
+from diffender.classifiers.dataset import load_image, sample_items
+from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.options import keep_freed_memory
+from diffender.weights.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -10,19 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from diffender.files import save_atomic
-from diffender.layouts import unet_name, vae_name
-from tests.cases import (
-    CONFIGS,
-    GOLDEN,
-    GROUPS,
-    GUIDANCE,
-    POINTS,
-    RUNS,
-    build,
-    normal,
-    picture_and_mask,
-)
+from diffender.utils.files import save_atomic
+from diffender.weights.layouts import unet_name, vae_name
+from tests.cases import CONFIGS, GOLDEN, GROUPS, GUIDANCE, POINTS, RUNS, build, normal, picture_and_mask
 
 diffusers.utils.logging.set_verbosity_error()
 SCHEDULE = {
@@ -80,7 +70,7 @@ def theirs_unet(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
         out[f"gradient sample {name}"], out[f"gradient context {name}"] = grads
     grey = 0.18215 * vae(dtype).encode(torch.zeros(1, 3, 64, 64, dtype=dtype)).latent_dist.mean
     scheduler = diffusers.DDIMScheduler(**DDIM)
-    z0, context = normal("z0", 1, 4, 8, 8, dtype=dtype), normal("context x0", 1, 77, 64, dtype=dtype)
+    z0, context = (normal("z0", 1, 4, 8, 8, dtype=dtype), normal("context x0", 1, 77, 64, dtype=dtype))
     z_t = scheduler.add_noise(z0, normal("noise x0", 1, 4, 8, 8, dtype=dtype), torch.tensor([481]))
     eps = net(torch.cat([z_t, torch.ones_like(z0[:, :1]), grey], dim=1), 481, context).sample
     scheduler.set_timesteps(50)
@@ -102,7 +92,7 @@ def theirs_text(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
     ).to(dtype)
     prefix = "text_model." if any(k.startswith("text_model.") for k in net.state_dict()) else ""
     copy(build(family, dtype).text, net, lambda k: prefix + k)
-    cat, empty = [49406, 320, 1125, 539, 320, 2368, 49407], [49406, 49407]  # by the published tokenizers, as is
+    cat, empty = ([49406, 320, 1125, 539, 320, 2368, 49407], [49406, 49407])  # by the published tokenizers, as is
     pad = 49407 if family == "sd15" else 0  # the padding
     tokens = torch.tensor([row + [pad] * (77 - len(row)) for row in (cat, empty)])
     return {"text": net(tokens).last_hidden_state}
@@ -161,7 +151,7 @@ def stock_pipeline(net, autoencoder, x, mask, contexts, posterior, start) -> Ten
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
-    sample, gaussian.sample = gaussian.sample, lambda self, generator=None: self.mean + self.std * posterior
+    sample, gaussian.sample = (gaussian.sample, lambda self, generator=None: self.mean + self.std * posterior)
     try:
         return pipeline(
             prompt_embeds=contexts[0], negative_prompt_embeds=contexts[1], image=x, mask_image=mask, height=64,

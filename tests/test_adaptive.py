@@ -7,20 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffender import plans, trust
 from diffender.attacks import ATTACKS
 from diffender.attacks.patch import Task, apply_patch, margin, masks_for, samples, to_8bit
-from diffender.data import Batch
-from diffender.errors import InputError
-from diffender.evaluation import Plan, evaluate_batch, purifications, summarize, thin, through_files, verdict
+from diffender.classifiers.dataset import Batch
+from diffender.evaluation import plan as plans
+from diffender.evaluation import trust
+from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
+from diffender.evaluation.metrics import mcnemar
+from diffender.evaluation.verdicts import Plan, evaluate_batch, purifications, summarize, thin, through_files, verdict
 from diffender.losses import decoy, evasion
-from diffender.memory import fit_micro_batch, footprint, peak_bytes
-from diffender.metrics import mcnemar
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
 from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, Undefended, WithFreshNoise
-from diffender.prompts import contexts_for
-from diffender.report import load_png, markdown, trust_table
+from diffender.report.tables import markdown, trust_table
+from diffender.utils.errors import InputError
+from diffender.utils.images import load_png
+from diffender.weights.prompts import contexts_for
 
 FAST = DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
 
@@ -368,7 +370,7 @@ def test_peak_memory_is_flat_in_steps_and_eot_and_bounded_by_micro_batches(model
 
 def test_what_autograd_keeps_does_not_grow_with_sampler_steps(model, classifier, photos):
     """Between the networks only small tensors are kept: their bytes, counted for 2 and for 8 steps."""
-    from diffender.memory import saved_bytes
+    from diffender.evaluation.memory import saved_bytes
 
     kept = {}
     with torch.no_grad():

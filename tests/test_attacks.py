@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffender.attacks import ATTACKS, beforehand, gdpa, rhde, stickers
+from diffender.attacks import ATTACKS, gdpa, rhde, stickers
 from diffender.attacks.patch import Task, apply_patch, margin, masks_for, patch_side, random_mask, to_8bit
-from diffender.data import Batch
-from diffender.errors import InputError
-from diffender.files import save_atomic
+from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
 from diffender.pipeline import Undefended
+from diffender.pretrain import beforehand
+from diffender.pretrain.__main__ import Beforehand
+from diffender.utils.errors import InputError
+from diffender.utils.files import save_atomic
 from tests.conftest import SHARED
 
 SIZE = 24
@@ -200,7 +202,7 @@ def test_corners_keep_clear_of_the_object():
     seen = set()
     for _ in range(60):
         mask = random_mask(64, 0.05, "square", g, corner=True)[0]
-        rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
+        rows, columns = (mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten())
         edges = [min(int(line[0]), 63 - int(line[-1])) for line in (rows, columns)]
         assert max(edges) <= 8
         seen.add((int(rows[0]) < 32, int(columns[0]) < 32))
@@ -255,7 +257,7 @@ def test_gdpa_places_the_patch(size, side):
 def test_gdpa_has_gradient_to_place_and_pattern():
     """In between whole pixels the place acts through interpolation: checked by finite differences."""
     g = torch.Generator().manual_seed(0)
-    pattern, theta = torch.rand(1, 3, 5, 5, generator=g).double(), torch.tensor([[0.11, -0.23]]).double()
+    pattern, theta = (torch.rand(1, 3, 5, 5, generator=g).double(), torch.tensor([[0.11, -0.23]]).double())
     weights = torch.rand(1, 3, 12, 12, generator=g).double()
     inputs = (pattern.requires_grad_(), theta.requires_grad_())
     assert torch.autograd.gradcheck(lambda p, t: (gdpa.place(p, t, 12)[0] * weights).sum(), inputs)
@@ -269,7 +271,7 @@ def test_gdpa_by_network(mode, batch, tmp_path):
     weights = None
     if mode == "amortised":
         data = Batch(IDS[:6], x[:6], y[:6], [""] * 6)
-        opts = beforehand.Options(area=0.2, updates=30, batch_size=3, width=4)
+        opts = Beforehand(area=0.2, updates=30, batch_size=3, width=4)
         net = beforehand.train_generator(victim, data, opts)
         weights = str(tmp_path / "generator.safetensors")
         header = {"kind": "gdpa", "size": SIZE, "side": patch_side(SIZE, 0.2), "width": 4}
@@ -289,9 +291,7 @@ def test_a_universal_patch_leads_to_its_target(batch):
     victim = Linear()
     target = int(victim(x).mean(dim=0).argmin())
     data = Batch(IDS, x, y, [""] * 8)
-    patch = beforehand.universal_patch(
-        victim, data, beforehand.Options(area=0.4, updates=60, batch_size=4, target=target)
-    )
+    patch = beforehand.universal_patch(victim, data, Beforehand(area=0.4, updates=60, batch_size=4, target=target))
     assert 0 <= patch.min() <= patch.max() <= 1
     before = victim(x).softmax(dim=1)[:, target]
     pasted = gdpa.paste(x, patch.expand(8, -1, -1, -1), torch.full((8, 2), 4))[0]

@@ -11,19 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffender import cli
-from diffender.data import as_rgb, load_image, sample_items
-from diffender.models.classifiers import CLASSIFIERS
-from diffender.prompts import SHIPPED
-from diffender.weights import EMBEDDED
+from diffender.__main__ import COMMANDS
+from diffender.classifiers.dataset import as_rgb, load_image, sample_items
+from diffender.classifiers.imagenet import CLASSIFIERS
+from diffender.utils import options as cli
+from diffender.weights.loading import EMBEDDED
+from diffender.weights.prompts import SHIPPED
 
 TINY = EMBEDDED / "tiny.safetensors"
-MODULES = (
-    "evaluate", "train", "diffender.ablation", "diffender.attacks.beforehand", "diffender.defend",
-    "diffender.defenses.patchcleanser", "diffender.faces", "diffender.page", "diffender.pretrain", "diffender.report",
-    "diffender.weights",
-)  # fmt: skip
-PROGRAMS = {module.split(".")[-1]: module for module in MODULES}
+PROGRAMS = {"evaluate": "evaluate", "train": "train"} | {name: module for name, (module, _) in COMMANDS.items()}
 
 
 def png(width, height, data, crc=None):
@@ -145,8 +141,8 @@ OUT_OF_RANGE = [
     ("train --n-ctx 76", "--n-ctx is 76; allowed is from 1 to 75"),
     ("train --lr nan", "--lr is nan"),
     ("train --rounds 0", "--rounds is 0"),
-    ("patchcleanser --masks 0", "--masks is 0"),
-    ("patchcleanser --area 0.9", "--area is 0.9; allowed is from 0.0005 to 0.5"),
+    ("certify --masks 0", "--masks is 0"),
+    ("certify --area 0.9", "--area is 0.9; allowed is from 0.0005 to 0.5"),
     ("defend photo.jpg --draws 0", "--draws is 0"),
 ]  # fmt: skip
 
@@ -176,8 +172,8 @@ NAMES = [
     ("evaluate photo.jpg", "unrecognized arguments: photo.jpg"),
     ("train --without colour", "invalid choice: 'colour'"),
     ("train --optimizer sgd", "unrecognized arguments: --optimizer sgd"),
-    ("ablation --study colours", "unknown study colours; choose of"),
-    ("beforehand --kind pgd", "invalid choice: 'pgd'"),
+    ("ablate --study colours", "unknown study colours; choose of"),
+    ("pretrain pgd", "invalid choice: 'pgd'"),
     ("pretrain", "the following arguments are required"),
     ("pretrain text --data x", "invalid choice: 'text'"),
     ("weights", "the following arguments are required"),
@@ -220,8 +216,8 @@ FILES = [
         ("low", "label '-1'"), ("half", "label '1.5'"), ("none", "no pictures in"), ("nameless", "line 2: no file"),
         ("short", "line 2: label"), ("twice", "more than one picture a"), ("latin", "csv file in UTF-8"),
     )),
-    ("patchcleanser --data {bad}/wrong.csv", "the classifier gets none of these pictures right"),
-    *((f"patchcleanser --data {{bad}}/of-{name}.csv", f"{name}") for name in (
+    ("certify --data {bad}/wrong.csv", "the classifier gets none of these pictures right"),
+    *((f"certify --data {{bad}}/of-{name}.csv", f"{name}") for name in (
         "text.jpg", "empty.png", "cut.jpg", "head.jpg", "crc.png", "short.png", "garbage.png", "huge.png", "zero.png",
         "page.jpg", "vector.png", "film.jpg", "document.jpg", "cut.webp", "cut.bmp", "thin.png", "gone.png",
         "folder.png",
@@ -266,9 +262,9 @@ FILES = [
     ("report compare {bad}/damaged {bad}/damaged", "per_image.jsonl, line 2 is damaged"),
     ("report compare {bad}/unnamed {bad}/unnamed", "per_image.jsonl, line 1 is damaged"),
     ("report gone.md", "gone.md"),
-    ("page {bad}/run", "no finished run in"),
-    ("page {bad}/damaged", "is damaged"),
-    ("page", "no folder given; give folders that evaluate.py wrote"),
+    ("report page {bad}/run", "no finished run in"),
+    ("report page {bad}/damaged", "is damaged"),
+    ("report page", "no folder given; give folders that evaluate.py wrote"),
 ]  # fmt: skip
 
 PLACES = [
@@ -279,9 +275,9 @@ PLACES = [
     ("defend {bad}/dot.png --out {bad}/file", "choose another place"),
     ("defend {bad}/dot.png --out /sys/pictures", "choose another place"),
     ("defend {bad}/dot.png --out {bad}/run", "config.json is damaged"),
-    ("ablation --images 1 --out {bad}/file", "choose another place"),
-    ("beforehand --kind universal --out {bad}/file/a", "choose another place"),
-    ("patchcleanser --images 1 --out {bad}/file/a", "choose another place"),
+    ("ablate --images 1 --out {bad}/file", "choose another place"),
+    ("pretrain universal --out {bad}/file/a", "choose another place"),
+    ("certify --images 1 --out {bad}/file/a", "choose another place"),
     ("pretrain vae --data {bad} --out {bad}/file/a", "choose another place"),
 ]
 TABLE = OUT_OF_RANGE + NAMES + CONFLICTS + FILES + PLACES

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffender import weights
-from diffender.diffusion import PRESETS, LatentDiffusion
-from diffender.errors import InputError
-from diffender.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
-from diffender.models.text import TextConfig, TextTransformer
-from diffender.models.unet import UNet
-from diffender.weights import EMBEDDED, fill_random, load_model, save_model
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.text import TextConfig, TextTransformer
+from diffender.stable_diffusion.unet import UNet
+from diffender.utils.errors import InputError
+from diffender.weights import loading as weights
+from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
+from diffender.weights.loading import EMBEDDED, fill_random, load_model, save_model
 from tests.cases import CONFIGS
 from tests.conftest import ROOT
 
@@ -322,7 +322,7 @@ def test_hostile_files(small, tmp_path):
 
 
 def refused_part(path) -> str:
-    from diffender.files import open_safetensors
+    from diffender.utils.files import open_safetensors
 
     with pytest.raises(InputError) as e:
         open_safetensors(path)
@@ -406,7 +406,7 @@ def test_half_precision_stays_close(dtype):
     """The UNet in half precision, everything between in float32: eps within 2 % of float32's, gradients flow."""
     full, half = load_model(), load_model(dtype=dtype)
     g = torch.Generator().manual_seed(0)
-    z, cond = torch.randn(1, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g)
+    z, cond = (torch.randn(1, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g))
     context = full.encode_text(["clean"])
     z.requires_grad_()
     a, b = full.eps(z, 481, context, cond), half.eps(z, 481, context, cond)
@@ -419,7 +419,7 @@ def test_half_precision_stays_close(dtype):
 def test_micro_batches_change_nothing():
     model = load_model()
     g = torch.Generator().manual_seed(0)
-    z, cond = torch.randn(5, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g)
+    z, cond = (torch.randn(5, 4, 28, 28, generator=g), torch.randn(1, 5, 28, 28, generator=g))
     context = model.encode_text(["clean"]).requires_grad_()
     z.requires_grad_()
     results = []

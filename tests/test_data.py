@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffender.data import correct_subset, list_items, load_image, sample_items
-from diffender.errors import InputError
-from diffender.models.classifiers import CLASSIFIERS, load_classifier
+from diffender.classifiers.dataset import correct_subset, list_items, load_image, sample_items
+from diffender.classifiers.imagenet import CLASSIFIERS, load_classifier
+from diffender.utils.errors import InputError
 from tests.conftest import SHARED
 
 
@@ -103,7 +103,7 @@ def test_taps_and_preprocessing_equal_timms(name):
     """Sizes, mean and std are those of timm's own configuration for the tag; every tap gives a map."""
     import timm
 
-    from diffender.models.classifiers import Classifier
+    from diffender.classifiers.imagenet import Classifier
 
     cfg = CLASSIFIERS[name]
     net = timm.create_model(cfg.tag)

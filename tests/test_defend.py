@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from diffender import cli
-from diffender.data import open_image, sample_items
+from diffender.classifiers.dataset import open_image, sample_items
 from diffender.defend import Defender, find_pictures, main, working_size
-from diffender.diffusion import PRESETS
-from diffender.errors import InputError
+from diffender.stable_diffusion.model import PRESETS
+from diffender.utils import options as cli
+from diffender.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

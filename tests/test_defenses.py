@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
 from diffender.defenses import DEFENSES, build, split
 from diffender.defenses.dw import guided
 from diffender.defenses.fill import FILLS, harmonic
@@ -16,7 +17,6 @@ from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_stati
 from diffender.defenses.jedi import (
     OFFICIAL,
     complete,
-    draw_mask,
     entropy_windows,
     jedi,
     load_autoencoder,
@@ -28,11 +28,11 @@ from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS, gradient_magnitude
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
-from diffender.errors import InputError
-from diffender.models.classifiers import CLASSIFIERS, Classifier
 from diffender.noise import generator
 from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig
-from diffender.prompts import contexts_for
+from diffender.pretrain.jedi import draw_mask
+from diffender.utils.errors import InputError
+from diffender.weights.prompts import contexts_for
 
 BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
 
@@ -200,7 +200,7 @@ def test_jedi_has_both_statistics():
 def test_small_regions_go():
     mask = torch.zeros(2, 1, 40, 40)
     mask[0, 0, 1:3, 1:3] = 1  # 4 pixels of 1600
-    mask[0, 0, 10:14, 10:14], mask[0, 0, 14:18, 14:18] = 1, 1  # touch at a corner: one region of 32
+    mask[0, 0, 10:14, 10:14], mask[0, 0, 14:18, 14:18] = (1, 1)  # touch at a corner: one region of 32
     left = without_small(mask, 0.01)
     assert left[0].sum() == 32
     assert left[0, 0, 1, 1] == 0

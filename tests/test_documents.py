@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
-from diffender import cli, plans
-from diffender.data import sample_items
-from diffender.prompts import SHIPPED
+from diffender.__main__ import COMMANDS
+from diffender.classifiers.dataset import sample_items
+from diffender.evaluation import plan as plans
+from diffender.utils import options as cli
+from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md")])
@@ -26,17 +28,19 @@ NEEDS = {  # words in a command, and what it takes that is not here
     "--before": "an earlier commit beside this one", "benchmarks/": "idle cores and diffusers beside",
     "pip install": "a network; CI runs it", "pytest": "itself", "ruff": "the linter; CI runs it",
     "mypy": "the type checker; CI runs it",
-    "diffender.pretrain": "captions.csv; tests/test_pretrain.py", "results/": "hours: it is the command of a result",
+    "pretrain pack": "captions.csv; tests/test_pretrain.py", "pretrain vae": "the same", "pretrain decoder": "the same",
+    "pretrain unet": "the same", "results/": "hours: it is the command of a result",
 }  # fmt: skip
 SMALLEST = {
     "evaluate.py": "--preset smoke --images 1 --images-full 1 --iters 1 --iters-undefended 2 --steps 1 --draws 1 "
     "--verdicts 1 --eot 1 --queries 4 --queries-undefended 20 --trust off --curves off --batch-size 1",
     "train.py": "--shots 2 --batch-size 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1",
-    "diffender.ablation": "--images 1 --iters 2 --draws 1 --steps 1",
-    "diffender.attacks.beforehand": "--images 2 --updates 1 --width 2 --batch-size 2",
+    "diffender.paper.ablate": "--images 1 --iters 2 --draws 1 --steps 1",
+    "universal": "--images 2 --updates 1 --width 2 --batch-size 2",
+    "gdpa": "--images 2 --updates 1 --width 2 --batch-size 2",
     "diffender.defend": "--draws 1 --steps 1",
-    "diffender.defenses.patchcleanser": "--images 1 --masks 2",
-    "diffender.defenses.jedi": "--images 2 --epochs 1 --out jedi.safetensors",
+    "diffender.evaluation.certify": "--images 1 --masks 2",
+    "jedi": "--images 2 --epochs 1 --out jedi.safetensors",
 }
 
 
@@ -59,12 +63,18 @@ def program(command):
     words = shlex.split(command)[1:]
     while words and words[0].startswith("-") and words[0] != "-m":
         words = words[2:]  # of torchrun
-    return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    if words[0] != "-m":
+        return words[0], words[1:]
+    if words[1] == "diffender":
+        return (COMMANDS[words[2]][0], words[3:]) if words[2:] else ("diffender.__main__", [])
+    return COMMANDS.get(words[1].removeprefix("diffender."), words[1:])[0], words[2:]
 
 
 def test_there_are_commands():
     assert len(PYTHON) > 40
-    assert {"evaluate.py", "train.py", "diffender.defend", "diffender.report"} <= {program(c)[0] for c in PYTHON}
+    assert {"evaluate.py", "train.py", "diffender.defend", "diffender.report.__main__"} <= {
+        program(c)[0] for c in PYTHON
+    }
 
 
 @pytest.mark.parametrize("command", PYTHON)
@@ -111,7 +121,7 @@ def run(command, folder):
     start = [sys.executable, "-m", name] if not name.endswith(".py") else [sys.executable, ROOT / name]
     if command.startswith("torchrun"):
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / name]
-    small = [] if "--help" in args else shlex.split(SMALLEST.get(name, ""))
+    small = [] if "--help" in args else shlex.split(SMALLEST.get(args[0] if args and args[0] in SMALLEST else name, ""))
     args = [part for a in args for part in (sorted(map(str, folder.glob(a))) if "*" in a else [a])]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([*start, *args, *small], cwd=folder, capture_output=True, text=True, timeout=900, env=env)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffender import runs
-from diffender.cli import TargetOptions
-from diffender.data import correct_subset, load_image
-from diffender.errors import InputError
-from diffender.faces import RECOGNIZERS, identify, list_faces, load_recognizer, read_pairs, split_faces, verify
-from diffender.files import save_atomic
-from diffender.models.faces import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
+from diffender import factory as runs
+from diffender.classifiers.dataset import correct_subset, load_image
+from diffender.faces.identification import RECOGNIZERS, identify, list_faces, load_recognizer, split_faces
+from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
+from diffender.faces.verification import read_pairs, verify
+from diffender.utils.errors import InputError
+from diffender.utils.files import save_atomic
+from diffender.utils.options import TargetOptions
 from tests.conftest import ROOT, SHARED
 
 FACES = SHARED / "data" / "faces"
@@ -36,7 +37,7 @@ def test_facenet_has_the_published_size():
 
 def test_facenet_is_facenet_pytorchs():
     module = pytest.importorskip("facenet_pytorch.models.inception_resnet_v1", reason="facenet-pytorch not installed")
-    theirs, ours = module.InceptionResnetV1(pretrained=None).eval(), InceptionResnetV1().eval()
+    theirs, ours = (module.InceptionResnetV1(pretrained=None).eval(), InceptionResnetV1().eval())
     g = torch.Generator().manual_seed(0)
     for name, t in theirs.state_dict().items():
         if t.is_floating_point():

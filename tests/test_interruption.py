@@ -12,8 +12,8 @@ import time
 import pytest
 
 import train
-from diffender import cli
-from diffender.interruption import Interrupted, patient
+from diffender.utils import options as cli
+from diffender.utils.interruption import Interrupted, patient
 from tests.conftest import ROOT
 from tests.test_scripts import SMALL, here
 
@@ -23,7 +23,7 @@ FORKING = """if True:
     import os, signal, sys, time
     sys.path.insert(0, sys.argv[1])
     import evaluate, timm, diffender.experiment
-    from diffender import cli
+    from diffender.utils import options as cli
     for line in sys.stdin:
         delay, *args = line.split()
         if not (child := os.fork()):
@@ -93,7 +93,7 @@ def interrupt_after(monkeypatch, module, name, times):
 
 
 def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
-    from diffender import experiment
+    from diffender.evaluation import run as experiment
 
     args = [*SMALL, "--images", "3", "--attack", "none"]
     interrupt_after(monkeypatch, experiment, "evaluate_batch", 2)

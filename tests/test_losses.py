@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from diffender.evaluation.metrics import auc, mask_scores, wilson
 from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
-from diffender.metrics import auc, mask_scores, wilson
 
 
 def test_mask_cross_entropy_by_hand():
@@ -36,7 +36,7 @@ def test_feature_distance():
 
 
 def test_a_patch_moves_features_more_than_a_little_noise(classifier, photos):
-    patched, noisy = photos.clone(), (photos + 0.004 * torch.randn_like(photos)).clamp(0, 1)
+    patched, noisy = (photos.clone(), (photos + 0.004 * torch.randn_like(photos)).clamp(0, 1))
     patched[..., 80:130, 80:130] = torch.rand(3, 50, 50)
     clean = classifier.features(photos)
     assert [tuple(f.shape[1:]) for f in clean] == [

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffender.diffusion import PRESETS, LatentDiffusion
-from diffender.layouts import (
+from diffender.stable_diffusion.layers import Linear, Upsample
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.unet import UNet, UNetConfig, timestep_embedding
+from diffender.stable_diffusion.vae import AutoencoderKL, VAEConfig
+from diffender.weights.layouts import (
     IGNORED,
     OPEN_CLIP,
     PREFIXES,
@@ -16,10 +19,7 @@ from diffender.layouts import (
     unet_name,
     vae_name,
 )
-from diffender.models.layers import Linear, Upsample
-from diffender.models.unet import UNet, UNetConfig, timestep_embedding
-from diffender.models.vae import AutoencoderKL, VAEConfig
-from diffender.weights import load_model
+from diffender.weights.loading import load_model
 
 COUNTS = {  # parameters, tensors
     ("sd15-inpainting", "unet"): (859_535_364, 686),

@@ -19,15 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffender import official
-from diffender.errors import InputError
-from diffender.weights import EMBEDDED
+from diffender.utils.errors import InputError
+from diffender.weights import official
+from diffender.weights.loading import EMBEDDED
 from tests.conftest import ROOT
 
 CONTENT = (EMBEDDED / "prompts.safetensors").read_bytes()
 FETCH = """
 import sys
-from diffender import cli, official, weights
+from diffender.utils import options as cli
+from diffender.weights import official
+from diffender.weights import __main__ as weights
 official.FILES["sd2-inpainting"] = official.Published("some/model", "m.safetensors", {bytes}, "{sha256}")
 sys.argv = ["weights", "fetch", "sd2-inpainting"]
 cli.run(weights.main)

@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from diffender.data import load_image, sample_items
-from diffender.errors import InputError
-from diffender.models.classifiers import CLASSIFIERS
-from diffender.page import chart, page, states
-from diffender.report import compare, save_stages
+from diffender.classifiers.dataset import load_image, sample_items
+from diffender.classifiers.imagenet import CLASSIFIERS
+from diffender.report.__main__ import compare
+from diffender.report.page import chart, page, states
+from diffender.utils.errors import InputError
+from diffender.utils.images import save_stages
 from tests.conftest import ROOT
 
 NAMES = [f"class <{i}>" for i in range(4)]

@@ -14,8 +14,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
-from diffender import diffusion, samplers
-from diffender.models import text, unet, vae
+from diffender.stable_diffusion import model as diffusion
+from diffender.stable_diffusion import samplers, text, unet, vae
 from tests import cases
 from tests.cases import FLOAT64_LIMIT, GOLDEN, GROUPS, LIMITS, ours
 

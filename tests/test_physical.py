@@ -7,7 +7,7 @@ import torch
 
 from diffender.attacks import ATTACKS
 from diffender.noise import generator
-from diffender.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
+from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
 
 
 def at(pose, size, points):

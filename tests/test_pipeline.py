@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from diffender.attacks.patch import Task, samples
-from diffender.errors import InputError, named_images
 from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
 from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, passes
-from diffender.prompts import Contexts, PromptPair, contexts_for, empty_contexts, manual_contexts
+from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.restore import composite
-from diffender.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.schedule import predict_x0, q_sample
+from diffender.utils.errors import InputError, named_images
+from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT
 
 FAST = DIFFenderConfig(draws=2, steps=2, guidance=3.0)
@@ -54,7 +55,7 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
 
 def test_several_contexts_are_answered_as_each_alone(model, contexts):
     g = torch.Generator().manual_seed(0)
-    z, cond = torch.randn(3, 4, 28, 28, generator=g), torch.randn(3, 5, 28, 28, generator=g)
+    z, cond = (torch.randn(3, 4, 28, 28, generator=g), torch.randn(3, 5, 28, 28, generator=g))
     pair = torch.stack([contexts.locate, contexts.empty])
     alone = torch.stack([model.eps(z, 481, context, cond) for context in pair])
     for limit in (None, 4, 1):
@@ -263,7 +264,7 @@ def test_gradients_agree_with_finite_differences(model, contexts, photos):
 
 
 def load_double(model):
-    from diffender.diffusion import LatentDiffusion
+    from diffender.stable_diffusion.model import LatentDiffusion
 
     double = LatentDiffusion(model.cfg).double()
     double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from diffender import cli, pretrain
-from diffender.corpus import Crops, Photos, Samples, load_photos, random_region, training_sample
-from diffender.data import sample_items
-from diffender.errors import InputError
-from diffender.files import read_header
-from diffender.weights import EMBEDDED, load_model
+from diffender.classifiers.dataset import sample_items
+from diffender.pretrain import __main__ as pretrain
+from diffender.pretrain.corpus import Crops, Photos, Samples, load_photos, random_region, training_sample
+from diffender.utils import options as cli
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header
+from diffender.weights.loading import EMBEDDED, load_model
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_training_goes_on_from_a_whole_model(folder, monkeypatch, tmp_path):
     common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "1", "--steps", "1"]
     stage(monkeypatch, "decoder", *common, "--crop", "32", "--init", str(EMBEDDED / "tiny.safetensors"))
     stage(monkeypatch, "unet", *common, "--init", str(EMBEDDED / "tiny.safetensors"))
-    ours, shipped = load_model("auto", tmp_path / "tiny.safetensors"), load_model("tiny")
+    ours, shipped = (load_model("auto", tmp_path / "tiny.safetensors"), load_model("tiny"))
     assert torch.equal(ours.vae.encoder.conv_in.weight, shipped.vae.encoder.conv_in.weight)
     change = (ours.vae.decoder.conv_in.weight - shipped.vae.decoder.conv_in.weight).abs().max()
     assert 0 < change < 1e-3  # one step

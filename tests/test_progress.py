@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from diffender import curves
-from diffender.errors import InputError
-from diffender.page import charts
-from diffender.progress import TRACKERS
+from diffender.evaluation import curves
+from diffender.report.page import charts
+from diffender.utils.errors import InputError
+from diffender.utils.progress import TRACKERS
 from tests.test_scripts import SMALL, here
 
 

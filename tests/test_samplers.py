@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from diffender.errors import InputError
 from diffender.pipeline import DIFFenderConfig
-from diffender.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid
-from diffender.schedule import make_alphas_cumprod, q_sample
+from diffender.stable_diffusion.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid
+from diffender.stable_diffusion.schedule import make_alphas_cumprod, q_sample
+from diffender.utils.errors import InputError
 
 A = make_alphas_cumprod()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffender.schedule import eps_from_v, make_alphas_cumprod, noise_timestep, predict_x0, q_sample
+from diffender.stable_diffusion.schedule import eps_from_v, make_alphas_cumprod, noise_timestep, predict_x0, q_sample
 
 A = make_alphas_cumprod()
 

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-from diffender import cli
-from diffender.report import STAGES
-from diffender.runs import open_run
+from diffender.evaluation.records import open_run
+from diffender.utils import options as cli
+from diffender.utils.images import STAGES
 from tests.conftest import ROOT
 
 SMALL = [
@@ -186,7 +186,7 @@ def test_the_four_attacks_and_the_checks(tmp_path):
 @pytest.mark.parametrize("kind", ["universal", "gdpa"])
 def test_made_beforehand_then_used(tmp_path, kind):
     made = tmp_path / "made.safetensors"
-    args = f"-m diffender.attacks.beforehand --kind {kind} --images 4 --updates 2 --width 2 --batch-size 2 --out {made}"
+    args = f"-m diffender.pretrain {kind} --images 4 --updates 2 --width 2 --batch-size 2 --out {made}"
     run = subprocess.run([sys.executable, *args.split()], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     use = {
@@ -198,7 +198,7 @@ def test_made_beforehand_then_used(tmp_path, kind):
 
 
 def ablation(out, *args):
-    args = ["-m", "diffender.ablation", "--iters", "2", "--draws", "1", "--steps", "2", "--out", str(out), *args]
+    args = ["-m", "diffender", "ablate", "--iters", "2", "--draws", "1", "--steps", "2", "--out", str(out), *args]
     run = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (out / "table.md").read_text() in run.stdout
@@ -231,7 +231,7 @@ def test_large_blocks_are_reused():
     """Page faults of taking and returning 64 MiB twenty times, before and after; a process of its own."""
     code = """if True:
         from resource import RUSAGE_SELF, getrusage
-        from diffender.cli import keep_freed_memory
+        from diffender.utils.options import keep_freed_memory
         def faults():
             bytearray(2**26)
             before = getrusage(RUSAGE_SELF).ru_minflt

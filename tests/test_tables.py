@@ -8,20 +8,20 @@ import sys
 import pytest
 import torch
 
-from diffender import plans
-from diffender.controls import FILLED, controls, elsewhere
-from diffender.data import Batch, sample_items
+from diffender.classifiers.dataset import Batch, sample_items
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.errors import InputError
-from diffender.evaluation import Verdict
-from diffender.figures import FIGURES
-from diffender.paper import COLUMNS, QUOTED
+from diffender.evaluation import plan as plans
+from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.verdicts import Verdict
+from diffender.paper.controls import FILLED, controls, elsewhere
+from diffender.paper.figures import FIGURES
+from diffender.paper.quoted import COLUMNS, QUOTED
+from diffender.paper.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
 from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
-from diffender.plans import Options, fill
-from diffender.prompts import contexts_for
-from diffender.report import save_png
-from diffender.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
+from diffender.utils.errors import InputError
+from diffender.utils.images import save_png
+from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT, SHARED
 
 RIGHT, WRONG = Verdict(1.0, 1.0, 1.0, 1.0), Verdict(0.0, 0.5, 0.0, 1.0)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffender.errors import InputError
-from diffender.files import read_header
-from diffender.prompts import PromptPair, load_prompts, save_prompts
-from diffender.weights import EMBEDDED, load_model, save_model
+from diffender.prompts import PromptPair
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header
+from diffender.weights.loading import EMBEDDED, load_model, save_model
+from diffender.weights.prompts import load_prompts, save_prompts
 
 
 def test_round_trip_with_the_config_in_the_header(model, tmp_path):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks.patch import Attacked, Victim, apply_patch, masks_for, patch_side, to_8bit
-from diffender.errors import InputError
-from diffender.files import load_tensors
 from diffender.noise import generator
+from diffender.utils.errors import InputError
+from diffender.utils.files import load_tensors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 direct     free pattern and place for each picture: the strongest
 generator  the authors' network, trained anew for each picture: a reparametrisation
-amortised  that network trained beforehand by `python -m diffender.attacks.beforehand`, one forward pass a picture
+amortised  that network trained beforehand by `python -m diffender.pretrain`, one forward pass a picture
 """
 
 import math
@@ -31,9 +31,9 @@ from diffender.attacks.patch import (
     samples,
     to_8bit,
 )
-from diffender.errors import InputError
-from diffender.files import load_tensors, read_header
 from diffender.noise import Noise, generator
+from diffender.utils.errors import InputError
+from diffender.utils.files import load_tensors, read_header
 
 MODES = ("direct", "generator", "amortised")
 GRID = 7  # the coarse search looks at GRID x GRID places
@@ -132,7 +132,7 @@ def check_generator(path: Path) -> dict:
     """The header of a trained network's file. Raises InputError for any other file."""
     header = read_header(path)
     if header.get("kind") != "gdpa":
-        raise InputError(f"{path} holds no generator; python -m diffender.attacks.beforehand --kind gdpa trains one")
+        raise InputError(f"{path} holds no generator; python -m diffender.pretrain gdpa trains one")
     return header
 
 
@@ -142,7 +142,7 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
     if (header.get("size"), header.get("side")) != (size, side):
         raise InputError(
             f"{path} makes patches of side {header.get('side')} for pictures of side {header.get('size')}; wanted are "
-            f"{side} and {size}: python -m diffender.attacks.beforehand --kind gdpa trains one"
+            f"{side} and {size}: python -m diffender.pretrain gdpa trains one"
         )
     net = PatchGenerator(size, side, Generator(), header["width"])
     net.load_state_dict(load_tensors(Path(path)))
@@ -203,7 +203,7 @@ class GDPA:
         if self.mode == "amortised" and self.weights is None:
             raise InputError(
                 "GDPA's amortised mode needs a trained generator; give --generator a file of python -m "
-                "diffender.attacks.beforehand --kind gdpa"
+                "diffender.pretrain gdpa"
             )
         if self.weights is not None:
             check_generator(Path(self.weights))
@@ -276,7 +276,7 @@ class GDPA:
             optimizer = torch.optim.Adam(free.parameters(), self.lr_net, (0.5, 0.999))
 
         def draw(k: int) -> tuple[Tensor, Tensor, Noise | Tensor | None]:
-            return attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k)
+            return (attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k))
 
         best, best_score = None, torch.full((len(x),), -torch.inf, device=x.device)
         trace, missed = [], []
@@ -326,7 +326,7 @@ class GDPA:
         x, side = task.x, patch_side(task.x.shape[-1], self.area)
         pasted = [paste(x, to_8bit(p), to_corner(t, x.shape[-1], side)) for p, t in (split(s, side) for s in states)]
         scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image, _ in pasted]
-        chosen, rows = torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device)
+        chosen, rows = (torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device))
         image, mask, state = (torch.stack(list(t))[chosen, rows] for t in (*zip(*pasted, strict=True), states))
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
         seen = self.eot * steps + judgements(task, self.eot) * len(states) + moves

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from diffender.errors import check_finite
 from diffender.noise import Noise, generator, stack
+from diffender.utils.errors import check_finite
 
 
 class Victim(Protocol):

@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 
 from diffender.attacks.patch import Attacked, Task, Victim, margin, to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
-from diffender.errors import InputError, nearest
 from diffender.noise import generator, stack
+from diffender.utils.errors import InputError, nearest
 
-GAP, BETA = 0.15, 20.0  # when to lock on to the runner-up class, and how hard to press then
+GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
 FRESH = 10  # draws that must all be fooled before the search may stop
 
 
@@ -95,7 +95,7 @@ class Search:
     def paste(self, genes: Tensor, sticker: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates as 8-bit pictures (N, 3, S, S) and where they differ from the picture, (N, 1, S, S)."""
         x, size = self.task.x, self.task.x.shape[-1]
-        images, masks = x.repeat(len(genes), 1, 1, 1), x.new_zeros(len(genes), 1, size, size)
+        images, masks = (x.repeat(len(genes), 1, 1, 1), x.new_zeros(len(genes), 1, size, size))
         low, high = self.cfg.opacity
         for n, (gene, index) in enumerate(zip(genes, sticker.tolist(), strict=True)):
             side = side_for(NAMES[index], size, self.cfg.area)
@@ -214,7 +214,7 @@ class Search:
             outwards = self.uniform(1).item() < 0.5
 
             def spot(distance: int, dy: int = dy, dx: int = dx) -> tuple[int, int, int]:
-                return sticker, min(max(top + dy * distance, 0), free), min(max(left + dx * distance, 0), free)
+                return (sticker, min(max(top + dy * distance, 0), free), min(max(left + dx * distance, 0), free))
 
             if spot(distance) in self.visited and not outwards:
                 opacity = self.uniform(1)[0]

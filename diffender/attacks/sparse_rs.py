@@ -47,7 +47,7 @@ class SparseRS:
             pattern = torch.stack([squares(side, g) for g in draws])
             corner = torch.stack([torch.randint(0, size - side + 1, (2,), generator=g) for g in draws])
         else:
-            pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
+            pattern, corner = (init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long())
         random = victim.sample_noise(image_ids, seed, "attack 0") is not None
         steps = (self.queries - (not random)) // (2 if random else 1)
 
@@ -55,7 +55,7 @@ class SparseRS:
             image, _ = paste(x, to_8bit(pattern).to(x), corner)
             return margin(victim(image, victim.sample_noise(image_ids, seed, f"attack {step}")), y).detach().cpu()
 
-        value, trace = torch.empty(0) if random else loss(pattern, corner, 0), []  # if random, anew in every step
+        value, trace = (torch.empty(0) if random else loss(pattern, corner, 0), [])  # if random, anew in every step
         for step in range(steps):
             if random:
                 value = loss(pattern, corner, step)
@@ -65,7 +65,7 @@ class SparseRS:
             new_pattern, new_corner = map(torch.stack, zip(*proposals, strict=True))
             new_value = loss(new_pattern, new_corner, step)
             better = new_value < value
-            pattern, corner = pick_rows(better, new_pattern, pattern), pick_rows(better, new_corner, corner)
+            pattern, corner = (pick_rows(better, new_pattern, pattern), pick_rows(better, new_corner, corner))
             value = torch.where(better, new_value, value)
             trace.append(value)
             callback(step)

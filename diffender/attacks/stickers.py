@@ -31,7 +31,7 @@ def ellipse(cx: float, cy: float, a: float, b: float) -> Shape:
 
 def polygon(*points: tuple[float, float]) -> Shape:
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        nearest, inside = torch.full_like(x, torch.inf), torch.zeros_like(x, dtype=torch.bool)
+        nearest, inside = (torch.full_like(x, torch.inf), torch.zeros_like(x, dtype=torch.bool))
         for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
             ex, ey = bx - ax, by - ay
             t = (((x - ax) * ex + (y - ay) * ey) / (ex**2 + ey**2)).clamp(0, 1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from diffender.data import list_items, load_image
+from diffender.classifiers.dataset import list_items, load_image
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc, reestimate_statistics
@@ -18,10 +18,10 @@ from diffender.defenses.jedi import jedi
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.smoothing import Smoothing
-from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError, nearest
 from diffender.ops import resize, straight_through
 from diffender.pipeline import EXACT, Backward, Defended, DIFFender, Purified, check_images
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import InputError, nearest
 
 Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # pictures to purified ones, and to their masks
 

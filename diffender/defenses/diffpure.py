@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffender.diffusion import LatentDiffusion
-from diffender.errors import InputError
 from diffender.noise import generator
 from diffender.ops import resize
-from diffender.samplers import Step, ddim
-from diffender.schedule import TRAIN_STEPS, q_sample
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.samplers import Step, ddim
+from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
+from diffender.utils.errors import InputError
 
 
 @dataclass(frozen=True)

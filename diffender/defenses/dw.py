@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.fill import harmonic
-from diffender.models.classifiers import Classifier
 from diffender.ops import dilate, gaussian_blur
 
 

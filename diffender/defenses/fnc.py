@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from diffender.errors import InputError
-from diffender.models.classifiers import Classifier, channels_last
+from diffender.classifiers.imagenet import Classifier, channels_last
+from diffender.utils.errors import InputError
 
 
 def clip_norm(f: Tensor, alpha: float, dim: int = 1) -> Tensor:

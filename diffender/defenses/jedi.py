@@ -1,37 +1,33 @@
 """Jedi (Tarchoun et al. 2023): where entropy is too high, an autoencoder completes the mask, and it is filled.
 
-    python -m diffender.defenses.jedi --data PHOTOS       # makes weights/jedi.safetensors
-
-That trains the autoencoder on drawn masks and estimates the entropy of clean pictures on 100 photographs (`stats=own`).
+`python -m diffender.pretrain jedi --data PHOTOS` makes weights/jedi.safetensors: it trains the autoencoder on drawn
+masks and estimates the entropy of clean images on 100 photographs (`stats=own`).
 The original's autoencoder saw the patches of its own data set; ours sees squares, rectangles and ellipses. The original
 fills by coherence transport, we by a harmonic surface.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from diffender.cli import option, parse, run
-from diffender.data import list_items, load_image
 from diffender.defenses.fill import harmonic
 from diffender.defenses.smoothing import mirrored
-from diffender.errors import InputError
-from diffender.files import read_header, save_atomic
-from diffender.models.classifiers import CLASSIFIERS
-from diffender.noise import generator
 from diffender.ops import dilate
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header
+from diffender.weights.loading import EMBEDDED
 
-WINDOWS, STRIDES = (9, 13, 17), (4, 6, 8)  # for pictures up to 800 pixels; MATLAB's ranges include both ends
+WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for pictures up to 800 pixels; MATLAB's ranges include both ends
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
-OFFICIAL = (2.75, 3.19, 3.47), (1.16, 1.13, 1.07)  # mean and deviation of a window's entropy in clean pictures, bits
+OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # mean and deviation of a window's entropy in clean pictures, bits
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
-WEIGHTS = Path(__file__).parents[2] / "weights" / "jedi.safetensors"
+WEIGHTS = EMBEDDED / "jedi.safetensors"
 
 
 class Autoencoder(nn.Module):
@@ -133,69 +129,3 @@ def complete(net: Autoencoder, mask: Tensor, threshold: float) -> Tensor:
     small = F.interpolate(mask, (SIDE, SIDE), mode="area").flatten(1)
     found = (net(small) > threshold).to(mask) * small.amax(dim=1, keepdim=True).gt(0)
     return F.interpolate(found.view(-1, 1, SIDE, SIDE), mask.shape[-2:], mode="nearest")
-
-
-def draw_mask(g: Generator) -> Tensor:
-    """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of a picture, somewhere, (64, 64) in {0, 1}."""
-    kind, (u, v, w, a) = int(torch.randint(3, (), generator=g)), torch.rand(4, generator=g).tolist()
-    area, ratio = (0.01 + 0.09 * a) * SIDE**2, 1 if kind == 0 else 0.7 * 2**w
-    if kind == 2:
-        area *= 4 / math.pi
-    height, width = (min(round(n), SIDE) for n in (math.sqrt(area * ratio), math.sqrt(area / ratio)))
-    top, left = round(u * (SIDE - height)), round(v * (SIDE - width))
-    y, x = torch.arange(SIDE)[:, None] - top - (height - 1) / 2, torch.arange(SIDE)[None] - left - (width - 1) / 2
-    if kind == 2:
-        return ((2 * y / height) ** 2 + (2 * x / width) ** 2 <= 1).float()
-    return ((y.abs() < height / 2) & (x.abs() < width / 2)).float()
-
-
-@dataclass(frozen=True)
-class Training:
-    data: str = option("samples", "photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv")
-    images: int = option(100, "of them", low=2)
-    size: int = option(224, "side that they are brought to", low=32)
-    out: str = option(str(WEIGHTS), "where the weights go, in float16")
-    masks: int = option(8000, "drawn masks", low=1)
-    epochs: int = option(30, "over them", low=1)
-    lr: float = option(2e-3, "of Adam", low=0)
-    seed: int = option(0, "of masks and weights", low=0)
-
-
-def main() -> None:
-    opts = parse(Training, __doc__)
-    g = generator(opts.seed, "jedi")
-    masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
-    net = Autoencoder()
-    for p in net.parameters():
-        p.data = torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0)
-    optimizer = torch.optim.Adam(net.parameters(), opts.lr)
-    for epoch in range(opts.epochs):
-        total = 0.0
-        for batch in masks[torch.randperm(len(masks), generator=g)].split(64):
-            loss = F.binary_cross_entropy_with_logits(net.logits(batch), batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(batch) / len(masks)
-        print(f"epoch {epoch} loss {total:.4f}")
-    mean, std = clean_statistics(opts)
-    print(f"entropy of clean windows: {mean}, deviations {std}")
-    header = {k: v for k, v in asdict(opts).items() if k != "out"} | {"clean_mean": mean, "clean_std": std}
-    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
-
-
-def clean_statistics(opts: Training) -> tuple[list[float], list[float]]:
-    """Over pictures, of their mean window entropy in each scale."""
-    items = list_items(opts.data)
-    order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
-    cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))
-    pictures = [load_image(items[i].path, cfg)[None] for i in order]
-    means = torch.tensor(
-        [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in pictures]
-    )
-    mean, std = ([round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0)))
-    return mean, std
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from diffender.errors import InputError
 from diffender.ops import straight_through
+from diffender.utils.errors import InputError
 
 LUMA = (  # ITU-T T.81, Annex K
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,

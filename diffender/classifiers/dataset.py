@@ -1,0 +1,186 @@
+"""Pictures with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
+
+import csv
+import hashlib
+import importlib.util
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from diffender.classifiers.imagenet import Classifier, ClassifierConfig
+from diffender.noise import generator
+from diffender.utils.errors import InputError
+from diffender.utils.files import one_line
+
+LONGEST = 20  # of a picture's sides, in shorter ones
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+class Item(NamedTuple):
+    id: str  # path within the data set, without its suffix
+    path: Path
+    label: int
+
+
+class Batch(NamedTuple):
+    ids: list[str]
+    x: Tensor  # (B, 3, S, S) in [0, 1]
+    y: Tensor  # (B,)
+    hashes: list[str]  # of the files, so that two uses of a picture can be told
+
+
+def list_items(data: str) -> list[Item]:
+    """`samples`, a folder of wnid folders, or a csv file with the columns file and label (0-based class index)."""
+    if data == "samples":
+        return sample_items()
+    path = Path(data)
+    if path.is_file() and path.suffix == ".csv":
+        items = csv_items(path)
+    elif path.is_dir():
+        items = folder_items(path)
+    else:
+        raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
+    if not items:
+        raise InputError(f"no pictures in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+    if twice := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
+        raise InputError(f"{data} has more than one picture {twice[0]}, whatever their kind; rename or remove one")
+    return items
+
+
+def sample_items() -> list[Item]:
+    """The 20 ImageNet photographs that the foolbox package carries, label in the name."""
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or not spec.origin:
+        raise InputError("the sample photographs come with the package foolbox; pip install -r requirements.txt")
+    paths = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    return [Item(p.stem, p, int(p.stem.split("_")[2])) for p in paths]
+
+
+def csv_items(table: Path) -> list[Item]:
+    items = []
+    for number, row in enumerate(read_csv(table, "file", "label"), start=2):
+        if not row["file"]:
+            raise InputError(f"{table}, line {number}: no file")
+        label = row["label"] or ""
+        if not label.isdecimal() or int(label) > 999:
+            raise InputError(f"{table}, line {number}: label {label!r}; labels are class indices from 0 to 999")
+        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], int(label)))
+    return items
+
+
+def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a csv file that has these columns, at least. Raises InputError for any other file."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f)
+            found, rows = reader.fieldnames or (), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{table} cannot be read as a csv file in UTF-8 ({one_line(e)})") from e
+    if missing := set(columns) - set(found):
+        raise InputError(
+            f"{table} has the columns {', '.join(found) or 'none'}; wanted are {', '.join(columns)}: "
+            f"{', '.join(sorted(missing))} is missing"
+        )
+    return rows
+
+
+def folder_items(root: Path) -> list[Item]:
+    """root/<wnid>/* or root/<wnid>_*: the class is the wnid's rank among all 1000, however few of them are there."""
+    from timm.data import ImageNetInfo
+
+    rank = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    pictures = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
+    wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in pictures]
+    unknown = sorted(set(wnids) - set(rank))
+    if unknown:
+        raise InputError(f"{root} has pictures under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
+    ids = [str(p.relative_to(root).with_suffix("")) for p in pictures]
+    return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, pictures, wnids, strict=True)]
+
+
+def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
+    """Decode, resize the short side, crop the middle: float32 (3, S, S) in [0, 1], as this classifier was trained.
+
+    For recognisers of faces: the middle 160 pixels of an LFW picture, and anything else whole, stretched to the square.
+    """
+    image = open_image(path)
+    try:
+        return fit_image(image, cfg)
+    except InputError as e:
+        raise InputError(f"{path} is {e}") from e
+
+
+def open_image(path: Path, upright: bool = False) -> Image.Image:
+    """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
+    file that is missing, no picture, or one of more than 179 million pixels, Pillow's limit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
+        raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
+    if image.mode.startswith("I"):  # Pillow would cut values off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
+    """An RGB picture as `load_image` gives it."""
+    if cfg.squash:
+        if image.size == (250, 250):  # LFW: the face is in the middle
+            image = image.crop((45, 45, 205, 205))
+        return pil_to_tensor(image.resize((cfg.size, cfg.size), Image.Resampling.BILINEAR)).float() / 255
+    if max(image.size) > LONGEST * min(image.size):
+        raise InputError(
+            f"a picture of {' x '.join(map(str, image.size))} pixels; one side is at most {LONGEST} times the "
+            "other: crop it"
+        )
+    scale = cfg.resize / min(image.size)
+    size = [max(cfg.resize, round(side * scale)) for side in image.size]
+    image = image.resize(size, getattr(Image.Resampling, cfg.interpolation.upper()))
+    left, top = ((n - cfg.size) // 2 for n in size)
+    return pil_to_tensor(image.crop((left, top, left + cfg.size, top + cfg.size))).float() / 255
+
+
+def correct_subset(
+    items: list[Item], classifier: Classifier, count: int, seed: int, exclude: frozenset[str] = frozenset()
+) -> Batch:
+    """The first `count` pictures of a seeded permutation that the undefended classifier gets right.
+
+    Pictures whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
+    """
+    order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
+    ids: list[str] = []
+    images, labels, hashes = [], [], []
+    for i in order:
+        if len(ids) == count:
+            break
+        item = items[i]
+        x = load_image(item.path, classifier.cfg)
+        digest = hashlib.sha256(item.path.read_bytes()).hexdigest()[:16]
+        if digest not in exclude and classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
+            ids.append(item.id)
+            images.append(x)
+            labels.append(item.label)
+            hashes.append(digest)
+    if not ids:
+        raise InputError(
+            "the classifier gets none of these pictures right; check the labels and the classifier's weights"
+        )
+    return Batch(ids, torch.stack(images), torch.tensor(labels), hashes)

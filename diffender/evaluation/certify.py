@@ -1,0 +1,71 @@
+"""PatchCleanser's certificate (Xiang et al. 2022) on clean images: the share that no patch up to a size can change.
+
+python -m diffender certify --data PHOTOS --images 32
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffender.utils.options import option, parse, run
+
+
+@dataclass(frozen=True)
+class Options:
+    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
+    images: int = option(6, "number of pictures, of those the classifier gets right", low=1)
+    area: float = option(0.05, "share of the picture that the patch to withstand covers", low=0.0005, high=0.5)
+    masks: int = option(6, "of the first round, an axis", low=1)
+    classifier: str = option("efficientnet_lite0", "a name of diffender.classifiers.imagenet, or timm:TAG")
+    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
+    seed: int = option(0, "of the choice of pictures", low=0)
+    out: str = option("runs/patchcleanser", "folder for records, results and table; a run there is resumed")
+
+
+def main() -> None:
+    opts = parse(Options, __doc__)
+    # Imported after the options are known to be good: torch takes seconds.
+    from diffender.classifiers.dataset import correct_subset, list_items
+    from diffender.classifiers.imagenet import load_classifier
+    from diffender.defenses.patchcleanser import PatchCleanser
+    from diffender.evaluation.metrics import wilson
+    from diffender.evaluation.records import append_records, open_run
+    from diffender.factory import command, machine
+    from diffender.utils.files import sha256, write_json, write_text
+    from diffender.utils.markdown import table
+    from diffender.utils.progress import bar
+
+    classifier = load_classifier(opts.classifier, opts.classifier_weights)
+    batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed)
+    cleanser = PatchCleanser(classifier, round(batch.x.shape[-1] * opts.area**0.5), opts.masks)
+    folder = Path(opts.out)
+    own = folder / "per_image.jsonl"
+    settings = {"data": opts.data, "area": opts.area, "masks": opts.masks, "classifier": opts.classifier}
+    if opts.classifier_weights:
+        settings["sha256"] = sha256(Path(opts.classifier_weights))
+    done = {r["id"] for r in open_run(folder, settings, own)}
+    for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x, batch.y.tolist(), strict=True):
+        if image_id not in done:
+            started = time.monotonic()
+            found = {"right": cleanser(x) == y, "certified": cleanser.certified(x, y)}
+            append_records(own, [{"id": image_id, **found, "seconds": time.monotonic() - started}])
+    records = [r for r in open_run(folder, settings, own) if r["id"] in batch.ids]
+    rows = []
+    results: dict[str, object] = {"command": command()}
+    for name in ("right", "certified"):
+        k, n = sum(r[name] for r in records), len(records)
+        low, high = wilson(k, n)
+        results[name] = {"k": k, "n": n, "low": low, "high": high}
+        rows.append((name, f"{100 * k / n:.1f} % ({k}/{n}; {100 * low:.0f}-{100 * high:.0f})"))
+    text = table(("PatchCleanser, clean pictures", f"patches of {100 * opts.area:g} %, {opts.masks}² masks"), rows) + (
+        f"\n`{results['command']}`: {len(records)} pictures, {opts.classifier}, seed {opts.seed}, "
+        f"{sum(r['seconds'] for r in records):.0f} s on {machine(batch.x.device)}, "
+        f"{time.strftime('%Y-%m-%d')}.\n"
+    )
+    write_json(folder / "results.json", results)
+    write_text(folder / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)

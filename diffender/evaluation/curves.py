@@ -1,0 +1,103 @@
+"""Curves of the report: accuracy over the threshold and over the patch's size; resumed picture by picture.
+
+Over theta the run's own patches are judged: beside its own threshold they are those of an attacker who is mistaken
+about it. Over the size every patch is made anew, on the classifier alone and through the last of the run's gradients.
+One purification judges each, the first of the run's verdicts.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from diffender.attacks.patch import to_8bit
+from diffender.classifiers.dataset import Batch
+from diffender.evaluation.plan import AREAS
+from diffender.evaluation.records import append_records, read_records
+from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
+from diffender.localize import refine_mask
+from diffender.noise import Noise, stack
+from diffender.pipeline import EXACT, Defended, DIFFender, Undefended
+from diffender.restore import composite
+
+THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+
+
+def draw_curves(
+    which: str,
+    target: Defended,
+    plans: Sequence[Plan],
+    batch: Batch,
+    seed: int,
+    records: Collection[dict],
+    folder: Path,
+    may_stop: Callable[[], None],
+) -> dict[str, dict]:
+    """`theta` or `all` of a run's pictures: {"theta": {"at": [...], "none": accuracies, ...}, "area": ...}."""
+    path = folder / f"curves-{which}.jsonl"
+    done = {r["id"]: r for r in read_records(folder, path.name)}
+    for i, record in enumerate(records):
+        if record["id"] not in done:
+            x, y = to_8bit(batch.x[i : i + 1]), batch.y[i : i + 1]
+            found = {"id": record["id"], "theta": over_theta(target, x, record, seed, folder)}
+            if which == "all" and plans:
+                found["area"] = over_area(target, plans[0], x, y, record, seed)
+            append_records(path, [found])
+            done[record["id"]] = found
+            may_stop()
+    every = [done[i] for i in batch.ids]
+    axes = {"theta": THETAS, "area": AREAS}
+    return {axis: {"at": at} | mean_columns([r[axis] for r in every if axis in r]) for axis, at in axes.items()}
+
+
+def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Of the pictures that have each column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [mean(v) for v in zip(*(row[name] for row in rows if name in row), strict=True)] for name in names}
+
+
+def over_theta(target: Defended, x: Tensor, record: dict, seed: int, folder: Path) -> dict[str, list[bool]]:
+    """Whether x (1, 3, S, S) and each patch made for it are read right at every threshold; localised once."""
+    if not isinstance(target.defense, DIFFender):
+        return {}
+    noise = target.sample_noise([record["id"]], seed, "verdict")
+    images = {"none": x}
+    for variant in record["attacks"]:
+        images[variant] = load_attacked(folder / "adv" / variant, [record["file"]])[0].to(x)
+    found = {}
+    for name, image in images.items():
+        seen = read(target.classifier(at_thresholds(target.defense, image, noise))).label
+        found[name] = [label == record["label"] for label in seen]
+    return found
+
+
+def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
+    """The purified picture (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
+    cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THETAS)
+    size = x.shape[-2:]
+    masks = [refine_mask(z_score, theta, size, cfg.sigma, cfg.dilation, EXACT.ste, EXACT.ste_k) for theta in THETAS]
+    every, mask = x.expand(n, -1, -1, -1), torch.cat(masks)
+    restored = defense.restore(every, mask, stack([noise] * n))
+    return composite(every, restored, mask) if cfg.composite else restored
+
+
+def over_area(target: Defended, plan: Plan, x: Tensor, y: Tensor, record: dict, seed: int) -> dict[str, list[bool]]:
+    """Whether patches of every size leave x (1, 3, S, S) with label y (1,) read right, defended and not."""
+    found: dict[str, list[bool]] = {}
+    noise, ids = target.sample_noise([record["id"]], seed, "verdict"), [record["id"]]
+    for area in AREAS:
+        last = dict(list(plan.adaptive.items())[-1:])
+        sized = plan._replace(
+            base=replace(plan.base, area=area),
+            adaptive={kind: (replace(attack, area=area), victim) for kind, (attack, victim) in last.items()},
+        )
+        for kind, made, _ in craft(sized, Undefended(target.classifier), x, y, ids, seed, lambda n: None, {}):
+            seen = {kind: target.classifier(target.defense(made.image, noise).image)}
+            if kind == "transfer":
+                seen["undefended"] = target.classifier(made.image)
+            for name, logits in seen.items():
+                found.setdefault(f"{plan.name}/{name}", []).append(bool((logits.argmax(dim=1) == y).all()))
+    return found

@@ -1,0 +1,134 @@
+"""What a gradient step will need in memory, known before it runs: activations counted on tensors without storage."""
+
+import copy
+import os
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
+from diffender.utils.errors import InputError
+
+GIB = 2**30
+WORKING = 1.6  # gradients in flight and the largest layer's buffers, as a multiple of the stored activations; measured
+
+
+class Footprint(NamedTuple):
+    """Bytes that one row of a batch keeps for the backward pass in each network."""
+
+    unet: int
+    encoder: int
+    decoder: int
+    classifier: int
+
+
+def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of function(*args), each storage once, less the weights of `net`,
+    which are there anyway. Meta tensors will do."""
+    weights = [*net.parameters(), *net.buffers()]
+    kept = {w.untyped_storage()._cdata: (w, 0) for w in weights}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept.setdefault(storage._cdata, (t, storage.nbytes()))  # the tensor is held, so its address stays unique
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*args)
+    return sum(nbytes for _, nbytes in kept.values())
+
+
+def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size: int) -> Footprint:
+    """Of a model and of a classifier network for pictures of `size`; counted without computing anything."""
+    with torch.device("meta"):
+        model = LatentDiffusion(cfg).requires_grad_(False)
+        z = torch.empty(1, *cfg.latent_shape, requires_grad=True)
+        x = torch.empty(1, 3, cfg.image_size, cfg.image_size, requires_grad=True)
+        picture = torch.empty(1, 3, size, size, requires_grad=True)
+        t, context = (torch.zeros(1, dtype=torch.long), torch.empty(1, 77, cfg.unet.context_dim, dtype=dtype))
+    channels = cfg.unet.in_channels - cfg.vae.z_channels
+    latents = torch.cat([z, torch.empty(1, channels, *cfg.latent_shape[1:], device="meta")], dim=1).to(dtype)
+    unet = model.unet.to(dtype)
+    net = copy.deepcopy(classifier).to("meta")
+    return Footprint(
+        saved_bytes(unet, lambda x: unet(x, t, context), latents),
+        saved_bytes(model.vae, lambda x: model.vae.encode(x, torch.empty_like(z)), x),
+        saved_bytes(model.vae, model.vae.decode, z),
+        saved_bytes(net, net, picture),
+    )
+
+
+def peak_bytes(one: Footprint, pictures: int, draws: int, micro_batch: int | None) -> int:
+    """Above what the process holds already, for a full gradient of so many pictures side by side.
+
+    Networks are recomputed one after the other in the backward pass, so the largest counts, beside the classifier.
+    Steps of the sampler and samples of EOT do not enter.
+    """
+    limit = micro_batch or sys.maxsize
+    rows = min(pictures * 2 * draws, limit), min(pictures, limit)
+    largest = max(one.unet * rows[0], one.encoder * rows[1], one.decoder * rows[1])
+    return round(WORKING * max(largest, one.classifier * pictures))
+
+
+def kept_bytes(one: Footprint, pictures: int, draws: int, steps: int) -> int:
+    """The same where nothing is recomputed: every evaluation of localisation and of `steps` of restoration counts."""
+    unets, encoders = 2 * draws + steps, 1 + (steps > 0)
+    decoders = int(steps > 0)
+    total = one.unet * unets + one.encoder * encoders + one.decoder * decoders + one.classifier
+    return round(WORKING * pictures * total)
+
+
+def keep_or_recompute(one: Footprint, pictures: int, draws: int, steps: int, device: torch.device) -> bool:
+    """Whether keeping all activations takes no more than a quarter of what is free."""
+    return kept_bytes(one, pictures, draws, steps) <= free_bytes(device) / 4
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
+def fit_micro_batch(one: Footprint, pictures: int, draws: int, held: int, allowed: int) -> int | None:
+    """The largest micro-batch that stays within `allowed` bytes, `held` of them taken already; None: no need of one.
+
+    Raises InputError where one row is too much.
+    """
+    for micro_batch in (None, *range(pictures * 2 * draws, 0, -1)):
+        if held + peak_bytes(one, pictures, draws, micro_batch) <= allowed:
+            return micro_batch
+    need = (held + peak_bytes(one, 1, draws, 1)) / GIB
+    raise InputError(
+        f"--max-memory {allowed / GIB:.1f} GiB is too little for {pictures} pictures side by side; one takes about "
+        f"{need:.1f} GiB: lower --batch-size or raise --max-memory"
+    )
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds: resident memory, or what is allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with open("/proc/self/statm") as f:  # noqa: PTH123
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def most_held_bytes(device: torch.device) -> int:
+    """The most that this process has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak:  # getrusage counts what the parent held when it started this process
+        return 1024 * int(peak[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

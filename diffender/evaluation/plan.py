@@ -1,0 +1,377 @@
+"""What an evaluation will do and what it will cost: from the command line to attacks, known before anything runs.
+
+Torch is imported inside the functions, so that --help and mistakes on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.options import TargetOptions, option, pick
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffender.evaluation.verdicts import Plan
+    from diffender.pipeline import Defended
+    from diffender.stable_diffusion.model import LatentDiffusion
+
+GRADIENTS = {  # by defence
+    "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc"),
+    "others": ("transfer", "bpda", "auto"),
+}
+FIGURES = (1, 3, 4, 5, 8, 9)  # of the paper
+AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
+COSTLY = ("surrogate", "full", "full+loc")
+PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
+COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
+# forward passes
+PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer pictures and steps
+    "smoke": {
+        "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
+        "trust_images": 1, "queries": 20, "queries_undefended": 50, "curves": "off",
+    },
+    "laptop": {
+        "images": 6, "iters": 20, "iters_undefended": 100, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 10,
+        "trust_images": 2, "queries": 100, "queries_undefended": 600, "curves": "theta",
+    },
+    "paper": {
+        "images": 512, "iters": 100, "iters_undefended": 100, "eot": 10, "restarts": 3,
+        "grad": ",".join(GRADIENTS["diffender"]), "verdicts": 10, "trust_images": 32,
+        "queries": 2400, "queries_undefended": 2400, "curves": "theta",
+    },
+}  # fmt: skip
+
+
+def budgeted(name: str, help: str, group: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """An option whose default is the preset's, with all of them in its help."""
+    values = ", ".join(f"{preset} {given[name]}" for preset, given in PRESETS.items())
+    return option(None, f"{help} ({values})", choices, None if choices else 1, group=group)
+
+
+@dataclass(frozen=True)
+class Options(TargetOptions):
+    preset: str = option(
+        "laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS), group="the budget"
+    )
+    images: int | None = budgeted("images", "number of pictures, of those the classifier gets right")
+    batch_size: int = option(1, "pictures side by side; changes no result; a killed process loses as many", low=1)
+    defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
+    attack: str = option(
+        "advp", "names of diffender.attacks with commas between, all (the paper's four), or none", group="the attack"
+    )
+    grad: str | None = option(
+        None, f"backward passes of the adaptive attack, with commas: {', '.join(GRADIENTS['diffender'])}; of other "
+        f"defences {', '.join(GRADIENTS['others'])} (smoke and laptop bpda-mask, paper all)"
+    )  # fmt: skip
+    images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
+    area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02; the paper does not say)",
+                                low=0.0005, high=0.9)  # fmt: skip
+    shape: str = option("square", "shape of advp's and lavan's patch", choices=("square", "circle"))
+    location: str = option(
+        "fixed", "one random place, a corner, or a new one for each EOT sample", choices=("fixed", "corner", "eot")
+    )
+    targeted: bool | None = option(
+        None, "aim at a random class (default: lavan), or just away from the true one (advp)"
+    )
+    iters: int | None = budgeted("iters", "steps of the adaptive attack, generations of rhde")
+    iters_undefended: int | None = budgeted("iters_undefended", "steps of the attack on the classifier alone")
+    eot: int | None = budgeted("eot", "noise samples averaged in a step")
+    eot_batch: int = option(8, "of them, and of verdicts, side by side; changes no result, takes memory", low=1)
+    restarts: int | None = budgeted("restarts", "attempts, of which the best on fresh noise counts")
+    ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
+    ste_k: float = option(5.0, "slope of the sigmoid", low=0.01)
+    evasion: float = option(1.0, "weight of hiding from the localiser in full+loc", low=0)
+    decoy: float = option(0.0, "weight of raising the localiser's bar in full+loc", low=0)
+    gdpa_mode: str = option("direct", "of gdpa", choices=("direct", "generator", "amortised"))
+    generator: str | None = option(None, "file of the generator that amortised gdpa uses")
+    sticker: str | None = option(None, "of rhde, a name of diffender.attacks.stickers; none: the best three")
+    queries: int | None = budgeted("queries", "of rhde and sparse-rs to the defence, a picture")
+    queries_undefended: int | None = budgeted("queries_undefended", "of these to the classifier alone, a picture")
+    patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
+    verdicts: int | None = budgeted("verdicts", "purifications that judge a picture; paper: one", group="the verdict")
+    trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
+    curves: str | None = budgeted(
+        "curves", "of the report: over theta for these patches; all: and over their size, made anew",
+        choices=("off", "theta", "all"),
+    )  # fmt: skip
+    trust_images: int | None = budgeted("trust_images", "pictures that the checks are made on")
+    table: int | None = option(
+        None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7, group="the run"
+    )
+    figure: int | None = option(None, f"make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
+    folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
+    frames: str | None = option(None, "Table 7 from photographs: a csv of file, label, configuration and clean")
+    tuning_data: str = option(
+        "samples", "photographs, none evaluated: Table 2 tunes prompts on them, FNC's statistics are theirs"
+    )
+    shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
+    max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
+    name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
+    track: str = option("none", "package that hears accuracies along the way", choices=("none", "tensorboard", "wandb"))
+    dry_run: bool = option(False, "say what would be done and what it would cost, and do nothing")
+    list: bool = option(False, "the names of models, classifiers, attacks, gradients and defences, and nothing else")
+
+
+def fill(opts: Options) -> Options:
+    """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
+    preset = budget(opts, opts.preset)
+    opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
+    allowed = GRADIENTS["diffender" if opts.defense == "diffender" else "others"]
+    if unknown := sorted(set(kinds(opts)) - set(allowed)):
+        raise InputError(
+            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
+            f"{nearest(unknown[0], allowed)}"
+        )
+    if not opts.composite and opts.restore and "bpda-mask" in kinds(opts) and opts.attack != "none":
+        raise InputError("--no-composite leaves --grad bpda-mask no way back: take bpda, surrogate, full or full+loc")
+    if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
+        raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
+    if opts.table and opts.figure:
+        raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
+    if opts.figure and opts.figure not in FIGURES:
+        raise InputError(f"--figure {opts.figure}; choose of {', '.join(map(str, FIGURES))}")
+    if opts.frames and opts.table != 7:
+        raise InputError("--frames is for --table 7, which judges photographs of printed patches")
+    if opts.name and (Path(opts.name).is_absolute() or ".." in Path(opts.name).parts):
+        raise InputError(f"--name is {opts.name}; it is a folder within runs/")
+    if opts.dry_run and (opts.table or opts.figure):
+        raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
+    return opts
+
+
+def budget(opts: Options, preset: str) -> dict:
+    """The values of a preset, as they are for this defence."""
+    values = dict(PRESETS[preset])
+    if preset == "laptop" and (opts.eot or 1) > 4:
+        values |= {"images": 3, "iters": 10}
+    if opts.defense != "diffender":
+        values |= {"grad": ",".join(GRADIENTS["others"][1:])}
+    return values
+
+
+def kinds(opts: Options) -> list[str]:
+    return opts.grad.split(",")
+
+
+def attacks(opts: Options) -> dict[str, type]:
+    """The attacks asked for, by name. Raises InputError for others."""
+    from diffender.attacks import ATTACKS, PAPER
+
+    names = {"all": list(PAPER), "none": []}.get(opts.attack, opts.attack.split(","))
+    if unknown := sorted(set(names) - set(ATTACKS)):
+        raise InputError(
+            f"--attack {', '.join(unknown)} is unknown; choose of {', '.join(ATTACKS)}, with commas, or all or none"
+            f"{nearest(unknown[0], ATTACKS)}"
+        )
+    return {name: ATTACKS[name] for name in names}
+
+
+def share(shard: str) -> tuple[int, int]:
+    """ "i/n" as numbers. Raises InputError unless 0 <= i < n."""
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise InputError(f"--shard is {shard}; give i/n with i from 0 to n-1, as 0/2 and 1/2")
+    return int(i), int(n)
+
+
+def mine(opts: Options, count: int) -> list[int]:
+    """Of so many pictures, those of this shard."""
+    shard, shards = share(opts.shard)
+    return list(range(shard, count, shards))
+
+
+def default_name(opts: Options) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}"
+
+
+def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
+    """Batches of pictures, and whether they get the costly gradients."""
+    limit = float("inf") if opts.images_full is None else opts.images_full
+    groups = [([i for i in todo if i < limit], True), ([i for i in todo if i >= limit], False)]
+    return [(g[i : i + opts.batch_size], costly) for g, costly in groups for i in range(0, len(g), opts.batch_size)]
+
+
+def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
+    return plan._replace(adaptive={k: v for k, v in plan.adaptive.items() if k not in kinds})
+
+
+def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:
+    """The classifier behind the defence, with micro-batches that fit the memory allowed, or activations kept where they
+    fit the memory free."""
+    from diffender.defenses import build
+    from diffender.evaluation.memory import GIB, fit_micro_batch, footprint, held_bytes, keep_or_recompute
+    from diffender.factory import open_target, pick_dtype
+
+    target = open_target(opts, model)
+    model, classifier = target.defense.model, target.classifier
+    device = classifier.mean.device
+    one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
+    rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
+    if opts.max_memory is not None:
+        model.micro_batch = fit_micro_batch(one, widest, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
+    elif opts.keep is None and opts.defense == "diffender" and not opts.decoded:
+        model.keep = keep_or_recompute(one, rows, opts.draws, recorded_steps(opts), device)
+    return build(opts.defense, target)
+
+
+def recorded_steps(opts: Options) -> int:
+    """UNet evaluations of restoration that the gradients asked for pass through."""
+    through = set(kinds(opts)) & set(COSTLY)
+    return opts.steps * (1 if opts.guidance == 1 else 2) if through else 0
+
+
+def build_plans(opts: Options, target: Defended) -> list[Plan]:
+    """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
+    from diffender.evaluation.verdicts import Plan
+    from diffender.pipeline import Backward, Defended
+
+    renamed = {"mode": opts.gdpa_mode, "weights": opts.generator, "file": opts.patch_file}
+    plans = []
+    for name, cls in attacks(opts).items():
+        own = {k: v for k, v in renamed.items() if k in cls.__dataclass_fields__}
+        bare = {"iters": opts.iters_undefended, "eot": 1 if opts.location != "eot" else opts.eot, "restarts": 1}
+        if cls.access == "queries":
+            bare = {"queries": opts.queries_undefended}
+            own |= {k: v for k, v in {"iters": opts.iters}.items() if k in cls.__dataclass_fields__}
+        base = pick(cls, opts, **own | {k: v for k, v in bare.items() if k in cls.__dataclass_fields__})
+        adaptive = {}
+        if cls.access == "queries":
+            adaptive["queries"] = (pick(cls, opts, **own), target)
+        elif cls.access == "gradient":
+            for kind in kinds(opts):
+                if kind != "transfer":
+                    victim = Defended(target.defense, target.classifier, pick(Backward, opts, mode=kind))
+                    adaptive[kind] = (pick(cls, opts, **own), victim)
+        plans.append(Plan(name, base, adaptive))
+    return plans
+
+
+def names() -> str:
+    """All that can be asked for by name, a line each kind."""
+    from diffender.attacks import ATTACKS
+    from diffender.classifiers.imagenet import CLASSIFIERS
+    from diffender.defenses import DEFENSES
+    from diffender.faces.identification import RECOGNIZERS
+    from diffender.stable_diffusion.model import PRESETS as MODELS
+
+    known = {
+        "--model": MODELS, "--classifier": (*CLASSIFIERS, *RECOGNIZERS, "timm:TAG"),
+        "--attack": (*ATTACKS, "all", "none"), "--grad": GRADIENTS["diffender"],
+        "--grad of other defences": GRADIENTS["others"], "--defense": DEFENSES,
+    }  # fmt: skip
+    return "\n".join(f"{flag}: {', '.join(of)}" for flag, of in known.items())
+
+
+class Forecast(NamedTuple):
+    """What an experiment will cost, from one measured pass of its defence."""
+
+    passes: float  # of attacks and verdicts
+    after: float  # of checks and curves, when all pictures are done
+    seconds: float  # of a pass
+    evaluations: int  # of a UNet in a pass, or what a pass is worth in them
+    memory: str  # in words
+
+    @property
+    def work(self) -> int:
+        return round(self.passes * self.evaluations)
+
+
+def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
+    """For the pictures of `parts`, measured on x (1, 3, S, S)."""
+    from diffender.utils.progress import Progress
+
+    noise = target.sample_noise(["estimate"], opts.seed, "estimate")
+    target(x, noise)
+    with Progress(target.defense.model, 0, "", quiet=True) as progress:
+        started = time.monotonic()
+        target(x, noise)
+        seconds = time.monotonic() - started
+    count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
+    passes = sum(n * costs(opts, costly) for costly, n in count.items())
+    checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
+    after = opts.trust_images * checks * (opts.attack != "none") + curve_costs(opts) * sum(count.values())
+    return Forecast(passes, after, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
+
+
+def announce(opts: Options, forecasts: list[Forecast]) -> None:
+    """Say before the start what will be done, what it will cost, and what it leaves out."""
+    total = sum((f.passes + f.after) * f.seconds for f in forecasts)
+    if len(forecasts) > 1:
+        print(f"{len(forecasts)} experiments, about {duration(total)}{max((f.memory for f in forecasts), key=len)}")
+    else:
+        (only,) = forecasts
+        each = f"{only.passes + only.after:.0f} passes of the defence of {only.seconds:.2f} s each"
+        print(f"about {duration(total)}: {each}{only.memory}")
+    if opts.preset != "paper" and opts.attack != "none":
+        paper = replace(opts, **budget(opts, "paper"))
+        whole = paper.images * costs(paper, True) * sum(f.seconds for f in forecasts)
+        print(
+            f"left out against --preset paper ({paper.images} pictures, {paper.iters} steps, EOT {paper.eot}, "
+            f"{paper.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
+            f"about {duration(whole)} here"
+        )
+
+
+def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
+    """In words, for a defence with a diffusion model."""
+    from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
+    from diffender.factory import pick_dtype
+
+    model = target.defense.model
+    if model is None:
+        return ""
+    one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
+    side_by_side = min(opts.batch_size, max((len(part) for part, _ in parts), default=1))
+    above = peak_bytes(one, side_by_side * opts.eot_batch, opts.draws, model.micro_batch)  # verdicts take less
+    if model.keep:
+        rows = side_by_side * min(opts.eot, opts.eot_batch)
+        above = max(above, kept_bytes(one, rows, opts.draws, recorded_steps(opts)))
+    peak = held_bytes(x.device) + above
+    return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
+
+
+def costs(opts: Options, costly: bool) -> float:
+    """What a picture takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
+    total = float(opts.verdicts)
+    for cls in attacks(opts).values():
+        total += opts.verdicts
+        if cls.access == "queries":
+            total += opts.queries + opts.verdicts + 0.06 * opts.queries_undefended
+        elif cls.access == "gradient":
+            total += 0.25 * opts.iters_undefended
+            for kind in kinds(opts):
+                if kind != "transfer" and (costly or kind not in COSTLY):
+                    total += opts.verdicts + opts.restarts * (opts.eot * opts.iters * COST[kind] + 3 * max(3, opts.eot))
+    return total
+
+
+def curve_costs(opts: Options) -> float:
+    """What a picture takes for --curves, in forward passes of the defence."""
+    if opts.curves == "off":
+        return 0
+    columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
+    sizes = len(AREAS) * costs(opts, costly=True) / max(1, len(attacks(opts))) if opts.curves == "all" else 0
+    return 3 * columns + sizes
+
+
+def duration(seconds: float) -> str:
+    """Rough words for a length of time."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def describe(opts: Options) -> str:
+    """The budget in a few words."""
+    if opts.attack == "none":
+        return "no attack"
+    return (
+        f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{'s' * (opts.restarts > 1)} "
+        f"(classifier alone: {opts.iters_undefended} steps)"
+    )

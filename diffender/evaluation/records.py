@@ -1,0 +1,65 @@
+"""The folder of a run: its configuration and one JSON line an image. A killed run goes on from what is there."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffender.utils.errors import InputError
+from diffender.utils.files import one_line, place_for, write_json, write_text
+
+
+def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
+    """The records of all processes, one for each picture; a line that is being written is left out.
+
+    Raises InputError for any other line that is not a record.
+    """
+    records: dict[str, dict] = {}
+    for path in sorted(folder.glob(files)):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                    records.setdefault(record["id"], record)
+                except (ValueError, TypeError, KeyError) as e:
+                    raise InputError(
+                        f"{path}, line {number} is damaged ({one_line(e)}); delete that line and run the same command "
+                        "with --name again: its picture is done anew"
+                    ) from e
+    return list(records.values())
+
+
+def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
+    """Make the folder, or resume in it: the records that are there. Another configuration there is refused.
+
+    Each process appends to its `own` file; a last line there that a killed run left unfinished is cut off.
+    """
+    path = folder / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        other = read_config(folder)
+        changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
+        if changed:
+            raise InputError(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name")
+    else:
+        place_for(path)
+        write_json(path, config)
+    if own.is_file():
+        text = own.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            write_text(own, text[: text.rfind("\n") + 1])
+    return read_records(folder)
+
+
+def read_config(folder: Path) -> dict:
+    """Raises InputError where it is damaged."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{folder / 'config.json'} is damaged ({one_line(e)}); choose another --name") from e
+
+
+def append_records(path: Path, records: Sequence[dict]) -> None:
+    """All at once: a process that is killed leaves whole records, and at most one unfinished line."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as f:
+        f.write(text)

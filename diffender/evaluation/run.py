@@ -1,0 +1,190 @@
+"""One defence under attack in one folder: prepared, worked on picture by picture, resumed, finished.
+
+A table is a list of experiments on the same pictures; they share the patches made on the undefended classifier.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from diffender.classifiers.dataset import Batch, correct_subset
+from diffender.evaluation.curves import draw_curves
+from diffender.evaluation.plan import (
+    COSTLY,
+    PLAIN,
+    Options,
+    announce,
+    attacks,
+    build_plans,
+    build_target,
+    default_name,
+    describe,
+    forecast,
+    mine,
+    share,
+    split,
+    without,
+)
+from diffender.evaluation.records import append_records, open_run, read_config, read_records
+from diffender.evaluation.trust import trust_report
+from diffender.evaluation.verdicts import VERDICTS, VOTES, Plan, evaluate_batch, summarize
+from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
+from diffender.pipeline import Defended, Undefended
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import named_images
+from diffender.utils.files import read_header, sha256, write_json
+from diffender.utils.interruption import patient
+from diffender.utils.options import settings
+from diffender.utils.progress import TRACKERS, Progress, bar
+from diffender.weights.prompts import SHIPPED
+
+NO_MATTER = ("name", "images", "batch_size", "eot_batch", "max_memory", "trust",
+             "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames", "dry_run",
+             "list", "curves")  # fmt: skip
+
+
+class Experiment(NamedTuple):
+    opts: Options
+    folder: Path
+    own: Path  # the records of this process
+    target: Defended
+    plans: list[Plan]
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.classifier.mean.device
+
+
+def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
+    """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
+    attacks(opts)  # what does not exist shows before anything is loaded
+    open_items(opts)
+    target = build_target(opts, model)
+    folder = Path("runs") / (opts.name or default_name(opts))
+    shard, shards = share(opts.shard)
+    own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
+    return Experiment(opts, folder, own, target, build_plans(opts, target))
+
+
+def pictures(opts: Options, target: Defended) -> Batch:
+    """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
+    tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
+    batch = correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
+    if len(batch.ids) < opts.images and not opts.quiet:
+        print(f"{len(batch.ids)} pictures instead of {opts.images}: all that the classifier reads right")
+    return batch
+
+
+def work(experiments: Sequence[Experiment], batch: Batch) -> None:
+    """Attack and judge what is not done yet; pictures outermost, so that experiments can share what they share.
+
+    With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
+    """
+    opts = experiments[0].opts
+    there = [
+        read_records(e.folder) if opts.dry_run else open_run(e.folder, resolved(e.opts), e.own) for e in experiments
+    ]
+    done = [{r["id"] for r in records} for records in there]
+    parts = split(opts, mine(opts, len(batch.ids)))
+    left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
+    forecasts = [
+        forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
+    ]
+    if not opts.quiet:
+        announce(opts, forecasts)
+    if opts.dry_run:
+        return
+    model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
+    follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
+    total = sum(f.work for f in forecasts)
+    with patient(how_to_go_on(experiments[0])) as may_stop, Progress(model, total, opts.attack, opts.quiet) as progress:
+        for turn in zip(*left, strict=True):
+            bases = {}  # the patches on the undefended classifier, for this batch
+            for e, (part, costly), log in zip(experiments, turn, follow, strict=True):
+                if part:
+                    judge_part(e, batch, part, costly, progress, bases)
+                    if opts.track != "none":
+                        log_accuracies(e, log)
+                    may_stop()
+
+
+def how_to_go_on(e: Experiment) -> str:
+    """The command that resumes a run: its own, and the name that it was given."""
+    named = any(a.startswith("--name") for a in sys.argv) or e.opts.table or e.opts.figure
+    return f"stopped between two pictures; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
+
+
+def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
+    """Of the pictures done so far, to the tracker."""
+    records = read_records(e.folder)
+    rows = summarize(records)["rows"]
+    log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
+
+
+def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, bases: dict) -> None:
+    ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
+    begun, before = time.monotonic(), progress.evaluations
+    with named_images(ids):
+        records = evaluate_batch(
+            Undefended(e.target.classifier), e.target, [without(p, () if costly else COSTLY) for p in e.plans],
+            ids, x, y, e.opts.seed, e.folder, e.opts.verdicts, e.opts.eot_batch,
+            lambda n: progress.advance(n * PLAIN), bases,
+        )  # fmt: skip
+    spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
+    shares = {name: value / len(records) for name, value in spent.items()}
+    append_records(e.own, [record | shares for record in records])
+
+
+def finish(e: Experiment, batch: Batch) -> dict | None:
+    """Results, checks and curves of a run whose records are all there, in results.json; None while shards work."""
+    opts = e.opts
+    found = {r["id"]: r for r in read_records(e.folder)}
+    records = [found[i] for i in batch.ids if i in found]
+    if len(records) < len(batch.ids):
+        print(f"{len(records)} of {len(batch.ids)} pictures are done; the shard that ends last writes the table")
+        return None
+    results = {
+        "command": command(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(e.device),
+        "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
+        "seed": opts.seed,
+        "setting": describe(opts),
+        "verdicts": opts.verdicts,
+        "votes": min(VOTES, opts.verdicts - (opts.verdicts + 1) % 2),
+    } | summarize(records)
+    checked = time.monotonic()
+    if opts.trust != "off" and e.plans:
+        n = min(opts.trust_images, len(batch.ids))
+        if not opts.quiet:
+            print(f"checking the evaluation on {n} pictures (--trust {opts.trust})")
+        few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(e.device), y=batch.y[:n].to(e.device))
+        results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results, e.folder)
+    if opts.curves != "off":
+        with patient(how_to_go_on(e)) as may_stop:
+            on_device = batch._replace(x=batch.x.to(e.device), y=batch.y.to(e.device))
+            results["curves"] = draw_curves(
+                opts.curves, e.target, e.plans, on_device, opts.seed,
+                bar(records, "curves", opts.quiet, " pictures"), e.folder, may_stop,
+            )  # fmt: skip
+    results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
+    results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
+    write_json(e.folder / "results.json", results)
+    return results
+
+
+def resolved(opts: Options) -> dict:
+    """All that a picture's result depends on: what a resumed run must share. More pictures may join."""
+    found = settings(opts, *NO_MATTER)
+    found["attack"] = ",".join(attacks(opts))  # all is its four by name
+    found["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
+    hashes = {"model": model_hashes(opts)}
+    files = {"classifier": opts.classifier_weights, "generator": opts.generator, "patches": opts.patch_file}
+    hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
+    if opts.prompt == "tuned":
+        hashes["prompts"] = sha256(Path(opts.prompts or SHIPPED))
+    return found | {"torch": torch.__version__, "sha256": hashes}

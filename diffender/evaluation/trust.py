@@ -1,0 +1,315 @@
+"""Can the evaluation be trusted? Checks of the attack and its gradients, each with a figure, a wish and a verdict.
+
+`quick` looks at gradients, noise, controls and masks; `full` also repeats the attack, one setting changed at a time.
+A failed check does not stop a run: it is a red line in its table.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffender.attacks import ATTACKS
+from diffender.attacks.patch import Attacked, Task, margin, masks_for, samples
+from diffender.classifiers.dataset import Batch
+from diffender.evaluation.verdicts import Plan, file_names, load_attacked
+from diffender.noise import Noise
+from diffender.pipeline import Backward, Defended, DIFFender, Undefended, passes
+from diffender.restore import composite
+from diffender.weights.prompts import contexts_for
+
+DRAWS = 5  # purifications behind each accuracy of these checks
+ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0.3, 0.55)}  # undefended accuracy
+
+
+class Check(NamedTuple):
+    name: str
+    figure: str
+    wanted: str
+    passed: bool | None  # None: nothing to pass, only to know
+
+
+class Bench(NamedTuple):
+    """What the checks work on."""
+
+    target: Defended
+    plan: Plan  # the first attack of the run
+    batch: Batch  # few pictures
+    seed: int
+    records: Sequence[dict]  # of the run
+    results: dict  # as summarised
+    image: Tensor  # attacked by the run on the undefended classifier, (B, 3, S, S)
+    mask: Tensor  # where, (B, 1, S, S)
+    state: Tensor | None  # from where adaptive attacks start; `full` needs it
+    adaptive: tuple[Callable[..., Attacked], Defended] | None  # the last variant of the plan that uses gradients
+
+    def accuracy(self, x: Tensor, defense: Callable[[Tensor, Noise], Tensor] | None = None) -> float:
+        """Share of right answers over pictures and DRAWS purifications."""
+        noises = [self.target.sample_noise(self.batch.ids, self.seed, "trust verdict", k) for k in range(DRAWS)]
+        if defense is None:
+            images = (out.image for out in passes(self.target.defense, x, noises))
+        else:
+            images = (defense(x, noise) for noise in noises)
+        right = [self.target.classifier(image).argmax(dim=1).eq(self.batch.y).float().mean().item() for image in images]
+        return sum(right) / DRAWS
+
+    def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
+        """The adaptive attack again, with one thing changed."""
+        attack, usual = self.adaptive
+        b, start = self.batch, self.state if init is None else init
+        return replace(attack, **changed)(victim or usual, b.x, b.y, b.ids, self.seed, init=start)
+
+
+def trust_report(
+    level: str,
+    target: Defended,
+    plans: Sequence[Plan],
+    batch: Batch,
+    seed: int,
+    records: Sequence[dict],
+    results: dict,
+    folder: Path,
+) -> list[dict]:
+    """The checks of the run in `folder`, as dictionaries; `batch` holds the few pictures that they are made on."""
+    plan = plans[0]
+    saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(batch.ids))
+    image, mask = (t.to(batch.x) for t in saved)
+    state = None
+    if level == "full":
+        state = plan.base(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed).state
+    by_gradient = [variant for kind, variant in plan.adaptive.items() if kind != "queries"]
+    adaptive = by_gradient[-1] if by_gradient else None
+    bench = Bench(target, plan, batch, seed, records, results, image, mask, state, adaptive)
+    found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
+    ours = isinstance(target.defense, DIFFender)
+    if ours:
+        found += [*noise_is_used(bench), *masks(bench)]
+    if bench.adaptive is not None:
+        found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
+        if level == "full":
+            found += [check for sweep in (SWEEPS if ours else SWEEPS_OF_ANY) for check in sweep(bench)]
+    return [check._asdict() for check in found]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def undefended_accuracy(bench: Bench) -> Iterator[Check]:
+    """An attack that does not break the bare classifier is broken itself."""
+    for row in bench.results["rows"]:
+        if row["gradient"] == "transfer" and row["attack"] in ACCEPT:
+            low, high = ACCEPT[row["attack"]]
+            p = row["undefended"]
+            yield Check(
+                f"{row['attack']} on the bare classifier", f"{percent(p['accuracy'])} of {p['n']} right",
+                f"{percent(low)} to {percent(high)} within its interval", p["low"] <= high and p["high"] >= low,
+            )  # fmt: skip
+
+
+def noise_is_used(bench: Bench) -> Iterator[Check]:
+    """Two draws must differ, or EOT averages copies of one gradient."""
+    b = bench.batch
+    a, c = (bench.target(b.x, bench.target.sample_noise(b.ids, bench.seed, "trust noise", k)) for k in (0, 1))
+    differ = (a - c).abs().amax().item()
+    yield Check("the defence is random", f"logits differ by up to {differ:.2g} between draws", "above 0", differ > 0)
+
+
+def controls(bench: Bench) -> Iterator[Check]:
+    """Patches that nothing optimised, at the same places; an attack must be worse for the defence."""
+    b = bench.batch
+    area = bench.plan.base.area
+    made = {k: ATTACKS[k](area=area)(None, b.x, b.y, b.ids, bench.seed).image for k in ("grey", "noise", "crop")}
+    shares = {name: bench.accuracy(x) for name, x in made.items()}
+    least = min(r["average"]["accuracy"] for r in bench.results["rows"])
+    yield Check(
+        "patches that nothing optimised", ", ".join(f"{k} {percent(v)}" for k, v in shares.items()),
+        f"not below the attacks' {percent(least)}", min(shares.values()) >= least - 1e-9,
+    )  # fmt: skip
+
+
+def masks(bench: Bench) -> Iterator[Check]:
+    """The true mask restored bounds the defence from above; a random mask shows what painting costs."""
+    b, defense = bench.batch, bench.target.defense
+    at_random = masks_for(b.ids, bench.seed, "random mask", b.x.shape[-1], bench.mask.mean().item()).to(b.x)
+
+    def under(mask: Tensor) -> Callable[[Tensor, Noise], Tensor]:
+        return lambda x, noise: composite(x, defense.restore(x, mask, noise), mask)
+
+    oracle = bench.accuracy(bench.image, under(bench.mask))
+    random = bench.accuracy(b.x, under(at_random))
+    empty = bench.target.classifier(bench.image).argmax(dim=1).eq(b.y).float().mean().item()
+    yield Check("the true mask, restored", percent(oracle), f"above the empty mask's {percent(empty)}", oracle > empty)
+    yield Check("clean, a random mask of that area restored", percent(random), "", None)
+
+
+def ladder(bench: Bench) -> Iterator[Check]:
+    """Knowing more must not make an attack weaker."""
+    for row in bench.results["rows"]:
+        if "transfer" in row:
+            accuracy, base = row["average"]["accuracy"], row["transfer"]
+            yield Check(
+                f"{row['attack']}, {row['gradient']} against transfer", f"{percent(accuracy)} and {percent(base)}",
+                "not higher", accuracy <= base + 1e-9,
+            )  # fmt: skip
+
+
+def patch_gradient(bench: Bench, victim: Defended, eot: int, purpose: str) -> Tensor:
+    """Mean gradient of the margin over `eot` draws, inside the patch, (B, 3, S, S)."""
+    b = bench.batch
+    task = Task(victim, b.x, b.y, b.ids, bench.seed, lambda logits: margin(logits, b.y))
+    total = torch.zeros_like(b.x)
+    for sample in samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), eot):
+        total = total + sample.gradient * bench.mask / eot
+    return total
+
+
+def gradient_health(bench: Bench) -> Iterator[Check]:
+    """Zeros, the part of the straight-through estimator, agreement with finite differences, spread."""
+    attack, victim = bench.adaptive
+    inside = bench.mask.expand(-1, 3, -1, -1) == 1
+    gradient = patch_gradient(bench, victim, 1, "trust gradient")
+    zeros = gradient[inside].eq(0).float().mean().item()
+    yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
+    cut = Defended(bench.target.defense, bench.target.classifier, replace(victim.backward, ste="none"))
+    ratio = patch_gradient(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
+    yield Check("its norm without the straight-through estimator", f"{ratio:.2g} of that with it", "", None)
+    error = finite_difference_error(bench)
+    yield Check(
+        "exact gradient against finite differences, soft mask", f"{100 * error:.2g} % off", "below 5 %", error < 0.05
+    )
+    halves = [patch_gradient(bench, victim, attack.eot, f"trust half {i}").flatten(1) for i in range(2)]
+    cosine = F.cosine_similarity(*halves).mean().item()
+    yield Check(
+        f"two gradients of {attack.eot} draws, cosine", f"{cosine:.2f}", "at least 0.3: else raise --eot", cosine >= 0.3
+    )
+
+
+def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
+    """|FD - <g, d>| / |FD| of the first picture's margin along the sign of its gradient in the patch, for a soft mask
+    and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
+    b, soft = bench.batch, Backward(mode="full", ste="soft", ste_k=2.0)
+    victim = Defended(bench.target.defense, bench.target.classifier, soft)
+    y, mask = b.y[:1], bench.mask[:1]
+    noise = victim.sample_noise(b.ids[:1], bench.seed, "trust finite differences")
+    x = (0.1 + 0.8 * bench.image[:1]).requires_grad_()  # away from the ends of the range
+
+    def value(x: Tensor) -> Tensor:
+        return margin(victim(x, noise), y).sum()
+
+    (gradient,) = torch.autograd.grad(value(x), x)
+    direction = gradient.sign() * mask
+    slope = (gradient * direction).sum().item()
+    errors = []
+    for step in (h, h / 4, h / 16, h / 64):
+        low, high = (value(x.detach() + sign * step * direction).item() for sign in (-1, 1))
+        fd = (high - low) / (2 * step)
+        errors.append(abs(fd - slope) / max(abs(fd), 1e-12))
+    return min(errors)
+
+
+def convergence(bench: Bench) -> Iterator[Check]:
+    """From the curves of the run: the last fifth of the steps should gain little."""
+    attack, victim = bench.adaptive
+    variant = f"{bench.plan.name}/{victim.backward.mode}"
+    curves = [r["attacks"][variant]["loss"] for r in bench.records if variant in r["attacks"]]
+    curve = torch.tensor(curves).mean(dim=0)
+    fifth = max(1, len(curve) // 5)
+    first, before, last = (part.mean().item() for part in (curve[:1], curve[-2 * fifth : -fifth], curve[-fifth:]))
+    fall, late = first - last, before - last
+    yield Check(
+        f"the loss over {attack.iters} steps", f"falls by {fall:.2g}, by {late:.2g} of that in the last fifth",
+        "falls, at most a tenth of it late: else raise --iters", fall > 0 and late < 0.1 * fall,
+    )  # fmt: skip
+
+
+def sweep(bench: Bench, name: str, values: Sequence, field: str, wanted: str, judge: Callable) -> Iterator[Check]:
+    if field not in {f.name for f in fields(bench.adaptive[0])}:
+        return
+    shares = [bench.accuracy(bench.attack(**{field: value}).image) for value in values]
+    text = ", ".join(f"{value:.3g}: {percent(share)}" for value, share in zip(values, shares, strict=True))
+    yield Check(name, text, wanted, judge(shares))
+
+
+def fixed_noise(bench: Bench) -> Iterator[Check]:
+    """Attacked and judged on one and the same noise, the defence is an ordinary network and must fall."""
+    if "fixed_noise" not in {f.name for f in fields(bench.adaptive[0])}:
+        return
+    b = bench.batch
+    made = bench.attack(fixed_noise=True, eot=1, iters=max(40, bench.adaptive[0].iters))
+    noise = bench.target.sample_noise(b.ids, bench.seed, "attack 0", 0)
+    right = bench.target(made.image, noise).argmax(dim=1).eq(b.y).float().mean().item()
+    yield Check("one fixed noise, attacked and judged", percent(right), "at most 20 %", right <= 0.2)
+
+
+def eot_sweep(bench: Bench) -> Iterator[Check]:
+    yield from sweep(bench, "EOT samples, equal steps", (1, 2, 5), "eot", "falling or flat",
+                     lambda s: s[-1] <= s[0] + 0.1)  # fmt: skip
+
+
+def step_sweep(bench: Bench) -> Iterator[Check]:
+    n = bench.adaptive[0].iters
+    yield from sweep(bench, "steps", (max(1, n // 2), n, 2 * n), "iters", "twice the steps gain less than 10 points",
+                     lambda s: s[1] - s[2] < 0.1)  # fmt: skip
+
+
+def size_sweep(bench: Bench) -> Iterator[Check]:
+    """Across the area at which Cantelli's inequality lets a patch escape the threshold."""
+    b, shares = bench.batch, []
+    areas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    for area in areas:
+        base = replace(bench.plan.base, area=area)(Undefended(bench.target.classifier), b.x, b.y, b.ids, bench.seed)
+        shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
+    text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
+    yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
+
+
+def lr_sweep(bench: Bench) -> Iterator[Check]:
+    yield from sweep(bench, "step size", tuple(n / 255 for n in (2, 4, 8, 13)), "lr", "", lambda s: None)
+
+
+def restart_sweep(bench: Bench) -> Iterator[Check]:
+    yield from sweep(bench, "restarts", (1, 3), "restarts", "falling or flat", lambda s: s[-1] <= s[0] + 0.1)
+
+
+def ste_sweep(bench: Bench) -> Iterator[Check]:
+    """Without the straight-through estimator the attack should be weaker."""
+    shares = {}
+    for ste, k in (("none", 1.0), ("identity", 1.0), ("sigmoid", 1.0), ("sigmoid", 5.0)):
+        backward = replace(bench.adaptive[1].backward, ste=ste, ste_k=k)
+        victim = Defended(bench.target.defense, bench.target.classifier, backward)
+        shares[ste if ste != "sigmoid" else f"sigmoid {k:g}"] = bench.accuracy(bench.attack(victim).image)
+    text = ", ".join(f"{name}: {percent(share)}" for name, share in shares.items())
+    with_ste = min(share for name, share in shares.items() if name != "none")
+    yield Check("straight-through estimator", text, "none is not the lowest", shares["none"] >= with_ste - 1e-9)
+
+
+def transfer_matrix(bench: Bench) -> Iterator[Check]:
+    """Patches made against the defence with other prompts, judged on this one."""
+    model, shares = (bench.target.defense.model, {"own": bench.accuracy(bench.attack().image)})
+    for prompt in ("empty", "manual"):
+        other = DIFFender(model, contexts_for(prompt, model), bench.target.defense.cfg)
+        victim = Defended(other, bench.target.classifier, bench.adaptive[1].backward)
+        shares[prompt] = bench.accuracy(bench.attack(victim).image)
+    text = ", ".join(f"{name}: {percent(share)}" for name, share in shares.items())
+    yield Check("patches from other prompts", text, "own is the lowest", shares["own"] <= min(shares.values()) + 0.1)
+
+
+def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
+    """A search without gradients must not beat the attack with them."""
+    b = bench.batch
+    attack = ATTACKS["sparse-rs"](area=bench.plan.base.area, queries=queries)
+    made = attack(bench.target, b.x, b.y, b.ids, bench.seed)
+    searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
+    yield Check(
+        f"Sparse-RS, {queries} queries", f"{percent(searched)}, gradients {percent(own)}", "not lower than gradients",
+        searched >= own - 1e-9,
+    )  # fmt: skip
+
+
+SWEEPS_OF_ANY = (eot_sweep, step_sweep, size_sweep, lr_sweep, restart_sweep, black_box)
+SWEEPS = (*SWEEPS_OF_ANY, fixed_noise, ste_sweep, transfer_matrix)

@@ -1,0 +1,254 @@
+"""Patches made, saved, loaded again and judged. Knows victims and attacks by what they can do, not by name."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.attacks.patch import Attacked, Victim, to_8bit
+from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, wilson
+from diffender.pipeline import Defended, Purified, passes
+from diffender.utils.images import load_png, save_png, save_stages, stretch
+
+Attack = Callable[..., Attacked]
+VOTES = 9  # purifications that a majority is taken of
+VERDICTS = ("single", "average", "worst", "majority")
+
+
+class Plan(NamedTuple):
+    """One attack in all its variants."""
+
+    name: str
+    base: Attack  # on the classifier alone: the patches of `transfer`
+    adaptive: dict[str, tuple[Attack, Victim]]  # on the defence, starting from the base's state, by kind of gradient
+
+
+class Reading(NamedTuple):
+    """What a classifier sees: classes, and how sure it is of them."""
+
+    label: list[int]
+    confidence: list[float]  # its softmax, in [0, 1]
+
+
+def read(logits: Tensor) -> Reading:
+    """From logits (B, K)."""
+    confidence, label = logits.detach().softmax(dim=1).max(dim=1)
+    return Reading(label.tolist(), [round(c, 4) for c in confidence.tolist()])
+
+
+class Verdict(NamedTuple):
+    """Whether a picture is read right after purifications with fresh noise: in [0, 1] each."""
+
+    single: float  # by the first
+    average: float  # share of all
+    worst: float  # by every one: an attacker may submit again and again
+    majority: float  # by the vote of the first nine
+
+
+def verdict(seen: Sequence[int], label: int) -> Verdict:
+    """From the classes seen in N purifications of one picture. The vote takes the first 9, or the most odd below."""
+    votes = seen[: min(VOTES, len(seen) - (len(seen) + 1) % 2)]
+    right = [c == label for c in seen]
+    top = Counter(votes).most_common(1)[0][0]
+    return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
+
+
+def purifications(
+    target: Defended, x: Tensor, ids: Sequence[str], seed: int, n: int, batch: int = 1
+) -> tuple[Purified, list[list[int]], list[float]]:
+    """The first of n purifications with noise that no attack has seen, `batch` of them side by side; what the
+    classifier sees in each, a list a picture; how sure it is of the first. Clean pictures and all attacks get the same
+    noise, so that pairs compare like with like."""
+    noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
+    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1], batch)
+    first = next(outs)
+    readings = [read(target.classifier(out.image)) for out in (first, *outs)]
+    seen = [list(labels) * (n // len(readings)) for labels in zip(*(r.label for r in readings), strict=True)]
+    return first, seen, readings[0].confidence  # without randomness one says it all
+
+
+def evaluate_batch(
+    undefended: Victim,
+    target: Defended,
+    plans: Sequence[Plan],
+    ids: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    seed: int,
+    folder: Path,
+    n: int = 10,
+    noises: int = 1,
+    on_step: Callable[[int], None] = lambda pictures: None,
+    bases: dict | None = None,
+) -> list[dict]:
+    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each; pictures go to `folder`.
+
+    Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there, by n
+    purifications, `noises` of them side by side. `on_step` hears the number of pictures after each step of an attack on
+    the undefended classifier. `bases` keeps the patches made on it, for other defences of the same classifier.
+    """
+    x = to_8bit(x)
+    clean, seen, sure = purifications(target, x, ids, seed, n, noises)
+    names = file_names(ids)
+    areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
+    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(undefended(x, None)), seen, sure)
+    columns["masked"] = areas
+    records: list[dict] = [
+        {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
+    ]
+    last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
+    for plan in plans:
+        for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step, {} if bases is None else bases):
+            variant = f"{plan.name}/{kind}"
+            image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
+            out, seen, sure = purifications(target, image, ids, seed, n, noises)
+            columns = answers(read(undefended(image, None)), seen, sure) | {
+                "masks": mask_columns(out, mask),
+                "area": mask.mean(dim=(1, 2, 3)).tolist(),
+                "queries": made.queries.tolist(),
+                "loss": [thin(row.tolist()) for row in made.trace],
+                "fooled": [thin(row.tolist()) for row in made.fooled],
+            }
+            for b, record in enumerate(records):
+                record["attacks"][variant] = {name: column[b] for name, column in columns.items()}
+                record["attacks"][variant]["seconds"] = seconds / len(ids)
+            last = {"clean": x, "attacked": image, "heatmap": out.heatmap, "mask": out.mask, "restored": out.image}
+    for b, name in enumerate(names):
+        stages = {stage: image[b].detach().cpu() for stage, image in last.items() if image is not None}
+        if "heatmap" in stages:
+            stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
+        save_stages(folder / "images", name, stages)
+    return records
+
+
+def answers(alone: Reading, seen: list[list[int]], sure: list[float]) -> dict[str, list]:
+    """Columns of the records: what is seen without the defence and in each purification, and how sure of the first."""
+    confidence = [list(pair) for pair in zip(alone.confidence, sure, strict=True)]
+    return {"undefended": alone.label, "defended": seen, "confidence": confidence}
+
+
+def craft(
+    plan: Plan, undefended: Victim, x: Tensor, y: Tensor, ids: Sequence[str], seed: int, on_step: Callable, bases: dict
+) -> Iterator[tuple[str, Attacked, float]]:
+    """(kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
+    key = plan.base, tuple(ids)
+    if key not in bases:
+        started = time.monotonic()
+        base = plan.base(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
+        bases[key] = base, time.monotonic() - started
+    base, seconds = bases[key]
+    yield "transfer", base, seconds
+    for kind, (attack, victim) in plan.adaptive.items():
+        started = time.monotonic()
+        made = attack(victim, x, y, ids, seed, init=base.state)
+        yield kind, made, time.monotonic() - started
+
+
+def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[Tensor, Tensor]:
+    """Attacked pictures and masks as they come back from 8-bit files."""
+    for b, name in enumerate(names):
+        save_png(made.image[b], folder / f"{name}.png")
+        save_png(made.mask[b], folder / f"{name}_mask.png")
+    image, mask = load_attacked(folder, names)
+    return image.to(made.image), mask.to(made.mask)
+
+
+def file_names(ids: Sequence[str]) -> list[str]:
+    return [i.replace("/", "__") for i in ids]
+
+
+def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The attacked pictures (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names."""
+    image = torch.stack([load_png(folder / f"{name}.png") for name in names])
+    mask = torch.stack([load_png(folder / f"{name}_mask.png")[:1] for name in names])
+    return image, mask
+
+
+def thin(trace: Sequence[float], points: int = 20) -> list[float]:
+    """At most so many of the values of a curve, the first and the last among them."""
+    if len(trace) <= points:
+        return [round(v, 4) for v in trace]
+    return [round(trace[i * (len(trace) - 1) // (points - 1)], 4) for i in range(points)]
+
+
+def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
+    """How well each picture's mask and difference map fit the true mask (B, 1, H, W), as far as there are any."""
+    scores = {} if out.mask is None else mask_scores(out.mask, truth)._asdict()
+    if out.heatmap is not None:
+        scores["auc"] = map_auc(out.heatmap, truth)
+    return [{name: score[b].item() for name, score in scores.items()} for b in range(len(truth))]
+
+
+def strongest(verdicts: Sequence[Verdict]) -> Verdict:
+    """The least of several patches' verdicts, one by one."""
+    return Verdict(*map(min, zip(*verdicts, strict=True)))
+
+
+def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
+    """Verdicts by attack/gradient and picture; the costly gradients may see fewer pictures."""
+    found: dict[str, dict[str, Verdict]] = {}
+    for r in records:
+        for variant, a in r["attacks"].items():
+            found.setdefault(variant, {})[r["id"]] = verdict(a["defended"], r["label"])
+    return found
+
+
+def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
+    """Of each picture, under the strongest of its patches in these variants."""
+    return [strongest([judged[v][i] for v in variants if i in judged[v]]) for i in ids]
+
+
+def proportion(values: Sequence[float]) -> dict:
+    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial a picture, a wide one."""
+    low, high = wilson(sum(values), len(values))
+    return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
+
+
+def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
+    columns = {column: proportion([getattr(v, column) for v in verdicts]) for column in VERDICTS}
+    return {"attack": name, "gradient": kind, "undefended": proportion(list(map(float, undefended)))} | columns
+
+
+def summarize(records: Sequence[dict]) -> dict:
+    """Rows of the table: clean, every variant, and the strongest on each picture, of each attack and of all; and mean
+    mask scores.
+
+    The strongest takes the minimum over variants picture by picture, not the lowest row: for each verdict, a picture
+    counts as right only as far as under every patch that was made for it.
+    """
+    label = {r["id"]: r["label"] for r in records}
+    rows = [row("none", "", [r["undefended"] == r["label"] for r in records],
+                [verdict(r["defended"], r["label"]) for r in records])]  # fmt: skip
+    masks = {}
+    judged = by_variant(records)
+    variants = list(judged)
+    for variant in variants:
+        name, kind = variant.split("/")
+        found = {r["id"]: r["attacks"][variant] for r in records if variant in r["attacks"]}
+        rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
+        base = judged[f"{name}/transfer"]
+        if kind != "transfer":
+            same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer pictures
+            rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
+            rows[-1]["transfer"] = mean(a.average for a, _ in same)
+        columns = next(iter(found.values()))["masks"]
+        masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
+        masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
+    names = list(dict.fromkeys(v.split("/")[0] for v in variants))
+    groups = {
+        f"strongest {name}": [v for v in variants if v.split("/")[0] == name] for name in names[len(names) == 1 :]
+    }
+    if variants:
+        groups["strongest"] = variants
+    for title, mine in groups.items():
+        worst = strongest_of(judged, mine, list(label))
+        seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
+        alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
+        rows.append(row(f"{title} on each picture", "", alone, worst))
+    masked = [r["masked"] for r in records if r["masked"] is not None]
+    return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

@@ -1,0 +1,112 @@
+"""Faces: who is on which picture, and closed-set identification as the paper's Table 6 needs it.
+
+One picture a person is the probe, the others make the person's prototype; `fold` chooses which one. A recogniser never
+sees a probe in its gallery. Whether its weights are as good as published shows in verification:
+python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
+"""
+
+import csv
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffender.classifiers.dataset import SUFFIXES, Item, load_image
+from diffender.classifiers.imagenet import HALF, Classifier, ClassifierConfig
+from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
+from diffender.utils.errors import InputError
+from diffender.utils.files import check_fit, load_tensors
+
+STD = (128 / 255,) * 3  # (255 x - 127.5) / 128
+RECOGNIZERS = {
+    "facenet": ClassifierConfig(
+        "InceptionResnetV1", 160, 160, HALF, STD,
+        ("embed.conv2d_4b", "embed.repeat_1", "embed.repeat_2", "embed.repeat_3"),
+        r"embed\.(conv2d_4b|repeat_[123]\.\d|mixed_[67]a|block8)", squash=True,
+    ),
+    "mobilefacenet": ClassifierConfig(
+        "MobileFaceNet", 224, 224, HALF, STD,
+        ("embed.conv1", "embed.blocks.4", "embed.blocks.11", "embed.conv2"), r"embed\.blocks\.\d+|embed\.conv2",
+        squash=True,
+    ),
+}  # fmt: skip
+
+
+class Faces(NamedTuple):
+    probes: list[Item]  # one a person; labels are the persons' numbers
+    gallery: list[Item]
+    names: list[str]  # of the persons
+
+
+def list_faces(data: str) -> list[tuple[str, Path]]:
+    """(person, path) for each picture: a csv of file and identity, or a folder of a folder for each person, as LFW."""
+    path = Path(data)
+    if path.is_file() and path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as f:
+            reader = csv.DictReader(f)
+            if not {"file", "identity"} <= set(reader.fieldnames or ()):
+                raise InputError(f"{path} has the columns {reader.fieldnames}; wanted for faces are file and identity")
+            return [(row["identity"], path.parent / row["file"]) for row in reader]
+    if not path.is_dir():
+        raise InputError(
+            f"no faces at {data!r}; give a folder of a folder for each person, or a csv of file and identity"
+        )
+    return [(p.parent.name, p) for p in sorted(path.glob("*/*")) if p.suffix.lower() in SUFFIXES]
+
+
+def split_faces(faces: Sequence[tuple[str, Path]], fold: int = 0) -> Faces:
+    """People with two pictures or more: the fold-th of each is the probe, the others are the gallery.
+
+    A person with fewer pictures than that is in the gallery alone: known, but not asked for.
+    """
+    of = defaultdict(list)
+    for person, path in faces:
+        of[person].append(path)
+    names = sorted(person for person, paths in of.items() if len(paths) > 1)
+    if len(names) < 2:
+        raise InputError(f"{len(names)} people have two pictures or more; identification needs two such people")
+    probes, gallery = [], []
+    for label, person in enumerate(names):
+        for i, path in enumerate(sorted(of[person], key=lambda p: natural(p.name))):
+            (probes if i == fold else gallery).append(Item(f"{person}/{path.stem}", path, label))
+    if not probes:
+        raise InputError(f"--fold {fold}: nobody has so many pictures; the largest is {max(map(len, of.values())) - 1}")
+    return Faces(probes, gallery, names)
+
+
+def natural(name: str) -> list:
+    """So that img2 comes before img10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def load_recognizer(name: str, weights: str | None) -> nn.Module:
+    """A recogniser with its weights from a safetensors file in the published names."""
+    net = {"facenet": InceptionResnetV1, "mobilefacenet": MobileFaceNet}[name]()
+    if weights is None:
+        wanted = {
+            "facenet": "20180402-114759-vggface2.pt of facenet-pytorch after python -m diffender.weights convert",
+            "mobilefacenet": "the state of a MobileFaceNet, 128 dimensions, as safetensors",
+        }[name]
+        raise InputError(f"recogniser {name!r} has no weights in this package; give --classifier-weights {wanted}")
+
+    def kept(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in state.items() if not k.startswith("logits.") and not k.endswith("num_batches_tracked")}
+
+    state = kept(load_tensors(Path(weights)))
+    check_fit(Path(weights), name, state, kept(net.state_dict()))
+    net.load_state_dict(state, strict=False)
+    return net.eval()
+
+
+def identify(name: str, weights: str | None, faces: Faces) -> Classifier:
+    """A classifier of pictures in [0, 1] into the people of `faces`, from a recogniser and their gallery."""
+    cfg = RECOGNIZERS[name]
+    net = load_recognizer(name, weights)
+    embed = Classifier(net, cfg)  # normalises, as it does for logits
+    embeddings = torch.cat([embed(load_image(item.path, cfg)[None]) for item in faces.gallery])
+    people = torch.tensor([item.label for item in faces.gallery])
+    return Classifier(Gallery(net, prototypes(embeddings, people)), cfg, names=faces.names)

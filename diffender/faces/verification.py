@@ -1,0 +1,48 @@
+"""Are two images of one person? LFW's protocol, which tells how good a recogniser is."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.classifiers.dataset import read_csv
+
+
+class Verification(NamedTuple):
+    accuracy: float  # mean over the folds, the threshold chosen on the others
+    threshold: float  # mean, of the squared distance of unit embeddings
+
+
+def verify(distances: Tensor, same: Tensor, folds: int = 10) -> Verification:
+    """LFW's protocol: squared distances (N,), whether each pair is of one person (N,), in blocks of a fold each."""
+    parts = torch.arange(len(same)).chunk(folds)
+    accuracies, thresholds = [], []
+    for part in parts:
+        others = torch.ones(len(same), dtype=torch.bool)
+        others[part] = False
+        ordered = distances[others].sort().values
+        candidates = (ordered[1:] + ordered[:-1]) / 2
+        right = torch.stack([((distances[others] <= t) == same[others]).float().mean() for t in candidates])
+        thresholds.append(candidates[right == right.max()].median().item())  # the middle of the best
+        accuracies.append(((distances[part] <= thresholds[-1]) == same[part]).float().mean().item())
+    return Verification(sum(accuracies) / folds, sum(thresholds) / folds)
+
+
+def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
+    """LFW's pairs.txt (name i j, or name i name j), or a csv with file_a, file_b and same."""
+    if path.suffix == ".csv":
+        rows = read_csv(path, "file_a", "file_b", "same")
+        return [(root / r["file_a"], root / r["file_b"], r["same"] == "1") for r in rows]
+
+    def picture(name: str, number: str) -> Path:
+        return root / name / f"{name}_{int(number):04d}.jpg"
+
+    pairs = []
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        parts = line.split()
+        if len(parts) == 3:
+            pairs.append((picture(parts[0], parts[1]), picture(parts[0], parts[2]), True))
+        elif len(parts) == 4:
+            pairs.append((picture(parts[0], parts[1]), picture(parts[2], parts[3]), False))
+    return pairs

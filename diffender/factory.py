@@ -1,0 +1,88 @@
+"""A run's folder, its device, its machine. Results are appended picture by picture, so a killed run can go on."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from diffender.classifiers.dataset import Item, list_items
+from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
+from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import InputError
+from diffender.utils.files import sha256
+from diffender.utils.options import ModelOptions, TargetOptions, pick
+from diffender.weights.loading import EMBEDDED, RANDOM, load_model
+from diffender.weights.prompts import SHIPPED, contexts_for
+from diffender.weights.reading import folder_files
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name} does not work here ({str(e).splitlines()[0]}); use auto or cpu") from e
+
+
+def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
+    """The diffusion model that the flags ask for, on its device."""
+    prediction = None if opts.prediction == "auto" else opts.prediction
+    model = load_model(
+        opts.model, opts.weights, pick_dtype(opts.dtype, device),
+        ema=opts.ema, vae=opts.vae, locator=opts.locate_unet, prediction=prediction,
+    )  # fmt: skip
+    model.micro_batch, model.keep = opts.micro_batch, bool(opts.keep)
+    return model.to(device)
+
+
+def open_target(opts: TargetOptions, model: LatentDiffusion | None = None) -> Defended:
+    """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
+    device = pick_device(opts.device)
+    classifier = open_classifier(opts).to(device)
+    model = open_model(opts, device) if model is None else model
+    contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED)).detach()
+    return Defended(DIFFender(model, contexts, pick(DIFFenderConfig, opts)), classifier)
+
+
+def open_classifier(opts: TargetOptions) -> Classifier:
+    """The classifier that the flags ask for; a recogniser of faces takes its gallery from --data."""
+    if opts.classifier in RECOGNIZERS:
+        return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
+    return load_classifier(opts.classifier, opts.classifier_weights)
+
+
+def open_items(opts: TargetOptions) -> list[Item]:
+    """The pictures that --data names; of faces, the probes."""
+    if opts.classifier in RECOGNIZERS:
+        return split_faces(list_faces(opts.data), opts.fold).probes
+    return list_items(opts.data)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def command() -> str:
+    """The command line of this process, as a user would type it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return " ".join(["python", f"-m {spec.name}" if spec else Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine(device: torch.device) -> str:
+    return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
+
+
+def model_hashes(opts: ModelOptions) -> list[str]:
+    """sha256 of every file that the model is made of."""
+    paths = [Path(p) for p in (opts.weights or EMBEDDED / "tiny.safetensors", opts.vae, opts.locate_unet) if p]
+    files = [f for p in paths if str(p) != RANDOM for f in (folder_files(p).values() if p.is_dir() else [p])]
+    return [sha256(file) for file in files]

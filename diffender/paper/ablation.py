@@ -1,0 +1,276 @@
+"""Studies of the parts of the defence, one choice changed at a time; paper.ablate is their command."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import save_image
+
+from diffender.attacks import ATTACKS, AdvP
+from diffender.attacks.patch import Attacked
+from diffender.classifiers.dataset import Batch, correct_subset, list_items
+from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.evaluation.metrics import map_auc, mask_scores
+from diffender.factory import command, machine, model_hashes, open_model, pick_device
+from diffender.paper.ablate import Options
+from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
+from diffender.restore import composite
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import InputError
+from diffender.utils.files import place_for, read_header, sha256, write_json, write_text
+from diffender.utils.images import save_figure, stretch
+from diffender.utils.markdown import table
+from diffender.utils.options import pick
+from diffender.utils.progress import bar
+from diffender.weights.prompts import SHIPPED, contexts_for
+
+
+class Setting(NamedTuple):
+    name: str
+    prompt: str
+    cfg: DIFFenderConfig
+    oracle: bool = False  # the true mask instead of the localised one
+
+
+CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
+    "prompt": ("empty", "manual", "tuned"),
+    "noise_ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
+    "draws": (1, 3, 6, 10),
+    "shared_noise": (True, False),
+    "decoded": (False, True),
+    "score": ("z", "mad"),
+    "theta": (1.0, 1.5, 2.0, 2.5, 3.0),
+    "sigma": (0.0, 1.0),
+    "dilation": (1, 3, 5),
+}
+NOISE_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+def choices(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    settings = [Setting("base", prompt, base)]
+    for field, values in CHOICES.items():
+        for value in values:
+            if field == "prompt" and value != prompt:
+                settings.append(Setting(f"prompt {value}", value, base))
+            elif field != "prompt" and value != getattr(base, field):
+                settings.append(Setting(f"{field} {value}", prompt, replace(base, **{field: value})))
+    return settings
+
+
+def parts(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    return [
+        Setting("empty prompt (EP)", "empty", base),
+        Setting("manual prompt (MP)", "manual", base),
+        Setting("tuned prompts", "tuned", base),
+        Setting("tuned prompts, no restoration (NR)", "tuned", replace(base, restore=False)),
+        Setting("true mask, restored", prompt, base, oracle=True),
+        Setting("true mask, no restoration", prompt, replace(base, restore=False), oracle=True),
+    ]
+
+
+def noise(_prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    return [
+        Setting(f"{prompt}, {ratio}", prompt, replace(base, noise_ratio=ratio))
+        for prompt in ("empty", "manual", "tuned")
+        for ratio in NOISE_RATIOS
+    ]
+
+
+STUDIES = {"choices": choices, "parts": parts, "noise": noise}
+
+
+def ablate(opts: Options) -> None:
+    """Run the studies that --study names; writes results.json, table.md and curves to --out."""
+    out = place_for(Path(opts.out) / "results.json").parent
+    names = opts.study.split(",")
+    if unknown := set(names) - {*STUDIES, "pictures"}:
+        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, pictures")
+    started = time.monotonic()
+    device = pick_device(opts.device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    model = open_model(opts, device)
+    prompts = Path(opts.prompts or SHIPPED)
+    tuned_on = frozenset(read_header(prompts).get("hashes", []))
+    batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed, tuned_on)
+    batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
+    attack = pick(ATTACKS[opts.attack], opts, eot=1)
+    attacked = attack_all(opts, attack, classifier, batch)
+    kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
+    results = {
+        "command": command(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(device),
+        "images": len(batch.ids),
+        "seed": opts.seed,
+        "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",
+        "options": asdict(opts),
+        "sha256": {"model": model_hashes(opts), "prompts": sha256(prompts)},
+        "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
+    }
+    base = pick(DIFFenderConfig, opts)
+    for name in names:
+        if name == "pictures":
+            results[name] = show(opts, build(opts, model, opts.prompt, base), classifier, batch, attacked)
+            continue
+        settings = bar(STUDIES[name](opts.prompt, base), name, opts.quiet)
+        results[name] = [
+            measure(opts, name, build(opts, model, s.prompt, s.cfg), s, batch, attacked, classifier) for s in settings
+        ]
+    results["seconds"] = time.monotonic() - started
+    write_json(out / "results.json", results)
+    write_text(out / "table.md", markdown(results))
+    if "noise" in results:
+        plot_noise(results, out / "noise.png")
+    print(f"\n{markdown(results)}")
+
+
+def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
+    victim = Undefended(classifier)
+    parts = bar(slices(opts, batch), "attacking", opts.quiet)
+    done = [attack(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.seed) for rows in parts]
+    return Attacked(*map(torch.cat, zip(*done, strict=True)))
+
+
+def slices(opts: Options, batch: Batch) -> list[slice]:
+    return [slice(i, i + opts.batch_size) for i in range(0, len(batch.ids), opts.batch_size)]
+
+
+def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
+    """Of pictures (B, 3, S, S) with labels (B,), those that the classifier gets right: (B,) in {0, 1}."""
+    return torch.cat([(classifier(part).argmax(dim=1)) for part in x.split(size)]).eq(y).float()
+
+
+def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConfig) -> DIFFender:
+    contexts = contexts_for(prompt, model, Path(opts.prompts or SHIPPED))
+    return DIFFender(model, contexts.detach(), cfg)
+
+
+def measure(
+    opts: Options, study: str, defense: DIFFender, setting: Setting, batch: Batch, attacked: Attacked, judge: Classifier
+) -> dict[str, object]:
+    """Means over the photographs: of map and mask; for `parts`, of what the judge sees after purification."""
+    columns: dict[str, list[Tensor]] = {}
+    for rows in slices(opts, batch):
+        x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
+        noise = defense.sample_noise(batch.ids[rows], opts.seed, "ablation")
+        found = defense.localize(image, noise)
+        values = map_columns(found, mask)
+        if study != "noise":
+            clean = defense.localize(x, noise)
+            values["clean_area"] = clean.mask.mean(dim=(1, 2, 3))
+        if study == "parts":
+            unharmed = x if setting.oracle else composite(x, defense.restore(x, clean.mask, noise), clean.mask)
+            covered = mask if setting.oracle else found.mask
+            purified = composite(image, defense.restore(image, covered, noise), covered)
+            values |= {
+                "clean_right": is_right(judge, unharmed, y, opts.batch_size),
+                "robust_right": is_right(judge, purified, y, opts.batch_size),
+                "l1_patch": ((purified - x).abs() * mask).sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))),
+            }
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value.cpu())
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    error = joined["auc"].std().item() / len(batch.ids) ** 0.5 if len(batch.ids) > 1 else 0.0
+    means = {name: values.mean().item() for name, values in joined.items()}
+    return {"setting": setting.name, "prompt": setting.prompt, **asdict(setting.cfg)} | means | {"auc_error": error}
+
+
+def map_columns(found: Localized, mask: Tensor) -> dict[str, Tensor]:
+    """Difference map and mask against the true mask (B, 1, H, W), (B,) each."""
+    inside = F.interpolate(mask, found.heatmap.shape[-2:], mode="area")
+    heat = [(found.heatmap * w).sum(dim=(1, 2, 3)) / w.sum(dim=(1, 2, 3)) for w in (inside, 1 - inside)]
+    scores = {"auc": map_auc(found.heatmap, mask), "inside": heat[0], "outside": heat[1]}
+    return scores | mask_scores(found.mask, mask)._asdict()
+
+
+def show(
+    opts: Options, defense: DIFFender, classifier: Classifier, batch: Batch, attacked: Attacked, first: int = 8
+) -> dict[str, float]:
+    """What the VAE keeps of the clean photographs; and a picture of the first ones, `pictures.png`."""
+    vae = defense.model.vae
+    parts = [batch.x[rows] for rows in slices(opts, batch)]
+    recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
+    psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
+    x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]
+    noise = defense.sample_noise(batch.ids[:first], opts.seed, "ablation")
+    out = defense(image, noise)
+    heat = torch.stack([stretch(h, x.shape[-2:]) for h in out.heatmap])
+    stages = [
+        x, recon[:first], image, composite(image, defense.restore(image, mask, noise), mask),
+        heat.expand_as(x), out.mask.expand_as(x), out.image,
+    ]  # fmt: skip
+    save_image(torch.cat(stages), Path(opts.out) / "pictures.png", nrow=len(x))
+    right = is_right(classifier, recon, batch.y, opts.batch_size)
+    return {"psnr": psnr.mean().item(), "round_trip_right": right.mean().item()}
+
+
+def markdown(results: dict) -> str:
+    """A table a study, then how it came about."""
+    tables = []
+    if "choices" in results:
+        head = ("setting", "AUC", "inside / outside", "recall", "precision", "IoU", "masked when clean")
+        rows = [(r["setting"], *mask_cells(r), percent(r["clean_area"])) for r in results["choices"]]
+        tables.append(table(head, rows))
+    if "parts" in results:
+        head = ("defence", "clean", "attacked", "recall", "precision", "IoU", "masked when clean", "error in the patch")
+        blank = ("",) * 4
+        rows = [("undefended", "100.0 %", percent(results["undefended"]), *blank, "")]
+        for r in results["parts"]:
+            masks = blank if r["setting"].startswith("true mask") else (*mask_cells(r)[2:], percent(r["clean_area"]))
+            clean = "" if r["setting"].startswith("true mask") else percent(r["clean_right"])
+            rows.append((r["setting"], clean, percent(r["robust_right"]), *masks, f"{r['l1_patch']:.3f}"))
+        tables.append(table(head, rows))
+    if "noise" in results:
+        prompts = ("empty", "manual", "tuned")
+        head = ("noise ratio", *(f"{prompt}: {column}" for prompt in prompts for column in ("inside / outside", "AUC")))
+        cells = {(r["prompt"], r["noise_ratio"]): mask_cells(r) for r in results["noise"]}
+        rows = [
+            (str(ratio), *(cells[prompt, ratio][column] for prompt in prompts for column in (1, 0)))
+            for ratio in NOISE_RATIOS
+        ]
+        tables.append(table(head, rows))
+    if "pictures" in results:
+        p = results["pictures"]
+        tables.append(
+            f"VAE round trip of the clean photographs: {p['psnr']:.1f} dB; the classifier is right on "
+            f"{percent(p['round_trip_right'])}.\n"
+        )
+    tables.append(
+        f"`{results['command']}`: {results['images']} photographs, {results['attack']}, seed {results['seed']}, "
+        f"{results['seconds']:.0f} s on {results['machine']}, {results['date']}.\n"
+    )
+    return "\n".join(tables)
+
+
+def mask_cells(r: dict) -> tuple[str, ...]:
+    return (
+        f"{r['auc']:.3f} ± {r['auc_error']:.3f}", f"{r['inside'] / r['outside']:.2f}", f"{r['recall']:.3f}",
+        f"{r['precision']:.3f}", f"{r['iou']:.3f}",
+    )  # fmt: skip
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def plot_noise(results: dict, path: Path) -> None:
+    """Over the noise ratio: the difference map inside and outside the patch, and its AUC."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = {"inside": "-", "outside": "--"}
+    for colour, prompt in (("tab:grey", "empty"), ("tab:blue", "manual"), ("tab:red", "tuned")):
+        rows = [r for r in results["noise"] if r["prompt"] == prompt]
+        ratios = [r["noise_ratio"] for r in rows]
+        for name, style in styles.items():
+            left.plot(ratios, [r[name] for r in rows], style, color=colour, label=f"{prompt}, {name}")
+        right.plot(ratios, [r["auc"] for r in rows], color=colour, label=prompt)
+    left.set(xlabel="noise ratio", ylabel="mean difference map", yscale="log")
+    left.legend(fontsize=6, ncols=3, loc="center")
+    right.set(xlabel="noise ratio", ylabel="AUC, patch against the rest", ylim=(0.4, 1))
+    right.legend(fontsize=7)
+    save_figure(figure, path)

@@ -1,0 +1,61 @@
+"""Controls of Table 1: the true mask, and one of its shape elsewhere, closed by each fill.
+
+Between them lies what localisation can bring, and between fills what restoration can. Under the true mask no pixel of
+a patch is seen, so the patches made on the undefended classifier stand for all others at their places. Under a mask
+elsewhere they are a lower bound of what an attacker can do.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.classifiers.dataset import Batch
+from diffender.defenses.fill import FILLS
+from diffender.evaluation.verdicts import Verdict, file_names, load_attacked, verdict
+from diffender.noise import generator
+from diffender.pipeline import Defended
+from diffender.restore import composite
+
+FILLED = (*FILLS, "diffusion")
+
+
+class Control(NamedTuple):
+    key: str  # "true grey", "random diffusion", ...
+    verdicts: dict[str, list[Verdict]]  # by column
+
+
+def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batch, seed: int) -> Iterator[Control]:
+    """Each kind of mask with each fill, on the attacked pictures of a run in `folder`; target is DIFFender."""
+    x, ids = batch.x.to(target.classifier.mean), batch.ids
+    attacked = {name: load_attacked(folder / "adv" / name / "transfer", file_names(ids)) for name in attacks}
+    attacked = {name: (image.to(x), mask.to(x)) for name, (image, mask) in attacked.items()}
+    first = next(iter(attacked.values()))[1]
+    for whose in ("true", "random"):
+        scenes = {"clean": (x, torch.zeros_like(first) if whose == "true" else elsewhere(first, ids, seed))}
+        for name, (image, mask) in attacked.items():
+            scenes[name] = (image, mask if whose == "true" else elsewhere(mask, ids, seed))
+        for fill in FILLED:
+            seen = {column: classes(target, fill, *scene, ids, seed) for column, scene in scenes.items()}
+            yield Control(f"{whose} {fill}", {
+                column: [verdict([c], y) for c, y in zip(found, batch.y.tolist(), strict=True)]
+                for column, found in seen.items()
+            })  # fmt: skip
+
+
+def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
+    """Each mask (1, H, W) rolled around the picture by a random way: same shape, another place."""
+    size = mask.shape[-1]
+    ways = [torch.randint(size, (2,), generator=generator(seed, i, "random mask")).tolist() for i in ids]
+    return torch.stack([m.roll(way, dims=(1, 2)) for m, way in zip(mask, ways, strict=True)])
+
+
+def classes(target: Defended, fill: str, x: Tensor, mask: Tensor, ids: Sequence[str], seed: int) -> list[int]:
+    """What the classifier sees in pictures (B, 3, S, S) whose mask is filled."""
+    if fill == "diffusion":
+        filled = composite(x, target.defense.restore(x, mask, target.sample_noise(ids, seed, "verdict")), mask)
+    else:
+        filled = FILLS[fill](x, mask)
+    return target.classifier(filled).argmax(dim=1).tolist()

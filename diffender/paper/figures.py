@@ -1,0 +1,194 @@
+"""The paper's Figures 1, 3, 4, 5, 8 and 9 from our own pictures: python evaluate.py --figure 5.
+
+All but Figure 8 show patches of AdvP made on the undefended classifier; Figure 8 runs the adaptive attacks of the
+chosen budget for each theta. PNG files and the numbers behind them go to runs/figure<N>-<preset>/.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffender.attacks import AdvP
+from diffender.attacks.patch import Attacked
+from diffender.classifiers.dataset import Batch
+from diffender.defenses import build
+from diffender.evaluation.plan import Options, build_target, fill
+from diffender.evaluation.run import pictures
+from diffender.evaluation.workers import is_first
+from diffender.factory import command, machine, pick_device
+from diffender.paper.ablation import map_columns
+from diffender.paper.quoted import FIGURE_8
+from diffender.paper.tables import NAMES, Row, run_rows, share
+from diffender.pipeline import Defended, Undefended
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
+from diffender.utils.files import write_json, write_text
+from diffender.utils.images import save_figure, stretch
+from diffender.utils.markdown import table
+from diffender.utils.options import pick
+
+SHOWN = 6  # pictures of a figure
+RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3
+THETAS = (1.5, 2.0, 2.5)  # of Fig. 8
+IN_FIGURE_5 = ("jpeg", "smoothing", "dw", "lgs", "diffpure", "jedi", "diffender")  # FNC changes no picture
+
+
+class Scene(NamedTuple):
+    opts: Options
+    target: Defended
+    batch: Batch
+    made: Attacked
+
+    def noise(self, defended: Defended | None = None) -> Tensor:
+        return (defended or self.target).sample_noise(self.batch.ids, self.opts.seed, "figure")
+
+
+def run_figure(number: int, opts: Options) -> str:
+    """Draw a figure; says where it is. Raises InputError for pictures and weights that are not there."""
+    folder = Path("runs") / f"figure{number}-{opts.preset}"
+    if number == 8:
+        text = figure_8(opts, folder)
+    elif not is_first():
+        return ""
+    else:
+        drawn = scene(opts, None if number == 4 else SHOWN)  # bad input shows before a folder is made
+        folder.mkdir(parents=True, exist_ok=True)
+        text = FIGURES[number](drawn, folder)
+    if not text:
+        return ""  # other shards are at work
+    text += f"\n`{command()}`, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}.\n"
+    write_text(folder / "table.md", text)
+    return text
+
+
+def scene(opts: Options, most: int | None) -> Scene:
+    """Pictures with AdvP's patches made on the undefended classifier."""
+    opts = fill(opts)
+    target = build_target(opts)
+    batch = pictures(opts if most is None else replace(opts, images=min(most, opts.images)), target)
+    device = target.classifier.mean.device
+    batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
+    attack = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
+    return Scene(opts, target, batch, attack(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.seed))
+
+
+def draw(columns: dict[str, Tensor], path: Path) -> None:
+    """Columns of pictures (B, 1 or 3, S, S) under their titles; a row a picture."""
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.7 * len(columns), 1.75 * rows + 0.2), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for c, (title, images) in enumerate(columns.items()):
+        for r, image in enumerate(images):
+            shown = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(2)
+            axes[r, c].imshow(shown, cmap="inferno" if "difference" in title else "gray", vmin=0, vmax=1)
+            axes[r, c].set_axis_off()
+        axes[0, c].set_title(title, fontsize=8)
+    save_figure(figure, path)
+
+
+def figure_1(s: Scene, folder: Path) -> str:
+    """Two one-step predictions of the same noised picture, where they differ, and the mask."""
+    d, cfg = s.target.defense, s.target.defense.cfg
+    model, noise = d.model, s.noise()
+    t = noise_timestep(cfg.noise_ratio)
+    a_t = model.alphas_cumprod[t].item()
+    z_t = q_sample(model.encode(s.made.image, noise.image), noise.draws[:, 0], a_t)
+    decoded = {
+        name: one_step(model, z_t, t, a_t, context, d.blank)
+        for name, context in (("x0, prompt", d.contexts.locate), ("x0, empty prompt", d.contexts.empty))
+    }
+    found = d.localize(s.made.image, noise)
+    draw({"attacked": s.made.image, **decoded, "difference": heat(found.heatmap, s.made.image), "mask": found.mask},
+         folder / "figure.png")  # fmt: skip
+    return f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict, decoded; their difference.\n"
+
+
+def one_step(model: LatentDiffusion, z_t: Tensor, t: int, a_t: float, context: Tensor, blank: Tensor) -> Tensor:
+    return model.decode(predict_x0(z_t, model.eps_from_text(z_t, t, context, blank), a_t))
+
+
+def heat(heatmap: Tensor, like: Tensor) -> Tensor:
+    return torch.stack([stretch(h, like.shape[-2:]) for h in heatmap])
+
+
+def figure_3(s: Scene, folder: Path) -> str:
+    """Denoising the whole picture: small ratios keep the patch, large ones lose the picture."""
+    columns, rows = {"attacked": s.made.image}, []
+    for ratio in RATIOS:
+        defended = build(f"diffpure:t_star={ratio}", s.target)
+        out = defended.defense(s.made.image, s.noise(defended)).image
+        columns[f"t* = {ratio}"] = out
+        right = defended.classifier(out).argmax(dim=1).eq(s.batch.y).float().mean().item()
+        away = [((out - s.batch.x).abs() * m).sum() / (3 * m.sum()) for m in (s.made.mask, 1 - s.made.mask)]
+        rows.append((str(ratio), f"{100 * right:.0f} %", *(f"{v:.3f}" for v in away)))
+    draw(columns | {"clean": s.batch.x}, folder / "figure.png")
+    return table(("t*", "right", "error to clean, in the patch", "outside"), rows)
+
+
+def figure_4(s: Scene, folder: Path) -> str:
+    """The difference map inside and outside of the patch, a point a picture."""
+    found = s.target.defense.localize(s.made.image, s.noise())
+    means = map_columns(found, s.made.mask)
+    outer, inner = means["outside"].tolist(), means["inside"].tolist()
+    figure = Figure(figsize=(3.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.scatter(outer, inner, s=12)
+    high = max(inner + outer)
+    axis.plot([0, high], [0, high], color="grey", linewidth=0.8)
+    axis.set(xlabel="mean difference outside of the patch", ylabel="inside")
+    save_figure(figure, folder / "figure.png")
+    write_json(folder / "points.json", {"ids": s.batch.ids, "inside": inner, "outside": outer})
+    above = sum(i > o for i, o in zip(inner, outer, strict=True))
+    return f"Fig. 4: the difference is larger inside of the patch in {above} of {len(inner)} pictures.\n"
+
+
+def figure_5(s: Scene, folder: Path) -> str:
+    """What each defence makes of the attacked picture."""
+    columns, rows = {"attacked": s.made.image}, []
+    for name in IN_FIGURE_5:
+        defended = build(name, s.target)
+        out = defended.defense(s.made.image, s.noise(defended)).image
+        columns[name] = out
+        rows.append((NAMES[name], f"{defended.classifier(out).argmax(dim=1).eq(s.batch.y).sum()} of {len(out)}"))
+    draw(columns | {"clean": s.batch.x}, folder / "figure.png")
+    return table(("defence", "right"), rows)
+
+
+def figure_9(s: Scene, folder: Path) -> str:
+    out = s.target.defense(s.made.image, s.noise())
+    draw({"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}, folder / "figure.png")
+    right = s.target.classifier(out.image).argmax(dim=1).eq(s.batch.y).sum()
+    return f"Fig. 9: {right} of {len(out.image)} restored pictures are read right.\n"
+
+
+def figure_8(opts: Options, folder: Path) -> str:
+    """Clean and robust accuracy over theta, under the adaptive attacks of this budget."""
+    rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
+    lines = run_rows(rows, replace(opts, trust="off"))[1:]
+    if not lines:
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(lines[0].verdicts)
+    figure = Figure(figsize=(4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for column in columns:
+        axis.plot(THETAS, [100 * share(line, column)["accuracy"] for line in lines], marker="o", label=column)
+    axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
+    axis.legend(fontsize=7)
+    save_figure(figure, folder / "figure.png")
+    cells = [
+        (str(theta), *(f"{100 * share(line, c)['accuracy']:.1f} ({share(line, c)['right']:.0f})" for c in columns))
+        for theta, line in zip(THETAS, lines, strict=True)
+    ]
+    text = table(("theta", *columns), cells)
+    quoted = "; ".join(f"theta {t}: clean {n['clean']}, AdvP {n['advp']}" for t, n in FIGURE_8.items())
+    return f"{text}\n{len(lines[0].verdicts['clean'])} pictures. The paper, quoted (Inception-v3): {quoted}.\n"
+
+
+FIGURES: dict[int, Callable[[Scene, Path], str]] = {1: figure_1, 3: figure_3, 4: figure_4, 5: figure_5, 9: figure_9}

@@ -1,0 +1,172 @@
+"""Table 7: patches printed, filmed from five configurations, judged frame by frame.
+
+By simulation, two patches: the digital one, made as it would be for a file (the paper's), and one made over frames of
+all poses, the stronger adversary. A frame counts only if the classifier reads the clean scene right under the same pose
+and jitter. Or from photographs that were really taken: --frames names a csv of file, label, configuration and, where
+there is one, clean: the file of the same scene without its patch.
+"""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.attacks import AdvP
+from diffender.classifiers.dataset import Batch, csv_items, load_image, read_csv
+from diffender.classifiers.imagenet import Classifier
+from diffender.defenses.jpeg import JPEG
+from diffender.evaluation.plan import mine
+from diffender.evaluation.records import append_records, read_records
+from diffender.evaluation.run import Experiment
+from diffender.evaluation.verdicts import file_names, proportion
+from diffender.evaluation.workers import is_first, wait
+from diffender.factory import command, machine
+from diffender.noise import generator
+from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
+from diffender.paper.quoted import QUOTED
+from diffender.pipeline import Purified, Undefended
+from diffender.utils.files import write_json, write_text
+from diffender.utils.images import save_png
+from diffender.utils.markdown import table
+from diffender.utils.options import pick
+from diffender.utils.progress import bar
+
+JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
+PATCHES = {"digital": "made for the file", "eot": "made over poses", "photographed": "as photographed"}
+
+
+class Shot(NamedTuple):
+    """A frame as its file would be: 8 bits, after JPEG."""
+
+    clean: Tensor  # (1, 3, S, S) in [0, 1]
+    attacked: Tensor
+
+
+def shots(
+    x: Tensor, image: Tensor, mask: Tensor, image_id: str, seed: int, poses: tuple[Pose, ...], jitters: int
+) -> Iterator[Shot]:
+    """The frames of one scene x (1, 3, S, S) and of the same with a patch, of each pose."""
+    for pose in poses:
+        for j in range(jitters):
+            g = generator(seed, image_id, "frame", *pose, j)
+            frame = draw_frame([pose], x.shape[-1], g)
+            jpeg = JPEG(int(torch.randint(75, 96, (), generator=g)))
+            scenes = (x, print_patch(image, mask, frame.ink.to(x)))
+            yield Shot(*(jpeg(photograph(scene, x, frame)) for scene in scenes))
+
+
+def film(e: Experiment, batch: Batch) -> None:
+    """Attack and film each picture that is not done; a record each."""
+    opts, classifier = e.opts, e.target.classifier
+    digital = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
+    over_poses = replace(digital, eot=max(opts.eot, 4))
+    done = {r["id"] for r in read_records(e.folder)}
+    for i in bar(mine(opts, len(batch.ids)), "filming", opts.quiet):
+        image_id = batch.ids[i]
+        if image_id in done:
+            continue
+        x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
+        noise = e.target.sample_noise([image_id], opts.seed, "verdict")
+        record = {"id": image_id, "label": int(y), "frames": {}}
+        made_by = {
+            "digital": digital(Undefended(classifier), x, y, [image_id], opts.seed),
+            "eot": over_poses(Filmed(classifier, x), x, y, [image_id], opts.seed),
+        }
+        for patch, made in made_by.items():
+            for name, poses in CONFIGURATIONS.items():
+                frames = list(shots(x, made.image, made.mask, image_id, opts.seed, poses, JITTERS[opts.preset]))
+                purified = [e.target.defense(shot.attacked, noise) for shot in frames]
+                record["frames"][f"{patch}/{name}"] = [
+                    judge(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
+                ]
+                file = "_".join([*file_names([image_id]), patch, re.sub(r"\W", "", name)])
+                save_example(frames[0], purified[0], e.folder / "frames" / f"{file}.png")
+        append_records(e.own, [record])
+
+
+def judge_photographs(e: Experiment) -> list[str]:
+    """A record for each photograph of the csv that is not done; returns their names."""
+    path = Path(e.opts.data)
+    items = csv_items(path)
+    rows = read_csv(path, "file", "label", "configuration")
+    done = {r["id"] for r in read_records(e.folder)}
+    for i in bar(mine(e.opts, len(items)), "photographs", e.opts.quiet):
+        item, row = items[i], rows[i]
+        if item.id in done:
+            continue
+        files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
+        shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
+        out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.seed, "verdict"))
+        frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
+        save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
+        append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
+    return [item.id for item in items]
+
+
+def judge(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
+    """Whether the clean frame, the attacked one and the attacked one purified are read right."""
+    images = {"clean": shot.clean, "undefended": shot.attacked, "defended": purified}
+    return {name: bool(classifier(image).argmax() == label) for name, image in images.items()}
+
+
+def save_example(shot: Shot, out: Purified, path: Path) -> None:
+    """Attacked frame, its mask, and what is left of it, side by side."""
+    save_png(torch.cat([shot.attacked[0], out.mask[0].expand(3, -1, -1), out.image[0]], dim=2), path)
+
+
+def run_film(e: Experiment, batch: Batch) -> str:
+    """Films what is missing; the table as Markdown, also in the folder beside results.json."""
+    film(e, batch)
+    opts = e.opts
+    return write_table(e, batch.ids, (
+        f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
+        f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
+    ))  # fmt: skip
+
+
+def run_photographs(e: Experiment) -> str:
+    """The same from photographs: the table has the csv's configurations."""
+    ids = judge_photographs(e)
+    return write_table(e, ids, f"photographs of {e.opts.data}, {e.opts.classifier}.")
+
+
+def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
+    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are.
+    Nothing while other shards are at work."""
+    wait()
+    records = [r for r in read_records(e.folder) if r["id"] in ids]
+    if len(records) < len(ids) or not is_first():
+        return ""
+    found = {}  # by patch and configuration
+    for record in records:
+        for name, frames in record["frames"].items():
+            found.setdefault(name, []).extend(frames)
+    patches, configurations = (list(dict.fromkeys(name.split("/", 1)[i] for name in found)) for i in (0, 1))
+    results, rows = {"command": command(), "images": len(records), "cells": {}}, []
+    for patch in patches:
+        for who, title in (("undefended", "Undefended"), ("defended", "DIFFender")):
+            line = [f"{title}, patch {PATCHES[patch]}"]
+            for configuration in configurations:
+                frames = [f for f in found.get(f"{patch}/{configuration}", ()) if f["clean"]]
+                cell = proportion([float(f[who]) for f in frames]) if frames else None
+                results["cells"][f"{patch}/{who}/{configuration}"] = cell
+                line.append("" if cell is None else f"{100 * cell['accuracy']:.1f} ({cell['right']:.0f}/{cell['n']})")
+            rows.append(line)
+    if configurations == list(CONFIGURATIONS):
+        quoted = QUOTED[7]["Inception-V3"]
+        for key, title in (("undefended", "Undefended"), ("diffender", "DIFFender")):
+            rows.append([f"quoted: {title}, Inception-V3, photographed", *(f"{n:.1f}" for n in quoted[key])])
+    kept = mean(f["clean"] for frames in found.values() for f in frames)
+    text = table(["accuracy in per cent of frames", *configurations], rows) + (
+        f"\n`{command()}`: {len(records)} {what} The {100 * kept:.0f} % of frames that the classifier reads right when "
+        f"clean count. Seed {e.opts.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
+    )
+    write_json(e.folder / "results.json", results)
+    write_text(e.folder / "table.md", text)
+    return text

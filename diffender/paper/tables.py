@@ -1,0 +1,272 @@
+"""The paper's tables, a command each: python evaluate.py --table 1 [--preset smoke|laptop|paper].
+
+A table is a list of experiments on the same pictures. Each lives in a folder of its own, named by its settings, so it
+resumes, and tables share those that they have in common. A cell is the share of right answers under the strongest of
+the patches made for each picture, first purification; the csv has all verdicts.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from diffender.classifiers.imagenet import class_names
+from diffender.evaluation.plan import Options, describe, fill
+from diffender.evaluation.records import open_run, read_records
+from diffender.evaluation.run import Experiment, finish, pictures, prepare, resolved, work
+from diffender.evaluation.verdicts import Verdict, by_variant, proportion, strongest_of, verdict
+from diffender.evaluation.workers import is_first, wait
+from diffender.faces.identification import RECOGNIZERS
+from diffender.factory import command, machine, open_model, pick_device
+from diffender.paper.controls import controls
+from diffender.paper.filming import run_film, run_photographs
+from diffender.paper.quoted import COLUMNS, QUOTED
+from diffender.report.folder import write_report
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header, write_text
+from diffender.utils.markdown import table
+
+NAMES = {
+    "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
+    "jpeg": "JPEG (Dziugaite et al., 2016)", "smoothing": "Spatial smoothing (Xu et al., 2017)",
+    "dw": "DW (Hayes, 2018), our reconstruction", "lgs": "LGS (Naseer et al., 2019)", "fnc": "FNC (Yu et al., 2021)",
+    "diffpure": "DiffPure (Nie et al., 2022), on our model", "jedi": "Jedi (Tarchoun et al., 2023)",
+    "true grey": "control: true mask, grey", "true mean": "control: true mask, mean colour",
+    "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
+    "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
+    "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
+    "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
+    "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
+}  # fmt: skip
+TUNING = {  # of Table 2, by preset
+    "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--held-out 16 --rounds 20", "paper": "",
+}  # fmt: skip
+TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
+
+
+class Row(NamedTuple):
+    key: str  # of NAMES and QUOTED
+    changes: dict  # of the options
+
+
+def rows_of(number: int, opts: Options) -> list[Row]:
+    ours = Row("diffender", {})
+    if number == 1:
+        others = ("resize", "vae", "jpeg", "smoothing", "dw", "lgs", "fnc", "diffpure", "jedi")
+        return [*(baseline(name, opts) for name in others), ours]
+    if number == 2:
+        terms = ("mask", "feature", "l1")
+        tuned = [Row(f"without {term}", {"prompts": retuned(opts, term)}) for term in terms]
+        return [*tuned, Row("diffender", {"prompts": retuned(opts, "none")})]
+    prompts = [Row("EP", {"prompt": "empty"}), Row("MP", {"prompt": "manual"})]
+    if number == 6:
+        others = ("jpeg", "smoothing", "dw", "lgs", "fnc", "jedi")
+        return [*(baseline(name, opts) for name in others), *prompts, ours]
+    if number == 3:
+        return [Row("NR", {"restore": False}), ours]
+    if number == 4:
+        return [*prompts, ours]
+    return [ours]
+
+
+def baseline(name: str, opts: Options) -> Row:
+    """FNC's statistics are estimated anew where enough photographs are named that are not evaluated."""
+    counts = name == "fnc" and opts.tuning_data != "samples" and opts.classifier not in RECOGNIZERS
+    return Row(name, {"defense": f"fnc:statistics={opts.tuning_data}" if counts else name, "grad": None})
+
+
+def retuned(opts: Options, without: str) -> str:
+    """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
+    path = Path("runs") / "tables" / f"{opts.classifier}-{opts.preset}-without-{without}.safetensors"
+    there = path.is_file() and read_header(path).get("data") == opts.tuning_data
+    if not there and is_first():
+        train = Path(sys.argv[0]).with_name("train.py")
+        tuned = subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
+                                "--classifier", opts.classifier, *TUNING[opts.preset].split()])  # fmt: skip
+        if tuned.returncode != 0:
+            raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
+    wait()
+    return str(path)
+
+
+def columns(number: int) -> tuple[str, ...]:
+    return ("clean", "gdpa", "rhde") if number == 6 else COLUMNS
+
+
+class Line(NamedTuple):
+    classifier: str
+    key: str  # of NAMES
+    verdicts: dict[str, list[Verdict]]  # by column: of each picture, under the strongest of its patches
+
+
+def run_table(number: int, opts: Options) -> str:
+    """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
+    folder = Path("runs") / f"table{number}-{opts.preset}"
+    if number == 7:
+        own = fill(replace(opts, attack="none", trust="off", data=opts.frames or opts.data, name="tables"))
+        experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
+        batch = None if opts.frames else pictures(own, experiment.target)
+        open_run(experiment.folder, resolved(own), experiment.own)
+        return run_film(experiment, batch) if batch else run_photographs(experiment)
+    if number == 6 and opts.classifier not in RECOGNIZERS:
+        raise InputError(
+            f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
+            "--data with a folder for each person"
+        )
+    parts = [(c, opts.fold) for c in TRANSFER_TO] if number == 5 else [(opts.classifier, opts.fold)]
+    if number == 6:
+        parts = [(opts.classifier, fold) for fold in range(opts.folds)]
+    blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
+    if not all(blocks):
+        return ""
+    lines = pool([line for block in blocks for line in block])
+    text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.csv", as_csv(lines))
+    write_text(folder / "table.tex", as_latex(number, lines))
+    return text
+
+
+def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
+    """The lines of one classifier and one choice of probes."""
+    attack = ",".join(columns(number)[1:])
+    opts = replace(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
+    lines = run_rows(rows_of(number, opts), opts, controlled=number == 1)
+    return lines[1:] if number in (2, 3, 4) else lines
+
+
+def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> list[Line]:
+    """Lines of the undefended classifier, of controls if wanted, and of each row, on the same pictures; none while
+    other shards are at work. The last row is DIFFender."""
+    model = open_model(opts, pick_device(opts.device))  # once for all
+    experiments = [prepare(named(fill(replace(opts, **row.changes, name="tables")), row.key), model) for row in rows]
+    batch = pictures(experiments[-1].opts, experiments[-1].target)
+    work(experiments, batch)
+    wait()
+    if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
+        return []
+    for e in experiments:
+        write_report(e.folder, e.target.classifier.names or class_names())
+    lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    beside = [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids))]
+    if controlled:
+        target, folder = experiments[-1].target, experiments[-1].folder
+        columns = [plan.name for plan in experiments[-1].plans]
+        beside += [Line(opts.classifier, *c) for c in controls(target, folder, columns, batch, opts.seed)]
+    return [*beside, *lines]
+
+
+def named(opts: Options, key: str) -> Options:
+    """With the folder of runs/tables/ where an experiment of these very settings lives."""
+    digest = hashlib.sha256(json.dumps(resolved(opts), sort_keys=True).encode()).hexdigest()
+    return replace(opts, name=f"tables/{opts.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
+
+
+def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
+    """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
+    records = {r["id"]: r for r in read_records(experiment.folder)}
+    found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
+    judged = by_variant([records[i] for i in ids])
+    for plan in experiment.plans:
+        found[plan.name] = strongest_of(judged, [v for v in judged if v.split("/")[0] == plan.name], ids)
+    return found
+
+
+def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
+    """The classifier alone, under the patches made on it."""
+    records = [r for r in read_records(experiment.folder) if r["id"] in ids]
+    seen = {"clean": [r["undefended"] for r in records]}
+    for name in (plan.name for plan in experiment.plans):
+        seen[name] = [r["attacks"][f"{name}/transfer"]["undefended"] for r in records]
+    labels = [r["label"] for r in records]
+    return {name: [verdict([c], y) for c, y in zip(classes, labels, strict=True)] for name, classes in seen.items()}
+
+
+def pool(lines: Sequence[Line]) -> list[Line]:
+    """Lines of one classifier and one defence as one: the folds of faces."""
+    pooled = {}
+    for line in lines:
+        known = pooled.setdefault(line[:2], {})
+        for column, verdicts in line.verdicts.items():
+            known[column] = known.get(column, []) + verdicts
+    return [Line(*key, verdicts) for key, verdicts in pooled.items()]
+
+
+def share(line: Line, column: str, name: str = "single") -> dict:
+    return proportion([getattr(v, name) for v in line.verdicts[column]])
+
+
+def markdown(number: int, lines: Sequence[Line]) -> str:
+    """Ours in per cent (right of n), the best defence of a column bold; the paper's beside them."""
+    quoted, shown = QUOTED[number], columns(number)
+    out = []
+    for line in lines:
+        theirs = [model[line.key] for model in quoted.values() if line.key in model]
+        beside = [" / ".join(f"{numbers[i]:.1f}" for numbers in theirs) for i in range(len(shown))]
+        ours = []
+        for column in shown:
+            p = share(line, column)
+            text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']})"
+            first = is_defence(line) and p["accuracy"] == best(lines, line.classifier, column) > 0
+            ours.append(f"**{text}**" if first else text)
+        out.append([line.classifier, NAMES[line.key], *ours, *beside])
+    return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
+
+
+def is_defence(line: Line) -> bool:
+    """And not one of the rows to compare with."""
+    return line.key != "undefended" and not NAMES[line.key].startswith("control")
+
+
+def best(lines: Sequence[Line], classifier: str, column: str) -> float:
+    defences = [n for n in lines if n.classifier == classifier and is_defence(n)]
+    return max(share(line, column)["accuracy"] for line in defences)
+
+
+def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
+    """What was run, and how it departs from the paper."""
+    full = fill(replace(opts, attack="all"))
+    names = ", ".join(dict.fromkeys(line.classifier for line in lines))
+    baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
+    return (
+        f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
+        f"picture; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} pictures, "
+        f"{describe(full)}, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}. "
+        f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data {opts.data} "
+        f"(theirs 512 pictures of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
+        f"{opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps).\n"
+    )
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["classifier", "defence", "attack", "verdict", "right", "n", "accuracy", "low", "high"])
+    for line in lines:
+        for column in line.verdicts:
+            for name in Verdict._fields:
+                p = share(line, column, name)
+                numbers = (round(p[k], 4) for k in ("right", "n", "accuracy", "low", "high"))
+                writer.writerow([line.classifier, line.key, column, name, *numbers])
+    return text.getvalue()
+
+
+def as_latex(number: int, lines: Sequence[Line]) -> str:
+    """Ours alone, for \\usepackage{booktabs}."""
+    shown = columns(number)
+    out = [r"\begin{tabular}{ll" + "r" * len(shown) + "}", r"\toprule"]
+    out += ["classifier & defence & " + " & ".join(shown) + r" \\", r"\midrule"]
+    for line in lines:
+        values = [f"{100 * share(line, c)['accuracy']:.1f}" for c in shown]
+        out.append(" & ".join([line.classifier, NAMES[line.key], *values]).replace("_", r"\_") + r" \\")
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", ""])

@@ -1,0 +1,113 @@
+"""Train the embedded diffusion model (`--model tiny`) on captioned photographs.
+
+    python -m diffender.pretrain vae  --data PHOTOS --steps 4000
+    python -m diffender.pretrain unet --data PHOTOS --steps 4000 --samples 10000
+    python -m diffender.pretrain decoder --data PHOTOS --steps 4000 --crop 224 --batch 2
+
+On one H100, in 20 minutes, from one file that is carried there:
+
+    python -m diffender.pretrain pack --data PHOTOS --out photos.safetensors
+    python -m diffender.pretrain vae  --data photos.safetensors --steps 100000 --minutes 8 --batch 64 --workers 14
+    python -m diffender.pretrain unet --data photos.safetensors --steps 100000 --minutes 12 --batch 256 --workers 14
+
+A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with a picture
+and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many pictures once and
+trains on them, as a CPU can; without, every sample is new. `decoder` trains the VAE's decoder on, alone, on whole
+pictures: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
+`unet` train a whole model on, from its first step.
+The other stages take options of their own (`python -m diffender.pretrain jedi --help`):
+
+    python -m diffender.pretrain jedi --data PHOTOS                                weights/jedi.safetensors
+    python -m diffender.pretrain universal --data DATA --out patch.safetensors     one patch for all images
+    python -m diffender.pretrain gdpa --data DATA --out generator.safetensors      GDPA's generator
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffender.utils.options import Parser, TargetOptions, option, parse, run
+
+
+@dataclass(frozen=True)
+class Jedi:
+    data: str = option("samples", "photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv")
+    images: int = option(100, "of them", low=2)
+    size: int = option(224, "side that they are brought to", low=32)
+    out: str = option("weights/jedi.safetensors", "where the weights go, in float16")
+    masks: int = option(8000, "drawn masks", low=1)
+    epochs: int = option(30, "over them", low=1)
+    lr: float = option(2e-3, "of Adam", low=0)
+    seed: int = option(0, "of masks and weights", low=0)
+
+
+@dataclass(frozen=True)
+class Beforehand(TargetOptions):
+    through: str = option("classifier", "the classifier alone, or the defence", choices=("classifier", "defence"))
+    images: int = option(500, "number of pictures, none of which may be attacked later", low=1)
+    area: float = option(0.05, "share of the picture", low=0.0005, high=0.9)
+    target: int = option(859, "class that the universal patch aims at (the original's toaster)", low=0, high=999)
+    updates: int = option(1000, "steps of Adam", low=1)
+    eot: int = option(1, "noise samples averaged in a step", low=1)
+    width: int = option(64, "of the generator", low=1)
+    out: str = option("runs/beforehand.safetensors", "file to write")
+
+
+def train(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m diffender.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["pack", "vae", "decoder", "unet", "jedi", "universal", "gdpa"])
+    parser.add_argument("--data", type=Path, required=True, help="folder with captions.csv, or a file of `pack`")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack`, the file to write")
+    parser.add_argument("--init", type=Path, help="whole model of ours that decoder and unet start from")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
+    parser.add_argument("--minutes", type=float, help="stop after so many in all, and lower --lr towards that end")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make samples beside the training")
+    parser.add_argument("--crop", type=int, default=96, help="side of the VAE's training crops, in pixels")
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, a step")
+    parser.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True, help="lower --lr at the end")
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--focus", type=float, default=0.35, help="share of a unet batch trained as localisation uses it"
+    )
+    parser.add_argument("--samples", type=int, default=0, help="encode so many pictures once; 0: a new one each time")
+    args = parser.parse_args(argv)
+    # Imported after the options are known to be good: torch takes seconds.
+    import torch
+
+    from diffender.pretrain.corpus import pack
+    from diffender.pretrain.making import train_unet, train_vae
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.stage == "pack":
+        pack(args.data, args.out)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"vae": train_vae, "decoder": train_vae, "unet": train_unet}[args.stage](args)
+
+
+def main() -> None:
+    stage, rest = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if stage == "jedi":
+        given = parse(Jedi, __doc__, rest)
+        from diffender.pretrain.jedi import train_jedi
+
+        train_jedi(given)
+    elif stage in ("universal", "gdpa"):
+        options = parse(Beforehand, __doc__, rest)
+        from diffender.pretrain.beforehand import make
+
+        make(stage, options)
+    else:
+        train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""What is made once, on other images than those attacked: a universal AdvP patch, or GDPA's generator.
+
+    python -m diffender.pretrain universal --data DATA --out patch.safetensors
+    python -m diffender.pretrain gdpa --data DATA --out generator.safetensors
+
+Then: python evaluate.py --attack ready --patch-file patch.safetensors, or
+python evaluate.py --attack gdpa --gdpa-mode amortised --generator generator.safetensors. Both are for transfer and for
+physical tests; a patch of its own for every image is stronger.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffender.attacks.gdpa import PatchGenerator, place
+from diffender.attacks.patch import Task, Victim, apply_patch, cross_entropy, margin, masks_for, patch_side, samples
+from diffender.classifiers.dataset import Batch, correct_subset, list_items
+from diffender.factory import open_target
+from diffender.noise import generator
+from diffender.pipeline import Undefended
+from diffender.utils.files import place_for, save_atomic
+from diffender.utils.progress import bar
+
+if TYPE_CHECKING:
+    from diffender.pretrain.__main__ import Beforehand
+
+
+def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot: int) -> tuple[Tensor, float]:
+    """Over fresh noise: of the loss to attacked pictures (B, 3, S, S); and the mean loss."""
+    gradient, value = torch.zeros_like(attacked), 0.0
+    for s in samples(task, lambda k: (attacked.detach(), covered.detach(), task.noise(f"attack {step}", k)), eot):
+        gradient, value = (gradient + s.gradient / eot, value + s.value.mean().item() / eot)
+    return gradient, value
+
+
+def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
+    """`updates` times indices of `size` pictures, every picture once before any twice."""
+    order: list[int] = []
+    for epoch in range(updates):
+        if len(order) < size:
+            order += torch.randperm(len(data.ids), generator=generator(seed, "order", epoch)).tolist()
+        yield order[:size]
+        order = order[size:]
+
+
+def universal_patch(
+    victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
+) -> Tensor:
+    """One patch (3, s, s) in [0, 1] that leads pictures to `opts.target` wherever it is pasted (Brown et al. 2017)."""
+    size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
+    w = torch.zeros(3, side, side, device=data.x.device, requires_grad=True)  # tanh: grey
+    optimizer = torch.optim.Adam([w], lr=0.03)
+    for step, rows in enumerate(batches(data, opts.batch_size, opts.seed, opts.updates)):
+        x, ids = data.x[rows], [data.ids[i] for i in rows]
+        aim = torch.full((len(rows),), opts.target, device=x.device)
+        mask = masks_for(ids, opts.seed, f"universal {step}", size, opts.area).to(x)
+        patch = torch.zeros_like(x)
+        patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
+        attacked = apply_patch(x, patch, mask)
+        task = Task(victim, x, aim, ids, opts.seed, lambda z, aim=aim: cross_entropy(z, aim))
+        gradient, value = mean_gradient(task, attacked, mask, step, opts.eot)
+        optimizer.zero_grad()
+        attacked.backward(gradient)
+        optimizer.step()
+        report(value)
+    return (w.tanh() / 2 + 0.5).detach()
+
+
+def train_generator(
+    victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
+) -> PatchGenerator:
+    """The authors' generator, trained to lower the margin over many pictures (Li & Ji 2021)."""
+    size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
+    net = PatchGenerator(size, side, generator(opts.seed, "net"), opts.width).to(data.x.device)
+    net.calibrate(data.x[: opts.batch_size])
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-4, betas=(0.5, 0.9))
+    for step, rows in enumerate(batches(data, opts.batch_size, opts.seed, opts.updates)):
+        x, y, ids = data.x[rows], data.y[rows], [data.ids[i] for i in rows]
+        canvas, covered = place(*net(x), size)
+        attacked = x * (1 - covered) + canvas
+        task = Task(victim, x, y, ids, opts.seed, lambda z, y=y: margin(z, y))
+        gradient, value = mean_gradient(task, attacked, covered, step, opts.eot)
+        optimizer.zero_grad()
+        attacked.backward(gradient)
+        optimizer.step()
+        report(value)
+    return net
+
+
+def make(kind: str, opts: "Beforehand") -> None:
+    """`kind`, universal or gdpa, to the file opts.out."""
+    path = place_for(Path(opts.out))
+    target = open_target(opts)
+    device = target.classifier.mean.device
+    data = correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed)
+    data = data._replace(x=data.x.to(device), y=data.y.to(device))
+    victim = Undefended(target.classifier) if opts.through == "classifier" else target
+    header = {"kind": kind, "data": opts.data, "hashes": data.hashes, "through": opts.through, "updates": opts.updates}
+    with bar(opts.updates, kind, opts.quiet) as progress:
+
+        def report(loss: float) -> None:
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.3f}")
+
+        if kind == "universal":
+            patch = universal_patch(victim, data, opts, report)
+            save_atomic({"patches": patch[None], "targets": torch.tensor([opts.target])}, path, header)
+        else:
+            net = train_generator(victim, data, opts, report)
+            header |= {"size": data.x.shape[-1], "side": net.side, "width": opts.width}
+            save_atomic(net.state_dict(), path, header)
+    print(f"written: {path}, from {len(data.ids)} pictures")

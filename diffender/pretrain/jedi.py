@@ -1,0 +1,69 @@
+"""Train Jedi's autoencoder on drawn masks, and estimate the entropy of clean images."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from diffender.classifiers.dataset import list_items, load_image
+from diffender.classifiers.imagenet import CLASSIFIERS
+from diffender.defenses.jedi import SIDE, STRIDES, WINDOWS, Autoencoder, entropy_windows
+from diffender.noise import generator
+from diffender.utils.files import save_atomic
+
+if TYPE_CHECKING:
+    from diffender.pretrain.__main__ import Jedi
+
+
+def draw_mask(g: Generator) -> Tensor:
+    """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of a picture, somewhere, (64, 64) in {0, 1}."""
+    kind, (u, v, w, a) = (int(torch.randint(3, (), generator=g)), torch.rand(4, generator=g).tolist())
+    area, ratio = (0.01 + 0.09 * a) * SIDE**2, 1 if kind == 0 else 0.7 * 2**w
+    if kind == 2:
+        area *= 4 / math.pi
+    height, width = (min(round(n), SIDE) for n in (math.sqrt(area * ratio), math.sqrt(area / ratio)))
+    top, left = round(u * (SIDE - height)), round(v * (SIDE - width))
+    y, x = (torch.arange(SIDE)[:, None] - top - (height - 1) / 2, torch.arange(SIDE)[None] - left - (width - 1) / 2)
+    if kind == 2:
+        return ((2 * y / height) ** 2 + (2 * x / width) ** 2 <= 1).float()
+    return ((y.abs() < height / 2) & (x.abs() < width / 2)).float()
+
+
+def train_jedi(opts: "Jedi") -> None:
+    """Write the weights of `defenses.jedi` to opts.out, with the statistics of clean images in the header."""
+    g = generator(opts.seed, "jedi")
+    masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
+    net = Autoencoder()
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0)
+    optimizer = torch.optim.Adam(net.parameters(), opts.lr)
+    for epoch in range(opts.epochs):
+        total = 0.0
+        for batch in masks[torch.randperm(len(masks), generator=g)].split(64):
+            loss = F.binary_cross_entropy_with_logits(net.logits(batch), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch) / len(masks)
+        print(f"epoch {epoch} loss {total:.4f}")
+    mean, std = clean_statistics(opts)
+    print(f"entropy of clean windows: {mean}, deviations {std}")
+    header = {k: v for k, v in asdict(opts).items() if k != "out"} | {"clean_mean": mean, "clean_std": std}
+    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
+
+
+def clean_statistics(opts: "Jedi") -> tuple[list[float], list[float]]:
+    """Over pictures, of their mean window entropy in each scale."""
+    items = list_items(opts.data)
+    order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
+    cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))
+    pictures = [load_image(items[i].path, cfg)[None] for i in order]
+    means = torch.tensor(
+        [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in pictures]
+    )
+    mean, std = ([round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0)))
+    return mean, std

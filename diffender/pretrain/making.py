@@ -1,0 +1,228 @@
+"""The stages of training the embedded diffusion model: VAE, decoder, UNet."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+from torchvision.utils import save_image
+
+from diffender.classifiers.imagenet import load_classifier
+from diffender.losses import feature_distance
+from diffender.pipeline import DIFFender, DIFFenderConfig
+from diffender.pretrain.corpus import Crops, Photos, Samples, batches, load_photos
+from diffender.pretrain.trainer import Trainer, plot_losses
+from diffender.prompts import manual_contexts
+from diffender.restore import composite
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
+from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
+from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header, save_atomic
+from diffender.utils.progress import bar
+from diffender.weights.loading import load_model, save_model
+
+PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
+    path = args.out / "vae.safetensors"
+    vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
+    if args.stage == "decoder":
+        state, earlier = first_stage(args)
+        vae.load_state_dict(state)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    photos = load_photos(args.data, short_side=256)
+    classifier = load_classifier("efficientnet_lite0").to(args.device)
+    net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
+    trainer = Trainer(args.stage, vae, args)
+    scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
+    crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
+    for g, x in zip(trainer.steps(), crops, strict=False):
+        x = x.to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = vae.posterior(x)
+            noise = torch.randn(posterior.mean.shape, generator=g).to(args.device)
+            recon = vae.decode(posterior.sample(noise)).float()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        l1 = (recon - x).abs().mean()
+        # Squared and coarse: l1 alone sits where every colour is its median, grey, and texture takes all the channels.
+        difference = F.avg_pool2d(recon - x, 4)
+        chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
+        loss = l1 + 20 * chroma + PERCEPTUAL[args.stage] * perceptual + 3e-4 * kl
+        trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
+    if args.stage == "decoder":
+        vae.load_state_dict(trainer.ema.module.state_dict())  # on small batches its colours wander
+    vae.requires_grad_(False)  # of the vae stage its last weights: it changes too much for an average
+    some = center_crops(photos, range(0, len(photos.images), 41)).to(args.device)
+    z = torch.cat([vae.encode(x) for x in some.split(8)])
+    recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
+    psnr = -10 * (recon - some).square().mean(dim=(1, 2, 3)).log10()
+    print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(some)} photographs")
+    save_image(torch.cat([some[:8], recon[:8]]), args.out / "vae.png", nrow=8)
+    plot_losses(trainer.log, ("l1", "perceptual"))
+    card = {"steps": trainer.step, "batch": args.batch, "crop": args.crop, "seconds": round(trainer.seconds)}
+    if args.stage == "decoder":
+        header = earlier | {"decoder": card}
+    else:
+        header = card | {"scale_factor": 1 / z.std().item()}
+    save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
+
+
+def first_stage(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
+    """Weights of the trained VAE, from --out or else from --init, and how they came about."""
+    path = args.out / "vae.safetensors"
+    if path.is_file():
+        return load_file(path), read_header(path)
+    if args.init:
+        return load_model("tiny", args.init).vae.state_dict(), read_header(args.init)["training"]["vae"]
+    raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")
+
+
+def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
+    """The classifier's first feature maps, where texture and edges live."""
+    h = net.bn1(net.conv_stem((x - classifier.mean) / classifier.std))
+    maps = []
+    for stage in net.blocks[:4]:
+        h = stage(h)
+        maps.append(h)
+    return maps
+
+
+def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
+    crops = []
+    for i in indices:
+        image = photos.images[i]
+        top, left = ((n - size) // 2 for n in image.shape[1:])
+        crops.append(image[:, top : top + size, left : left + size].float() / 255)
+    return torch.stack(crops)
+
+
+Encoded = dict[str, Tensor]  # posteriors of pictures and masked pictures, masks on the latent grid, tokens
+
+
+def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor) -> Encoded:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        image = torch.cat(model.vae.posterior(x), dim=1)
+        masked = torch.cat(model.vae.posterior(x * (1 - mask) + 0.5 * mask), dim=1)
+    small = F.interpolate(mask, image.shape[-2:], mode="nearest")
+    return {"image": image.half(), "masked": masked.half(), "mask": small.bool(), "tokens": tokens}
+
+
+def fresh_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
+    """Encoded samples, each seen once."""
+    dataset = Samples(load_photos(args.data, short_side=256), model.cfg.image_size, model.text.tokenize, args.seed)
+    for parts in batches(dataset, indices, batch, args.workers):
+        yield encode(model, *(part.to(args.device) for part in parts))
+
+
+def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
+    """Batches of --samples encoded once and kept in --out."""
+    path = args.out / "samples.safetensors"
+    if path.is_file():
+        samples = load_file(path)
+    else:
+        with bar(args.samples // 16, "encoding") as progress:
+            parts = []
+            for part in fresh_batches(args, model, range(args.samples), 16):
+                parts.append({k: v.cpu() for k, v in part.items()})
+                progress.update()
+        samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        save_atomic(samples, path, {})
+    for start in indices[:: args.batch]:
+        g = Generator().manual_seed(args.seed * 1_000_000_000 + start)
+        picks = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
+        yield {k: v[picks].to(args.device) for k, v in samples.items()}
+
+
+def sample_latents(posterior: Tensor, scale_factor: float, g: Generator) -> Tensor:
+    mean, logvar = posterior.float().chunk(2, dim=1)
+    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g).to(mean))
+
+
+def initialize(model: LatentDiffusion) -> None:
+    """Residual branches of the UNet start at zero (Ho et al. 2020), embeddings as small as CLIP's."""
+    nn.init.normal_(model.text.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(model.text.embeddings.position_embedding.weight, std=0.01)
+    for module in model.unet.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.out_layers[3].weight)
+        elif isinstance(module, SpatialTransformer):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.zeros_(model.unet.out[2].weight)
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
+    vae, vae_card = first_stage(args)
+    scale_factor = vae_card["scale_factor"]
+    preset = PRESETS["tiny"]
+    cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
+    model = LatentDiffusion(cfg).to(args.device, memory_format=torch.channels_last)
+    initialize(model)
+    if args.init:
+        model.load_state_dict(load_model("tiny", args.init).state_dict())
+    model.vae.load_state_dict(vae)
+    model.vae.requires_grad_(False)
+    empty = model.text.tokenize([""]).to(args.device)
+    clean = model.text.tokenize(["clean"])[0, 1].item()
+    blank = model.blank_conditioning((cfg.image_size,) * 2)
+    trainer = Trainer("unet", model, args)
+    stored, left = args.samples > 0, trainer.left()
+    source = stored_batches(args, model, left) if stored else fresh_batches(args, model, left, args.batch)
+    for g, batch in zip(trainer.steps(), source, strict=False):
+        z0 = sample_latents(batch["image"], scale_factor, g)
+        conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
+        # Only clean pictures lose their caption: without words the model expects photographs, as Stable Diffusion does.
+        dropped = (torch.rand(len(z0), generator=g) < 0.3).to(args.device) & (batch["tokens"] == clean).any(dim=1)
+        tokens = torch.where(dropped[:, None], empty, batch["tokens"])
+        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g).to(args.device)
+        focus = round(args.focus * len(z0))
+        conditioning[:focus] = blank
+        t[:focus] = 100 + t[:focus] % 400  # noise ratios of about 0.1 to 0.5
+        noise = torch.randn(z0.shape, generator=g).to(args.device)
+        a_t = model.alphas_cumprod[t][:, None, None, None]
+        z_t = q_sample(z0, noise, a_t)
+        with torch.autocast(args.device, torch.bfloat16):
+            context = model.text(model.text.embed(tokens))
+            eps = model(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
+        error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
+        # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
+        trainer.update((error / a_t).mean(), mse=error.mean())
+    model.load_state_dict(trainer.ema.module.state_dict())
+    model.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
+    losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
+    card = {
+        "steps": trainer.step,
+        "batch": args.batch,
+        "seconds": round(trainer.seconds),
+        "samples": args.samples or trainer.step * args.batch,
+    }
+    card |= {"mse": sum(losses) / len(losses), "device": args.device, "vae": vae_card}
+    if args.init:
+        card["from"] = {k: v for k, v in read_header(args.init)["training"].items() if k != "vae"}
+    save_model(model, args.out / "tiny.safetensors", {"training": card})
+    plot_losses(trainer.log, ("loss", "mse"))
+    show_inpainting(args, model.requires_grad_(False))
+    print(f"saved {args.out / 'tiny.safetensors'}: {card}")
+
+
+def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
+    """Eight photographs, with a grey square, and inpainted from the prompt "clean"."""
+    photos = load_photos(args.data, short_side=256)
+    x = center_crops(photos, range(0, len(photos.images), len(photos.images) // 8))[:8]
+    mask = torch.zeros(len(x), 1, *x.shape[-2:])
+    mask[..., 80:144, 80:144] = 1
+    defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))
+    noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
+    restored = composite(x, defense.restore(x, mask, noise), mask)
+    save_image(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), args.out / "unet.png", nrow=8)

@@ -1,0 +1,102 @@
+"""The training loop's bookkeeping, for `pretrain`: optimiser, averaged weights, checkpoints, log."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffender.utils.files import whole
+from diffender.utils.images import save_figure
+from diffender.utils.progress import bar
+
+
+class Trainer:
+    """What both stages share: AdamW with warm-up and clipping, an EMA copy, checkpoints, a log line now and then."""
+
+    def __init__(self, name: str, model: nn.Module, args: argparse.Namespace):
+        self.path = args.out / f"{name}.ckpt"
+        self.log = args.out / f"{name}.jsonl"
+        self.args, self.model = args, model
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.step, self.seconds = 0, 0.0
+        if self.path.is_file():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.ema.load_state_dict(state["ema"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            print(f"resuming {self.path} at step {self.step}")
+
+    def left(self) -> range:
+        """The numbers of the samples that the steps still to do take."""
+        return range(self.step * self.args.batch, self.args.steps * self.args.batch)
+
+    def steps(self) -> Iterator[Generator]:
+        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn.
+
+        Ends early when --minutes are spent.
+        """
+        start, mark = self.seconds, time.monotonic()
+        progress = bar(self.args.steps, "training", initial=self.step)
+        while self.step < self.args.steps and self.share_done() < 1:
+            yield Generator().manual_seed(self.args.seed * 10_000_000 + self.step)
+            self.step += 1
+            self.seconds = start + time.monotonic() - mark
+            progress.update()
+            if self.step % self.args.save_every == 0:
+                self.save()
+        self.save()
+        progress.close()
+
+    def share_done(self) -> float:
+        """Of the training, by steps or by time, whichever is nearer its end."""
+        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
+        return max(self.step / self.args.steps, by_time)
+
+    def update(self, loss: Tensor, **terms: Tensor) -> None:
+        """One optimiser step on `loss`; `terms` go to the log."""
+        if not loss.isfinite():
+            raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; resume with a lower --lr")
+        lr = self.args.lr * min(1.0, (self.step + 1) / 100)
+        if self.args.decay:  # to a tenth over the last fifth: what the average cannot give
+            lr *= min(1.0, max(0.1, (1 - self.share_done()) / 0.2))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+        if self.step % 50 == 0:
+            line = {"step": self.step, "seconds": round(self.seconds), "loss": loss.item()}
+            line |= {k: v.item() for k, v in terms.items()}
+            with self.log.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "seconds": self.seconds,
+        }  # fmt: skip
+        with whole(self.path) as partial:
+            torch.save(state, partial)
+
+
+def plot_losses(log: Path, names: tuple[str, ...]) -> None:
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    for name in names:
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    axis.set(xlabel="step", yscale="log")
+    axis.legend()
+    save_figure(figure, log.with_name(f"{log.stem}-loss.png"))

@@ -1,0 +1,96 @@
+"""From the records of a run to what people read.
+
+    python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
+    python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
+    python -m diffender.report page runs/NAME                 # write report.html there anew
+
+Torch is imported inside the functions: tables need none.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffender.evaluation.records import read_records
+from diffender.utils.errors import InputError
+from diffender.utils.files import write_text
+from diffender.utils.markdown import table
+from diffender.utils.options import run
+
+
+def fill(document: str, results: Path) -> str:
+    """The document with the NAME/table.md of `results` between its marks, <!-- results/NAME --> and <!-- end -->.
+
+    <!-- results/NAME accuracy --> takes the first table of that file alone.
+    """
+
+    def content(match: re.Match) -> str:
+        text = (results / match["name"] / "table.md").read_text(encoding="utf-8")
+        if match["part"]:
+            text = text.split("\n\n")[0] + "\n"
+        return f"<!-- results/{match['name']}{match['part'] or ''} -->\n{text}<!-- end -->"
+
+    marks = r"<!-- results/(?P<name>[\w-]+)(?P<part> accuracy)? -->\n.*?<!-- end -->"
+    return re.sub(marks, content, document, flags=re.DOTALL)
+
+
+def compare(a: Path, b: Path) -> str:
+    """Two runs on the pictures and attacks that they share: who is right where the other is not, by the first
+    purification of each; McNemar's exact p. `strongest` counts a picture under all shared attacks.
+
+    Raises InputError where they share no pictures.
+    """
+    from diffender.evaluation.metrics import mcnemar
+
+    left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
+    ids = [i for i in left if i in right]
+    if not ids:
+        raise InputError(f"{a} and {b} share no pictures; compare runs of evaluate.py on the same --data and --seed")
+    variants = list(left[ids[0]]["attacks"])
+    shared = [v for v in variants if all(v in run[i]["attacks"] for run in (left, right) for i in ids)]
+
+    def is_right(record: dict, attacks: Sequence[str]) -> bool:
+        seen = [record["attacks"][v]["defended"][0] for v in attacks] if attacks else [record["defended"][0]]
+        return all(c == record["label"] for c in seen)
+
+    rows = []
+    for name, attacks in {"none": [], **{v: [v] for v in shared}, **({"strongest": shared} if shared else {})}.items():
+        pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
+        first, second = (sum(column) for column in zip(*pairs, strict=True))
+        only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
+        rows.append((name, *map(str, (first, second, *only)), f"{mcnemar(pairs):.2g}"))
+    head = (f"{len(ids)} pictures", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
+    return table(head, rows)
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:] or [""]
+    if what in ("", "-h", "--help"):
+        print(__doc__)
+        return
+    if what == "compare":
+        if len(rest) != 2 or not all((Path(folder) / "config.json").is_file() for folder in rest):
+            raise InputError(f"compare {' '.join(rest)}: give two folders that evaluate.py wrote")
+        print(compare(*map(Path, rest)), end="")
+        return
+    if what == "page":
+        from diffender.classifiers.imagenet import class_names
+        from diffender.report.folder import write_report
+
+        if not rest:
+            raise InputError("page: no folder given; give folders that evaluate.py wrote")
+        for folder in rest:
+            write_report(Path(folder), class_names())
+            print(Path(folder) / "report.html")
+        return
+    for path in map(Path, sys.argv[1:]):
+        if not path.is_file():
+            raise InputError(f"no document {path}; give Markdown files, or compare and two folders of runs")
+        write_text(path, fill(path.read_text(encoding="utf-8"), Path("results")))
+
+
+if __name__ == "__main__":
+    run(main)

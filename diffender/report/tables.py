@@ -1,0 +1,65 @@
+"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures.
+
+python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
+python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
+
+Torch is imported inside the functions: tables need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffender.utils.markdown import table
+
+
+def counted(p: dict) -> str:
+    return f"{100 * p['accuracy']:.1f} % ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def share(p: dict) -> str:
+    return f"{100 * p['accuracy']:.1f} % ({100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the main table: accuracy in per cent with counts and Wilson 95 % intervals."""
+    head = ("attack", "gradient", "undefended", f"{results['defense']}, single", "average",
+            f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
+    rows = []
+    for r in results["rows"]:
+        p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
+        rows.append((r["attack"], r["gradient"], counted(r["undefended"]), counted(r["single"]),
+                     *(share(r[column]) for column in ("average", "worst", "majority")), p))  # fmt: skip
+    return head, rows
+
+
+def markdown(results: dict) -> str:
+    """The tables of a run: accuracy, masks, checks, and how it came about."""
+    head, rows = accuracies(results)
+    if results["masks"]:
+        rows = [tuple(f"**{c}**" if c else "" for c in r) if r[0].startswith("strongest") else r for r in rows]
+    parts = [table(head, rows)]
+    if results["masks"]:
+        scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}
+        scores = {c: title for c, title in scores.items() if all(c in m for m in results["masks"].values())}
+        head = ("masks, means over the pictures", "patched", *scores.values(), "passes", "seconds a picture")
+        rows = [(name, f"{100 * m['area']:.1f} %", *(f"{m[c]:.3f}" for c in scores),
+                 f"{m['queries']:.0f}", f"{m['seconds']:.1f}") for name, m in results["masks"].items()]  # fmt: skip
+        parts.append(table(head, rows))
+    if results["masked_clean"] is not None:
+        parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")
+    if results.get("trust"):
+        parts.append(trust_table(results["trust"]))
+    parts.append(
+        f"`{results['command']}`: {results['rows'][0]['single']['n']} pictures, {results['setting']}, seed "
+        f"{results['seed']}, {results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on "
+        f"{results['machine']}, {results['date']}.\n"
+    )
+    return "\n".join(parts)
+
+
+def trust_table(checks: Sequence[dict]) -> str:
+    """One line a check; a failed one is red."""
+    signs = {True: "🟢 pass", False: "🔴 **FAIL**", None: "shown"}
+    rows = [(c["name"], c["figure"], c["wanted"], signs[c["passed"]]) for c in checks]
+    return table(("can the evaluation be trusted?", "figure", "wanted", ""), rows)

@@ -1,0 +1,142 @@
+"""Files in and out: whole or not at all, and one clear line for whatever is not the safetensors file it should be.
+
+Torch is imported inside the functions: what only writes text answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffender.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write to in place of `path`, which it becomes when the block ends well; else nothing is left of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
+    """Write a safetensors file with `header` as JSON in its metadata."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot write {path} ({one_line(e)}); free some space, or choose another place") from e
+
+
+def place_for(path: Path) -> Path:
+    """The path of a file to be written after long work, its folder made. Raises InputError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as f:
+            f.write(b"?")
+    except OSError as e:
+        raise InputError(f"cannot write to {path.parent} ({e.strerror}); choose another place") from e
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    return path
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(tensors: dict[str, Tensor], header: dict) -> str:
+    """A checksum of a file's tensors and header, for `save_atomic` to store and a reader to compare."""
+    import torch
+
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu()
+        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.flatten().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def one_line(e: BaseException) -> str:
+    return ascii(" ".join(str(e).split()))[1:-1][:200]
+
+
+def open_safetensors(path: Path):  # noqa: ANN201
+    """A lazily read safetensors file; raises InputError for anything that is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a .safetensors file")
+    if not path.exists():
+        raise InputError(f"no weights file {path}; give the path of a .safetensors file")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        with path.open("rb") as f:
+            start = f.read(2)
+        if start in (b"PK", b"\x80\x02") or path.suffix in PICKLES:  # a zip archive or a bare pickle, whatever its name
+            raise InputError(
+                f"{path} looks like a pickle, which can run code when it is read; convert it with "
+                f"python -m diffender.weights convert {path}"
+            ) from e
+        raise InputError(f"{path} is not a whole safetensors file ({one_line(e)}); fetch or copy it again") from e
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_safetensors(path) as f:
+        return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  (no dict)
+
+
+def check_fit(path: Path, what: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises InputError unless a file's tensors are those that `what` has, by name and shape."""
+    wrong = state.keys() ^ wanted.keys() or {k for k in wanted if state[k].shape != wanted[k].shape}
+    if wrong:
+        names = ", ".join(sorted(wrong)[:5])
+        raise InputError(
+            f"{path} does not fit {what}: {len(wrong)} tensors differ ({names}); give the file made for it"
+        )
+
+
+def read_header(path: Path) -> dict:
+    """The JSON that `save_atomic` put into the file's metadata; {} for files of others."""
+    with open_safetensors(path) as f:
+        text = (f.metadata() or {}).get("diffender", "{}")
+    try:
+        header = json.loads(text)
+    except ValueError as e:
+        raise InputError(f"{path} has a damaged header ({one_line(e)}); fetch or copy it again") from e
+    if not isinstance(header, dict):
+        raise InputError(f"{path} has a damaged header (no JSON object); fetch or copy it again")
+    return header

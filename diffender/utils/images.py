@@ -1,0 +1,80 @@
+"""Images in and out: 8-bit PNG files, difference maps stretched to be seen, a grid of stages.
+
+Torch is imported inside the functions: what only reads files answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from diffender.utils.files import whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """(C, H, W) in [0, 1] as an 8-bit PNG, which keeps multiples of 1/255 to the bit."""
+    from torchvision.transforms.functional import to_pil_image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(partial, format="PNG")
+
+
+def load_png(path: Path) -> Tensor:
+    """What `save_png` wrote, as (3, H, W) in [0, 1]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")).float() / 255
+
+
+def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
+    """One PNG a stage: name_clean.png, name_attacked.png, ... from (C, H, W) in [0, 1]."""
+    for stage, image in stages.items():
+        save_png(image, folder / f"{name}_{stage}.png")
+
+
+def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
+    """A difference map (1, h, w) to its own range [0, 1], enlarged without smoothing: what the localiser sees."""
+    import torch
+
+    low, high = heatmap.aminmax()
+    scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
+    return torch.nn.functional.interpolate(scaled[None], size, mode="nearest")[0]
+
+
+def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
+    """A row a picture: clean, attacked, difference map, mask, restored, with what the classifier sees in each."""
+    from matplotlib.figure import Figure
+
+    records = records[:rows]
+    stages = [stage for stage in STAGES if (folder / f"{records[0]['file']}_{stage}.png").is_file()]
+    figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), len(stages), squeeze=False)
+    for row, record in zip(axes, records, strict=True):
+        for axis, stage in zip(row, stages, strict=True):
+            image = Image.open(folder / f"{record['file']}_{stage}.png")
+            axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(stage, fontsize=8)
+            last = list(record["attacks"].values() or [record])[-1]
+            seen = {"clean": record["undefended"], "attacked": last["undefended"], "restored": last["defended"][0]}
+            if stage in seen:
+                answer = seen[stage]
+                colour = "green" if answer == record["label"] else "firebrick"
+                axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
+    save_figure(figure, path, dpi=100)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")

@@ -1,0 +1,210 @@
+"""Command lines from dataclasses: one field, one flag. Bad input ends in one line and exit code 2."""
+
+import argparse
+import ctypes
+import errno
+import math
+import signal
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.interruption import Interrupted
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+Fields = TypeVar("Fields", bound="DataclassInstance")
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    group: str | None = None,
+) -> Any:
+    """A field with its help text, and its allowed values or range (both ends included). `group` heads it, and those
+    that follow, in --help."""
+    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    return field(default=default, metadata=given)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which diffusion model runs, and how: the flags that the scripts share."""
+
+    model: str = option(
+        "auto",
+        "preset of diffender.stable_diffusion.model; auto: the embedded tiny, or what --weights holds",
+        group="the model, and where it runs",
+    )
+    weights: str | None = option(None, "single file or Hugging Face folder; random: for trials at full size")
+    ema: bool = option(False, "take the averaged copies of the UNet, which some files of training hold")
+    vae: str | None = option(None, "another VAE, alone or in a whole model")
+    locate_unet: str | None = option(None, "a separate 4-channel UNet for localisation, as in the authors' demo")
+    prediction: str = option(
+        "auto", "what UNets predict whose files do not say (auto: epsilon)", choices=("auto", "epsilon", "v")
+    )
+    dtype: str = option(
+        "auto", "of the UNets (auto: float32 on the CPU, bfloat16 on a GPU); text tower and VAE stay in float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    micro_batch: int | None = option(None, "at most so many latents or pictures in a network at a time", low=1)
+    keep: bool | None = option(
+        None, "activations for the backward pass instead of computing them again: same gradients, more memory "
+        "(default: where they take no more than a quarter of the free memory)",
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    quiet: bool = option(False, "only results and errors: no progress, no forecast")
+
+
+@dataclass(frozen=True)
+class DefenseOptions(ModelOptions):
+    """The defence: prompts, and every field of DIFFenderConfig, at what suits the embedded model."""
+
+    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"), group="the defence")
+    prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
+    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
+    draws: int = option(3, "m of Eq. 2 (paper: 3)", low=1)
+    theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
+    score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
+    shared_noise: bool = option(True, "the two predictions of a draw share their noise")
+    decoded: bool = option(False, "compare decoded pictures instead of latents")
+    sigma: float = option(1.0, "of the mask's 3x3 blur, in latents; 0: none", low=0)
+    dilation: int = option(3, "side of the square that the mask is dilated by, in latents; odd", low=1)
+    steps: int = option(4, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
+    guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none (paper's demo: 7.5)", low=0)
+    sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), for few steps, or ddim (paper)", choices=("dpmpp", "ddim"))
+    eta: float = option(0.0, "of ddim; 0: deterministic, 1: variance of DDPM", low=0, high=1)
+    restore: bool = option(True, "inpaint the mask; --no-restore fills it with grey (the paper's NR)")
+    composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
+
+
+@dataclass(frozen=True)
+class TargetOptions(DefenseOptions):
+    """The classifier behind the defence, and the pictures."""
+
+    data: str = option("samples", "samples, a folder by wnid, a csv of file and label; faces: by person, or identity",
+                       group="classifier and pictures")  # fmt: skip
+    classifier: str = option("efficientnet_lite0", "a name of diffender.classifiers.imagenet, timm:TAG, "
+                             "or a recogniser of faces: facenet, mobilefacenet")  # fmt: skip
+    fold: int = option(0, "of faces: which picture of each person is the probe; the others are the gallery", low=0)
+    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
+    seed: int = option(0, "of every random choice", low=0)
+    batch_size: int = option(8, "pictures side by side; changes no result", low=1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; argparse would print its usage first."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
+    """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
+    hints = get_type_hints(cls)
+    usage = " ".join(["[options]", *(f.name for f in fields(cls) if hints[f.name] == tuple[str, ...])])
+    parser = Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage=f"%(prog)s {usage}",
+    )  # fmt: skip
+    group = parser.add_argument_group("options")
+    for f in fields(cls):
+        assert f.default is not MISSING, f"option {f.name} needs a default"
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        flag = with_hyphens(f"--{f.name}")
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        hint = hints[f.name]
+        kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
+        if hint == tuple[str, ...]:
+            group.add_argument(f.name, nargs="*", help=f.metadata["help"])
+        elif kind is bool:
+            group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            choices = f.metadata["choices"]
+            group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
+    args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
+    if rest:
+        known = [with_hyphens(f"--{f.name}") for f in fields(cls)]
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
+    for f in fields(cls):
+        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, int | float) and not within(value, low, high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed}")
+    return cls(**vars(args))
+
+
+def with_hyphens(word: str) -> str:
+    """A flag as it is known, however it is spelt: --noise_ratio=0.5 is --noise-ratio=0.5."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+def within(value: float, low: float | None, high: float | None) -> bool:
+    """Whether a number lies in a range, both ends included, None for an open one; NaN and infinity do not."""
+    return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+
+
+FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: no result depends on them
+
+
+def settings(opts: Any, *free: str) -> dict:
+    """The options that results depend on: all but FREE and those named."""
+    return {k: v for k, v in asdict(opts).items() if k not in (*FREE, *free)}
+
+
+def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
+    """A dataclass from the options of the same names; an option that is None leaves it its own default."""
+    values = {f.name: getattr(opts, f.name, None) for f in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if value is not None} | override)
+
+
+KEPT = "what is written stays, and the same command with the same --name or --out goes on"
+FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space: {KEPT}") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
+    "choose another place, or change its permissions",
+)  # of files, by what the system says
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of giving each back to the kernel, which zeroes the next one page by
+    page. Elsewhere, nothing."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for parameter in (trim_threshold, mmap_threshold):
+        mallopt(parameter, 2**31 - 1)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call main and exit: 0; 2 with one line where the input, the disk or a permission is at fault; 130 where Ctrl-C
+    or SIGTERM stopped it."""
+    keep_freed_memory()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    try:
+        main()
+        code = 0
+    except (InputError, Interrupted) as e:
+        told, code = str(e), 2 if isinstance(e, InputError) else 130
+    except KeyboardInterrupt:
+        told, code = f"stopped; {KEPT}", 130
+    except OSError as e:
+        if e.errno not in FAULTS:
+            raise
+        told, code = f"{e.filename or 'a file'}: {e.strerror}; {FAULTS[e.errno]}", 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+    sys.exit(code)

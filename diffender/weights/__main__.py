@@ -1,0 +1,41 @@
+"""Models from files: the embedded one, and official checkpoints in every layout they are published in.
+
+python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
+python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
+python -m diffender.weights inspect PATH             what a file or folder holds
+"""
+
+import argparse
+from pathlib import Path
+
+from diffender.utils.options import Parser, run
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m diffender.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="download an official file and check its hash")
+    fetch.add_argument("name", choices=("sd15-inpainting", "sd2-inpainting"))
+    convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")
+    inspect = commands.add_parser("inspect", help="what a file or folder holds")
+    inspect.add_argument("path", type=Path)
+    args = parser.parse_args()
+    # Imported after the options are known to be good: torch takes seconds.
+    from diffender.weights import official
+    from diffender.weights.loading import describe
+    from diffender.weights.reading import scan
+
+    if args.command == "fetch":
+        print(official.fetch(args.name))
+    elif args.command == "convert":
+        print(official.convert(args.file, args.out or args.file.with_suffix(".safetensors")))
+    else:
+        print(describe(scan(args.path)))
+
+
+if __name__ == "__main__":
+    run(main)

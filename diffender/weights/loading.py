@@ -1,0 +1,228 @@
+"""Models from files: the embedded one, and official checkpoints in every layout they are published in.
+
+python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
+python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
+python -m diffender.weights inspect PATH             what a file or folder holds
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Generator, nn
+
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.schedule import make_alphas_cumprod
+from diffender.stable_diffusion.text import TextConfig
+from diffender.stable_diffusion.unet import UNet, UNetConfig
+from diffender.stable_diffusion.vae import VAEConfig
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.files import digest, one_line, open_safetensors, save_atomic
+from diffender.weights.layouts import PREFIXES, Signature, signature
+from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan
+
+PACKAGE = Path(__file__).parents[1]
+EMBEDDED = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
+RANDOM = "random"
+
+
+def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
+    """Write the whole model in float16, in CompVis names, with its configuration and a checksum in the header."""
+    tensors = {
+        prefix + k: v.half() for part, prefix in PREFIXES.items() for k, v in getattr(model, part).state_dict().items()
+    }
+    header = json.loads(json.dumps({"config": asdict(model.cfg)} | header))
+    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
+
+
+def load_model(
+    name: str = "auto",
+    path: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    locator: str | Path | None = None,
+    prediction: str | None = None,
+) -> LatentDiffusion:
+    """A frozen model in eval mode.
+
+    name        of `PRESETS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
+    path        a CompVis single file, a Hugging Face folder, a file of ours, or "random", for trials
+    dtype       of the UNets; text tower and VAE stay in float32, as do the latents between evaluations
+    ema         take the averaged copies of the UNet, which some files of training hold
+    vae         another VAE, alone or in a whole model, in either layout
+    locator     likewise, a 4-channel UNet for localisation, as the authors' demo has
+    prediction  epsilon or v, of UNets whose files do not say
+
+    Raises InputError for files that are damaged or of another model.
+    """
+    if name not in (*PRESETS, "auto"):
+        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    if str(path) == RANDOM:
+        return random_model(name, dtype)
+    if path is None:
+        if name not in ("tiny", "auto"):
+            raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
+        path = EMBEDDED / "tiny.safetensors"
+    main = scan(Path(path))
+    if "digest" in main.header:
+        check_digest(main)
+    cfg = config_for(name, main, prediction)
+    sources = {"unet": main, "vae": scan(Path(vae)) if vae else main, "text": main}
+    with torch.device("meta"):
+        model = LatentDiffusion(cfg)
+        if locator:
+            sources["locator"] = scan(Path(locator))
+            model.locator = UNet(locator_config(sources["locator"], cfg, prediction))
+    matches = {
+        part: match(source, part.replace("locator", "unet"), getattr(model, part), ema and part == "unet")
+        for part, source in sources.items()
+    }
+    check_match(main.path, main.unknown, matches.values())
+    for part, found in matches.items():
+        module = getattr(model, part)
+        tensors = read(found.tensors, module.state_dict(), dtype if isinstance(module, UNet) else torch.float32)
+        module.load_state_dict(tensors, assign=True)
+    model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
+    return model.requires_grad_(False).eval()
+
+
+def random_model(name: str, dtype: torch.dtype) -> LatentDiffusion:
+    """A preset with random weights, always the same: full size, real cost, no meaning."""
+    if name == "auto":
+        raise InputError(f"--weights {RANDOM} is for a named model; give --model, one of {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        model = LatentDiffusion(PRESETS[name])
+    model.unet.to(dtype)
+    model.to_empty(device="cpu")
+    fill_random(model, Generator().manual_seed(0))
+    model.to(memory_format=torch.channels_last)  # as `read` has it
+    model.alphas_cumprod = make_alphas_cumprod()
+    return model.requires_grad_(False).eval()
+
+
+def fill_random(module: nn.Module, g: Generator) -> None:
+    """Normal weights that keep the size of what passes through; norms and biases at their start."""
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=p[0].numel() ** -0.5, generator=g)
+        else:
+            p.data.fill_(float(name.endswith("weight")))
+
+
+def config_for(name: str, checkpoint: Checkpoint, prediction: str | None) -> ModelConfig:
+    """The configuration that the tensors call for; raises InputError where it is not what `name` asks for."""
+    path = checkpoint.path
+    if "config" in checkpoint.header:
+        cfg = config_from_json(checkpoint.header["config"], path)
+        if name not in ("auto", "tiny") and cfg != PRESETS[name]:
+            raise InputError(f"{path} holds a model of its own configuration, not {name}; leave out --model")
+        return cfg
+    found, family = family_of(checkpoint)
+    wanted = PRESETS[family].unet.in_channels
+    if found.in_channels != wanted:
+        raise InputError(
+            f"{path} holds a UNet with {found.in_channels} input channels, a text-to-image model; inpainting needs "
+            f"{wanted}: give the {family} checkpoint (this one can serve as --locate-unet)"
+        )
+    if name not in ("auto", family):
+        raise InputError(f"{path} holds {family}, not {name}; use --model {family}")
+    cfg = PRESETS[family]
+    return replace(cfg, unet=replace(cfg.unet, prediction=prediction or stated_prediction(path)))
+
+
+def locator_config(checkpoint: Checkpoint, cfg: ModelConfig, prediction: str | None) -> UNetConfig:
+    """The configuration of a 4-channel UNet that reads the same text as the model of `cfg`."""
+    found, family = family_of(checkpoint)
+    if found.in_channels != 4 or found.context_dim != cfg.unet.context_dim:
+        raise InputError(
+            f"--locate-unet {checkpoint.path} has {found.in_channels} input channels and reads text of width "
+            f"{found.context_dim}; wanted is a text-to-image UNet with 4 and {cfg.unet.context_dim}"
+        )
+    return replace(PRESETS[family].unet, in_channels=4, prediction=prediction or stated_prediction(checkpoint.path))
+
+
+def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
+    """Signature of the UNet, and the preset that it belongs to whatever its input channels."""
+    found = signature({k: s.shape for k, s in checkpoint.parts.get("unet", {}).items()})
+    known = {
+        (c.unet.model_channels, c.unet.context_dim, c.unet.linear_proj): name
+        for name, c in PRESETS.items()
+        if name != "tiny"  # its files say what they are
+    }
+    if found is None or found[1:] not in known:
+        what = "no UNet of Stable Diffusion 1 or 2" if found is None else f"an unknown UNet ({found})"
+        raise InputError(f"{checkpoint.path} holds {what}; known are {', '.join(known.values())}")
+    return found, known[found[1:]]
+
+
+def stated_prediction(path: Path) -> str:
+    """What a Hugging Face folder's scheduler says that its UNet predicts; epsilon where nothing is said."""
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return "epsilon"
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    except (ValueError, AttributeError) as e:
+        raise InputError(f"{file} is not a JSON object ({one_line(e)})") from e
+    if stated not in ("epsilon", "v_prediction"):
+        raise InputError(f"{file} says prediction_type {stated!r}; supported are epsilon and v_prediction")
+    return stated.removesuffix("_prediction")
+
+
+def config_from_json(config: dict, path: Path) -> ModelConfig:
+    """The configuration in a file's header; raises InputError for one that no file of ours has."""
+
+    def build(cls: type, values: dict):  # noqa: ANN202
+        sizes = [n for v in values.values() for n in (v if isinstance(v, list) else [v]) if type(n) is int]
+        if not all(0 <= n < 1 << 16 for n in sizes):  # seen before anything is built from it
+            raise ValueError(f"absurd sizes: {sizes}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+    try:
+        cfg = ModelConfig(**{k: build(parts[k], v) if k in parts else v for k, v in config.items()})
+        depths = (*cfg.unet.channel_mult, *cfg.vae.ch_mult, cfg.unet.num_res_blocks, cfg.vae.num_res_blocks)
+        if len(depths) > 20 or max(depths) > 16 or cfg.text.layers > 64:
+            raise ValueError(f"absurd depths or widths: {depths}, {cfg.text.layers}")
+        with torch.device("meta"):
+            LatentDiffusion(cfg)
+    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as e:
+        raise InputError(f"{path} has a damaged configuration ({one_line(e)}); fetch or copy it again") from e
+    return cfg
+
+
+def check_digest(checkpoint: Checkpoint) -> None:
+    """Raises InputError unless a file of ours is as it was written, to the bit."""
+    header = dict(checkpoint.header)
+    stated = header.pop("digest")
+    stored = list_tensors(checkpoint.path)
+    with open_safetensors(checkpoint.path) as f:
+        actual = digest({k: f.get_tensor(k) for k in stored}, header)
+    if actual != stated:
+        raise InputError(f"{checkpoint.path} is damaged: its checksum is not the one it states; fetch or copy it again")
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """A few lines for people: family, layout, dtypes, counts."""
+    lines = [f"{checkpoint.path}"]
+    if "config" in checkpoint.header:
+        lines.append(f"family: of our own, {config_from_json(checkpoint.header['config'], checkpoint.path)}")
+    elif "unet" in checkpoint.parts:
+        found, family = family_of(checkpoint)
+        what = (
+            family if found.in_channels == PRESETS[family].unet.in_channels else f"text to image, relative of {family}"
+        )
+        lines.append(f"family: {what} ({found.in_channels} input channels, text of width {found.context_dim})")
+    for part, tensors in checkpoint.parts.items():
+        count = sum(prod(s.shape) for s in tensors.values())
+        dtypes = ", ".join(f"{n} {d}" for d, n in Counter(s.dtype for s in tensors.values()).items())
+        lines.append(f"{part}: {checkpoint.layouts[part]} layout, {len(tensors)} tensors ({dtypes}), {count:,} numbers")
+    lines.append(
+        f"EMA copies: {len(checkpoint.ema)}; ignored: {len(checkpoint.ignored)}; unknown: {len(checkpoint.unknown)}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""The official checkpoints: what is published where, and how it becomes a safetensors file on this machine."""
+
+import re
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.utils.errors import InputError
+from diffender.utils.files import PICKLES, one_line, save_atomic, sha256
+
+
+class Published(NamedTuple):
+    repository: str  # on the Hugging Face hub
+    file: str
+    bytes: int
+    sha256: str
+
+
+FILES = {
+    "sd15-inpainting": Published(
+        "webui/stable-diffusion-inpainting",  # of runwayml's sd-v1-5-inpainting.ckpt, which is a pickle
+        "sd-v1-5-inpainting.safetensors", 4_265_203_873,
+        "0ec8f8585b104417a8c34a9fbcc1e922a70b8c15490ec4553087f01c8cf33673",
+    ),
+    "sd2-inpainting": Published(
+        "stabilityai/stable-diffusion-2-inpainting",
+        "512-inpainting-ema.safetensors", 5_214_662_094,
+        "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60",
+    ),
+}  # fmt: skip
+
+
+def fetch(name: str) -> Path:
+    """Download an official file into the hub's cache, check its hash, and return its path.
+
+    huggingface_hub does the transfer: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT (a mirror) and HF_TOKEN count as always,
+    a broken transfer goes on where it stopped, and a file that is there already is not fetched again.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    published = FILES[name]
+    try:
+        path = Path(hf_hub_download(published.repository, published.file))
+    except Exception as e:  # of many kinds, by version: HTTP, connection, cache, disk
+        raise InputError(
+            f"cannot get {published.file} of {published.repository} from {constants.ENDPOINT} ({one_line(e)}); go "
+            "online, set HF_ENDPOINT to a mirror, or copy the file here and give it as --weights"
+        ) from e
+    found = path.stat().st_size, sha256(path)
+    if found != (published.bytes, published.sha256):
+        raise InputError(
+            f"{path} is not the published file: {found[0]} bytes and sha256 {found[1]}, expected {published.bytes} and "
+            f"{published.sha256}; delete it and fetch again"
+        )
+    return path
+
+
+class Inert:
+    """Takes the place of any class that a pickle names beside tensors: it holds what it is given and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def convert(path: Path, out: Path) -> Path:
+    """A pickled checkpoint (.ckpt, .bin) as safetensors: the tensors of its state_dict, or of its top level.
+
+    Read with weights_only, so nothing in the file is run: classes of training frameworks in it become `Inert`, and a
+    file that asks for functions of the system is refused.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}; give the path of a {', '.join(sorted(PICKLES))} file")
+    if out.exists():
+        raise InputError(f"{out} is there already; delete it, or choose another with --out")
+    try:
+        mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip archives and cannot be mapped
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mmap else []
+        with torch.serialization.safe_globals([(Inert, name) for name in named]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
+        reason = re.search(
+            r"(Trying to load|Unsupported|WeightsUnpickler error)[^\n]*", str(e)
+        )  # behind torch's preface
+        raise InputError(
+            f"{path} cannot be read safely as a checkpoint ({reason[0] if reason else one_line(e)})"
+        ) from e
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors, seen = {}, set()
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            storage = value.untyped_storage().data_ptr()
+            tensors[key] = value.clone() if storage in seen else value  # tied weights: safetensors has no sharing
+            seen.add(storage)
+    if not tensors:
+        raise InputError(f"{path} holds no state_dict of tensors; give a checkpoint of Stable Diffusion")
+    save_atomic(tensors, out, {"converted": path.name})
+    return out
