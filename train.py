@@ -66,6 +66,7 @@ def main() -> None:
     import torch
 
     from diffender.attacks import AdvP
+    from diffender.attacks.expectation import Task
     from diffender.classifiers.imagenet import load_classifier
     from diffender.evaluation.memory import footprint, keep_or_recompute
     from diffender.evaluation.workers import own_device, start
@@ -97,7 +98,8 @@ def main() -> None:
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
     with bar(attack.iters, "attacking the photographs", opts.quiet or rank > 0) as progress:
-        attacked = attack(Undefended(classifier), x, y, batch.ids, opts.seed, callback=lambda _: progress.update())
+        task = Task(Undefended(classifier), x, y, batch.ids, opts.seed)
+        attacked = attack(task, callback=lambda _: progress.update())
     fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
     if rank == 0 and not opts.quiet:
         print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")

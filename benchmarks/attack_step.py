@@ -17,7 +17,8 @@ import torch
 from common import DTYPES, in_turn, parser, report
 from torch import Tensor
 
-from diffender.attacks.patch import Task, margin, samples
+from diffender.attacks.expectation import Task, samples
+from diffender.attacks.patch import margin
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import load_classifier
 from diffender.evaluation.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from diffender.attacks import ATTACKS
-from diffender.attacks.patch import Task, apply_patch, margin, masks_for, samples, to_8bit
+from diffender.attacks.expectation import Task, samples
+from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
@@ -38,7 +39,7 @@ def attacked(classifier, photos):
     """Two photographs with patches that the bare classifier misreads."""
     x = photos[:2]
     y = classifier(x).argmax(dim=1)
-    return y, ATTACKS["advp"](iters=20, eot=1)(Undefended(classifier), x, y, ["a", "b"], 0)
+    return y, ATTACKS["advp"](iters=20, eot=1)(Task(Undefended(classifier), x, y, ["a", "b"], 0))
 
 
 # A detector of bright pixels before a linear classifier: what each gradient mode can see, in closed form.
@@ -84,7 +85,7 @@ def test_gradient_through_the_mask_beats_bpda_which_is_no_better_than_transfer()
     bare = Bare("none")
     y = bare(x, None).argmax(dim=1)
     attack = ATTACKS["advp"](area=0.05, iters=60, eot=2)
-    base = attack(bare, x, y, ids, 0)
+    base = attack(Task(bare, x, y, ids, 0))
     assert (bare(base.image, None).argmax(dim=1) != y).float().mean() >= 0.9
 
     def accuracy(image):
@@ -93,7 +94,7 @@ def test_gradient_through_the_mask_beats_bpda_which_is_no_better_than_transfer()
         return torch.stack(right).mean().item()
 
     transfer = accuracy(base.image)
-    bpda, ste = (accuracy(attack(Toy(mode), x, y, ids, 0, init=base.state).image) for mode in ("bpda", "ste"))
+    bpda, ste = (accuracy(attack(Task(Toy(mode), x, y, ids, 0), init=base.state).image) for mode in ("bpda", "ste"))
     assert min(bpda, transfer) > 0.8
     assert ste < 0.4
     assert abs(bpda - transfer) < 0.1
@@ -138,8 +139,8 @@ def test_eot_batch_and_batch_size_change_no_attack():
     x = to_8bit(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))).double()
     toy, y = Toy("ste").double(), torch.tensor([0, 3, 1])
     for name in ("advp", "gdpa"):
-        plain, batched = (ATTACKS[name](iters=6, eot=4, eot_batch=n)(toy, x, y, ids, 0) for n in (1, 3))
-        alone = ATTACKS[name](iters=6, eot=4)(toy, x[1:2], y[1:2], ids[1:2], 0)
+        plain, batched = (ATTACKS[name](iters=6, eot=4, eot_batch=n)(Task(toy, x, y, ids, 0)) for n in (1, 3))
+        alone = ATTACKS[name](iters=6, eot=4)(Task(toy, x[1:2], y[1:2], ids[1:2], 0))
         assert torch.equal(plain.image, batched.image)
         assert torch.equal(plain.image[1:2], alone.image)
 
@@ -219,7 +220,7 @@ def test_hiding_loss_hides(target, attacked):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
     victim = Defended(target.defense, target.classifier, Backward("full+loc", evasion=100.0))
-    made = ATTACKS["advp"](iters=3, eot=1)(victim, out.image[:1], y[:1], ["a"], 0, init=out.state[:1])
+    made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image[:1], y[:1], ["a"], 0), init=out.state[:1])
     assert made.trace[0, -1] < made.trace[0, 0]
 
 
@@ -344,7 +345,7 @@ def test_every_check_runs(target, photos, tmp_path):
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 1, "right": 1}
     rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
     records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
-    through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Undefended(target.classifier), x, y, ["a"], 0))
+    through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Task(Undefended(target.classifier), x, y, ["a"], 0)))
     batch = Batch(["a"], x, y, [""])
     checks = trust.trust_report("full", target, [plan], batch, 0, records, {"rows": rows}, tmp_path)
     names = Counter(c["name"] for c in checks)
@@ -450,7 +451,8 @@ def test_presets_fill_what_was_not_given():
 
 def test_masks_of_attack_and_control_agree(photos):
     """Controls lie where AdvP's patch lies."""
-    grey = ATTACKS["grey"]()(None, photos[:2], torch.zeros(2).long(), ["a", "b"], 0)
-    assert torch.equal(grey.mask, masks_for(["a", "b"], 0, "patch", 224, 0.05))
+    task = Task(None, photos[:2], torch.zeros(2).long(), ["a", "b"], 0)
+    grey = ATTACKS["grey"]()(task)
+    assert torch.equal(grey.mask, masks_for(task, "patch", 0.05))
     half = torch.full_like(photos[:2], 0.5)
     assert torch.allclose(grey.image, to_8bit(apply_patch(to_8bit(photos[:2]), half, grey.mask)), atol=1e-3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
-from diffender.attacks.patch import Task, apply_patch, margin, masks_for, patch_side, random_mask, to_8bit
+from diffender.attacks.expectation import Task
+from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
 from diffender.pipeline import Undefended
@@ -75,7 +76,7 @@ def test_patch_geometry():
 
 def test_apply_patch_is_exact():
     x, patch = torch.rand(2, 1, 3, SIZE, SIZE).unbind()
-    mask = masks_for(["a"], 0, "patch", SIZE, 0.1, "square")
+    mask = masks_for(Task(None, torch.zeros(1, 3, SIZE, SIZE), None, ["a"], 0), "patch", 0.1, "square")
     out = apply_patch(x, patch, mask)
     inside = mask.expand_as(x) == 1
     assert torch.equal(out[inside], patch[inside])
@@ -100,13 +101,13 @@ SMALL = {  # budgets that suffice on a linear victim of 24 pixels
 def test_every_attack_changes_only_the_patch_and_hurts(name, batch):
     x, y = batch
     victim = Linear()
-    out = ATTACKS[name](**SMALL[name])(victim, x, y, IDS, seed=0)
+    out = ATTACKS[name](**SMALL[name])(Task(victim, x, y, IDS, 0))
     assert torch.equal(out.image * (1 - out.mask), x * (1 - out.mask))
     assert 0 <= out.image.min() <= out.image.max() <= 1
     assert torch.equal(to_8bit(out.image), out.image)
     assert (margin(victim(out.image), y) < margin(victim(x), y)).all()
     assert (victim(out.image).argmax(dim=1) != y).float().mean() >= (0.5 if name == "rhde" else 0.9)
-    again = ATTACKS[name](**SMALL[name])(victim, out.image, y, IDS, seed=0, init=out.state)  # goes on from there
+    again = ATTACKS[name](**SMALL[name])(Task(victim, out.image, y, IDS, 0), init=out.state)  # goes on from there
     assert margin(victim(again.image), y).mean() <= margin(victim(out.image), y).mean() + 0.05
 
 
@@ -115,7 +116,7 @@ def test_queries_are_counted_to_the_last_one(name, batch):
     x, y = (t[:2] for t in batch)
     for sigma in (0.0, 0.3):
         victim = Counting(sigma)
-        out = ATTACKS[name](**SMALL[name])(victim, x, y, IDS[:2], seed=0)
+        out = ATTACKS[name](**SMALL[name])(Task(victim, x, y, IDS[:2], 0))
         assert victim.pictures == out.queries.sum()
         if "queries" in SMALL[name]:
             assert (out.queries <= SMALL[name]["queries"]).all()
@@ -127,12 +128,12 @@ def test_results_depend_neither_on_batch_nor_order_and_leave_global_randomness_a
     attack = ATTACKS[name](**SMALL.get(name, {}))
     victim = Linear(sigma=0.3)
     before = torch.get_rng_state()
-    together = attack(victim, x, y, IDS[:3], seed=0)
+    together = attack(Task(victim, x, y, IDS[:3], 0))
     assert torch.equal(before, torch.get_rng_state())
     for i in (2, 0):
-        alone = attack(victim, x[i : i + 1], y[i : i + 1], IDS[i : i + 1], seed=0)
+        alone = attack(Task(victim, x[i : i + 1], y[i : i + 1], IDS[i : i + 1], 0))
         assert (alone.image[0] - together.image[i]).abs().mean() < 2e-3  # a sign step can turn on the last bit
-    assert name == "grey" or not torch.equal(attack(victim, x, y, IDS[:3], seed=1).image, together.image)
+    assert name == "grey" or not torch.equal(attack(Task(victim, x, y, IDS[:3], 1)).image, together.image)
 
 
 def test_advp_reaches_the_optimum_of_a_linear_victim(batch):
@@ -140,7 +141,7 @@ def test_advp_reaches_the_optimum_of_a_linear_victim(batch):
     x, _ = batch
     victim = Linear(classes=2)
     y = victim(x).argmax(dim=1)
-    out = ATTACKS["advp"](area=0.2, iters=60, eot=1)(victim, x, y, IDS, seed=0)
+    out = ATTACKS["advp"](area=0.2, iters=60, eot=1)(Task(victim, x, y, IDS, 0))
     for b in range(len(x)):
         slope = (victim.w[y[b]] - victim.w[1 - y[b]]).view(3, SIZE, SIZE)
         best = apply_patch(x[b], (slope < 0).float(), out.mask[b])
@@ -152,7 +153,7 @@ def test_advp_reaches_the_optimum_of_a_linear_victim(batch):
 def test_eot_on_a_deterministic_victim_changes_nothing(batch):
     x, y = batch
     attack = ATTACKS["advp"](area=0.1, iters=5, eot=1)
-    one, four = (a(Linear(), x, y, IDS, seed=0).image for a in (attack, replace(attack, eot=4)))
+    one, four = (a(Task(Linear(), x, y, IDS, 0)).image for a in (attack, replace(attack, eot=4)))
     assert (one - four).abs().mean() < 1e-4  # up to rounding, which a sign step can turn
 
 
@@ -160,19 +161,19 @@ def test_targeted_aims_at_one_class_and_eot_moves_the_patch(batch):
     x, y = batch
     victim = Linear()
     targeted = ATTACKS["advp"](area=0.5, iters=60, eot=1, targeted=True)
-    got = victim(targeted(victim, x, y, IDS, seed=0).image).argmax(dim=1)
+    got = victim(targeted(Task(victim, x, y, IDS, 0)).image).argmax(dim=1)
     shift = [int(torch.randint(1, 5, (), generator=generator(0, i, "target"))) for i in IDS]
     assert (got == (y + torch.tensor(shift)) % 5).float().mean() >= 0.7
     moving = ATTACKS["advp"](area=0.1, iters=3, eot=2, location="eot")
     fixed = ATTACKS["advp"](area=0.1, iters=3, eot=2)
-    assert not torch.equal(moving(victim, x, y, IDS, seed=0).mask, fixed(victim, x, y, IDS, seed=0).mask)
+    assert not torch.equal(moving(Task(victim, x, y, IDS, 0)).mask, fixed(Task(victim, x, y, IDS, 0)).mask)
 
 
 def test_lavan_lowers_the_true_logit_against_the_target(batch):
     """Linear victim: z_y - z_t is linear in the pixels, so each ends at 0 or 1 by the sign of its weight."""
     x, y = batch
     victim = Linear()
-    out = ATTACKS["lavan"](area=0.2, iters=60, eot=1)(victim, x, y, IDS, seed=0)
+    out = ATTACKS["lavan"](area=0.2, iters=60, eot=1)(Task(victim, x, y, IDS, 0))
     shift = torch.tensor([int(torch.randint(1, 5, (), generator=generator(0, i, "target"))) for i in IDS])
     target = (y + shift) % 5
     slope = (victim.w[y] - victim.w[target]).view(len(x), 3, SIZE, SIZE)
@@ -181,8 +182,8 @@ def test_lavan_lowers_the_true_logit_against_the_target(batch):
     for got, want in zip(victim(out.image), best, strict=True):
         assert torch.allclose(got, want, atol=1e-4)
     assert (best[rows, y] < best[rows, target]).float().mean() > 0.7
-    runner_up = ATTACKS["lavan"](area=0.2, iters=9, eot=1, targeted=False)(victim, x, y, IDS, seed=0)
-    margins = ATTACKS["advp"](area=0.2, iters=9, eot=1)(victim, x, y, IDS, seed=0)
+    runner_up = ATTACKS["lavan"](area=0.2, iters=9, eot=1, targeted=False)(Task(victim, x, y, IDS, 0))
+    margins = ATTACKS["advp"](area=0.2, iters=9, eot=1)(Task(victim, x, y, IDS, 0))
     assert torch.equal(runner_up.image, margins.image)
     assert (ATTACKS["lavan"]().area, ATTACKS["advp"]().area) == (0.02, 0.05)
 
@@ -192,7 +193,7 @@ def test_advp_breaks_the_real_classifier(classifier, photos):
     y = classifier(photos).argmax(dim=1)
     x, y = photos[:2], y[:2]
     attack = ATTACKS["advp"](iters=40, eot=1)
-    out = attack(Undefended(classifier), x, y, ["p0", "p1"], seed=0)
+    out = attack(Task(Undefended(classifier), x, y, ["p0", "p1"], 0))
     assert (classifier(out.image).argmax(dim=1) != y).all()
     assert out.mask.mean().item() == pytest.approx(0.05, rel=0.01)
 
@@ -213,7 +214,7 @@ def test_restarts_keep_the_best_attempt(batch):
     x, y = batch
     victim = Linear(sigma=0.2)
     one = ATTACKS["advp"](area=0.05, iters=8, eot=2)
-    single, three = (a(victim, x, y, IDS, seed=0) for a in (one, replace(one, restarts=3)))
+    single, three = (a(Task(victim, x, y, IDS, 0)) for a in (one, replace(one, restarts=3)))
     assert margin(victim(three.image), y).mean() < margin(victim(single.image), y).mean()
     assert not torch.equal(three.mask, single.mask)  # other places
     assert (three.queries > 3 * 16).all()
@@ -277,13 +278,13 @@ def test_gdpa_by_network(mode, batch, tmp_path):
         header = {"kind": "gdpa", "size": SIZE, "side": patch_side(SIZE, 0.2), "width": 4}
         save_atomic(net.state_dict(), tmp_path / "generator.safetensors", header)
     attack = ATTACKS["gdpa"](mode=mode, area=0.2, iters=25, eot=1, width=4, weights=weights)
-    out = attack(victim, x, y, IDS, seed=0)
+    out = attack(Task(victim, x, y, IDS, 0))
     assert margin(victim(out.image), y).mean() < margin(victim(x), y).mean() - 0.3
-    alone = attack(victim, x[3:4], y[3:4], IDS[3:4], seed=0)  # a batch shares no weights
+    alone = attack(Task(victim, x[3:4], y[3:4], IDS[3:4], 0))  # a batch shares no weights
     assert (alone.image[0] - out.image[3]).abs().mean() < 2e-3
     if mode == "amortised":
         with pytest.raises(InputError, match="makes patches of side 11 for pictures of side 24"):
-            ATTACKS["gdpa"](mode=mode, area=0.1, weights=weights)(victim, x, y, IDS, seed=0)
+            ATTACKS["gdpa"](mode=mode, area=0.1, weights=weights)(Task(victim, x, y, IDS, 0))
 
 
 def test_a_universal_patch_leads_to_its_target(batch):
@@ -353,7 +354,7 @@ def test_ready_patches_come_from_a_file_and_avoid_the_true_class(batch, tmp_path
     path = tmp_path / "patches.safetensors"
     patches = torch.stack([torch.full((3, 5, 5), v) for v in (0.2, 0.8)])
     save_atomic({"patches": patches, "targets": torch.tensor([int(y[0]), 77])}, path, {})
-    out = ATTACKS["ready"](area=(5 / SIZE) ** 2, file=str(path))(Linear(), x[:1], y[:1], IDS[:1], seed=0)
+    out = ATTACKS["ready"](area=(5 / SIZE) ** 2, file=str(path))(Task(Linear(), x[:1], y[:1], IDS[:1], 0))
     assert torch.allclose(out.image[out.mask.expand_as(x[:1]) == 1], torch.tensor(0.8))
     with pytest.raises(InputError, match="give --patch-file"):
         ATTACKS["ready"]()
@@ -364,7 +365,7 @@ def test_imagenet_patch_transfers_to_the_real_classifier(classifier, photos):
     if not path.is_file():
         pytest.skip(f"no {path.name} here: ImageNet-Patch is not part of the repository")
     y = classifier(photos).argmax(dim=1)
-    out = ATTACKS["ready"](file=str(path))(None, photos, y, [f"p{i}" for i in range(4)], seed=0)
+    out = ATTACKS["ready"](file=str(path))(Task(None, photos, y, [f"p{i}" for i in range(4)], 0))
     before, after = (margin(classifier(x), y).mean() for x in (photos, out.image))
     assert out.mask.mean().item() == pytest.approx(0.05, rel=0.01)
     assert after < before

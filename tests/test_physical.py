@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffender.attacks import ATTACKS
+from diffender.attacks.expectation import Task
 from diffender.noise import generator
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
 
@@ -93,5 +94,5 @@ def test_patches_are_made_before_the_camera(classifier, photos):
     """An attack on the filmed classifier lowers its loss over frames it draws itself."""
     victim = Filmed(classifier, photos[:1])
     y = classifier(photos[:1]).argmax(dim=1)
-    made = ATTACKS["advp"](iters=8, eot=2)(victim, photos[:1], y, ["a"], 0)
+    made = ATTACKS["advp"](iters=8, eot=2)(Task(victim, photos[:1], y, ["a"], 0))
     assert made.trace[0, -2:].mean() < made.trace[0, :2].mean()

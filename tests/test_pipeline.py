@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffender.attacks.patch import Task, samples
+from diffender.attacks.expectation import Task, samples
 from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through

@@ -1,7 +1,4 @@
-"""Patch attacks: frozen dataclasses of options, called on a victim.
-
-`access` says what an attack may ask of its victim: gradient, queries, or none.
-"""
+"""Patch attacks: frozen dataclasses of settings, attacked = attack(Task(victim, x, y, image_ids, seed))."""
 
 from diffender.attacks.advp import AdvP
 from diffender.attacks.fixed import Crop, Grey, Ready, UniformNoise

@@ -1,47 +1,36 @@
 """Patches that nothing optimises here: ready-made ones from a file, and controls that any attack must beat."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffender.attacks.patch import Attacked, Victim, apply_patch, masks_for, patch_side, to_8bit
+from diffender.attacks.attack import Attack, Callback
+from diffender.attacks.expectation import Attacked, Task
+from diffender.attacks.patch import apply_patch, masks_for, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Content from the subclass, place from (seed, image id): where AdvP's patch of this area lies."""
+class Fixed(Attack):
+    """Content from the subclass, place from (seed, image id): where AdvP's patch of this area lies.
 
-    access: ClassVar[str] = "none"
+    The victim is not asked.
+    """
 
-    area: float = 0.05
-
-    def __call__(
-        self,
-        victim: Victim,
-        x: Tensor,
-        y: Tensor,
-        image_ids: Sequence[str],
-        seed: int,
-        init: Tensor | None = None,
-        callback: Callable[[int], None] = lambda i: None,
-    ) -> Attacked:
-        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,). The victim is not asked."""
-        size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
-        mask = masks_for(image_ids, seed, "patch", size, self.area).to(x)
-        patch = torch.zeros_like(x)
-        for b, image_id in enumerate(image_ids):
-            content = self.content(x[b], int(y[b]), side, generator(seed, image_id, "content"))
+    def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
+        x, side = task.x, patch_side(task.x.shape[-1], self.area)
+        mask, patch = masks_for(task, "patch", self.area), torch.zeros_like(x)
+        for b, image_id in enumerate(task.image_ids):
+            content = self.content(x[b], int(task.y[b]), side, generator(task.seed, image_id, "content"))
             patch[b, mask[b].expand(3, -1, -1) == 1] = content.flatten().to(x)
         image = apply_patch(to_8bit(x), to_8bit(patch), mask)
-        return Attacked(image, mask, patch, torch.zeros(len(x)).long(), *(x.new_zeros(len(x), 0),) * 2)
+        yield Attacked(image, mask, patch, torch.zeros(len(x)).long(), *(x.new_zeros(len(x), 0),) * 2)
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
         """The patch (3, s, s) for picture x (3, S, S) of class y."""

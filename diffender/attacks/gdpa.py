@@ -6,32 +6,19 @@ amortised  that network trained beforehand by `python -m diffender.pretrain`, on
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from diffender.attacks.patch import (
-    Attacked,
-    Task,
-    Victim,
-    apply_patch,
-    best_attempt,
-    cross_entropy,
-    judge,
-    judgements,
-    margin,
-    patch_side,
-    pick_rows,
-    rank,
-    samples,
-    to_8bit,
-)
-from diffender.noise import Noise, generator
+from diffender.attacks.attack import Callback, GradientAttack
+from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements, pick_rows
+from diffender.attacks.patch import apply_patch, cross_entropy, margin, paste, patch_side, to_8bit
+from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
 
@@ -181,20 +168,15 @@ class PerPicture(nn.Module):
 
 
 @dataclass(frozen=True)
-class GDPA:
-    access: ClassVar[str] = "gradient"
+class GDPA(GradientAttack):
+    """Adam on pattern and place; `restarts` are of direct mode, from the next best places."""
 
     mode: str = "direct"  # or generator, amortised
-    area: float = 0.05
-    loss: str = "margin"  # or ce, the authors'
-    iters: int = 100
-    eot: int = 10
-    eot_batch: int = 1
-    lr: float = 0.15  # of the pattern in direct mode
+    objective: str = "margin"  # or ce, the authors'
+    lr: float = 0.15  # step size of the pattern in direct mode
     lr_place: float = 0.005  # of the place there: about half a pixel a step, so that the pattern can follow
     lr_net: float = 5e-4  # of the generator
     width: int = 64  # of the generator
-    restarts: int = 1  # of direct mode, from the next best places
     weights: str | None = None  # the amortised generator's file
 
     def __post_init__(self) -> None:
@@ -208,47 +190,42 @@ class GDPA:
         if self.weights is not None:
             check_generator(Path(self.weights))
 
-    def __call__(
-        self,
-        victim: Victim,
-        x: Tensor,
-        y: Tensor,
-        image_ids: Sequence[str],
-        seed: int,
-        init: Tensor | None = None,
-        callback: Callable[[int], None] = lambda i: None,
-    ) -> Attacked:
-        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3 s^2 + 2), an earlier result's `state`,
-        starts the first attempt of direct mode. Results depend on (seed, image id), not on the batch.
-        """
-        task = Task(
-            victim, x, y, image_ids, seed, lambda z: margin(z, y) if self.loss == "margin" else -cross_entropy(z, y)
-        )
-        size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
+    def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
+        if self.objective == "margin":
+            return partial(margin, y=task.y)
+        return lambda logits: -cross_entropy(logits, task.y)
+
+    def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
+        """`init` (B, 3 s^2 + 2), of direct mode."""
+        x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
         if self.mode == "amortised":
             assert self.weights is not None  # as __post_init__ saw to
             net = load_generator(self.weights, size, side).to(x.device)
-            return self.finish(task, [join(*(t.detach() for t in net(x)))], [], [], "")
-        if self.mode == "generator":
-            nets = [
-                PatchGenerator(size, side, generator(seed, i, "net"), self.width, lr=self.lr_net) for i in image_ids
-            ]
+            yield self.finish(task, [join(*(t.detach() for t in net(x)))], Course(), "")
+        elif self.mode == "generator":
+            draws = [generator(task.seed, i, "net") for i in task.image_ids]
+            nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
             for b, net in enumerate(nets):
                 net.to(x.device).calibrate(x[b : b + 1])
-            return self.attempt(task, PerPicture(nets, x).to(x.device), [], "", callback)
-        starts, searched = ([] if init is None else [split(init, side)]), 0
+            yield self.attempt(task, PerPicture(nets, x).to(x.device), [], "", callback)
+        else:
+            starts = self.starts(task, init)
+            searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries
+            for r, start in enumerate(starts):
+                first = [] if init is None or r else [init]
+                made = self.attempt(task, Free(*start, bound(size, side)), first, f" {r}" if r else "", callback)
+                yield made if r else made._replace(queries=made.queries + searched)
+
+    def starts(self, task: Task, init: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Pattern and theta of each attempt of direct mode: `init`, then the best places with random pixels."""
+        size, side = task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        starts = [] if init is None else [split(init, side)]
         if len(starts) < self.restarts:
-            noise = [torch.rand(3, side, side, generator=generator(seed, i, "init")) for i in image_ids]
-            corners, searched = self.search(task, torch.stack(noise).to(x)), 2 * GRID**2
-            starts += [
-                (torch.stack(noise).to(x), to_theta(c, size, side)) for c in corners[: self.restarts - len(starts)]
-            ]
-        attempts = []
-        for r, start in enumerate(starts):
-            first = [] if init is None or r else [init]
-            attempts.append(self.attempt(task, Free(*start, bound(size, side)), first, f" {r}" if r else "", callback))
-        best = best_attempt(task, attempts, self.eot, self.eot_batch)
-        return best._replace(queries=best.queries + searched)
+            drawn = [torch.rand(3, side, side, generator=generator(task.seed, i, "init")) for i in task.image_ids]
+            noise = torch.stack(drawn).to(task.x)
+            corners = self.search(task, noise)[: self.restarts - len(starts)]
+            starts += [(noise, to_theta(corner, size, side)) for corner in corners]
+        return starts
 
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
         """Top left corners (B, 2), best first for each picture: GRID x GRID places, by the lower of the losses with a
@@ -264,46 +241,30 @@ class GDPA:
         table = torch.stack(corners).to(pattern.device)
         return list(table[order, torch.arange(len(pattern), device=order.device)])
 
-    def attempt(
-        self, task: Task, free: nn.Module, candidates: list[Tensor], key: str, callback: Callable[[int], None]
-    ) -> Attacked:
+    def attempt(self, task: Task, free: nn.Module, candidates: list[Tensor], key: str, callback: Callback) -> Attacked:
         """Adam on pattern and place; in direct mode also moves by forward passes, every ten steps."""
-        x, size = task.x, task.x.shape[-1]
         if isinstance(free, Free):
             groups = [{"params": [free.w], "lr": self.lr}, {"params": [free.u], "lr": self.lr_place}]
             optimizer = torch.optim.Adam(groups)
         else:
             optimizer = torch.optim.Adam(free.parameters(), self.lr_net, (0.5, 0.999))
-
-        def draw(k: int) -> tuple[Tensor, Tensor, Noise | Tensor | None]:
-            return (attacked.detach(), covered.detach(), task.noise(f"attack {step}{key}", k))
-
-        best, best_score = None, torch.full((len(x),), -torch.inf, device=x.device)
-        trace, missed = [], []
+        course = Course()
         for step in range(self.iters):
             if isinstance(free, Free) and step % 10 == 0:
                 pattern, theta = (t.detach() for t in free())
                 free.move(self.moved(task, pattern, theta, step, key))
             pattern, theta = free()
-            canvas, covered = place(pattern, theta, size)
-            attacked = x * (1 - covered) + canvas
-            gradient, values, fooled = torch.zeros_like(x), [], []
-            for sample in samples(task, draw, self.eot, self.eot_batch):
-                gradient = gradient + sample.gradient / self.eot
-                values.append(sample.value)
-                fooled.append(sample.fooled)
-            score = rank(torch.stack(values), torch.stack(fooled))
-            state = join(pattern, theta).detach()
-            best = state if best is None else pick_rows(score > best_score, state, best)
-            best_score = torch.maximum(score, best_score)
-            trace.append(torch.stack(values).mean(dim=0))
-            missed.append(torch.stack(fooled).mean(dim=0))
+            canvas, covered = place(pattern, theta, task.x.shape[-1])
+            attacked = task.x * (1 - covered) + canvas
+            purpose = f"attack {step}{key}"
+            seen = expect(task, drawn(task, attacked.detach(), covered.detach(), purpose), self.eot, self.eot_batch)
+            course.record(join(pattern, theta).detach(), seen)
             optimizer.zero_grad()
-            attacked.backward(gradient)
+            attacked.backward(seen.gradient)
             optimizer.step()
             callback(step)
         last = join(*(t.detach() for t in free()))
-        return self.finish(task, [*candidates, *([] if best is None else [best]), last], trace, missed, key)
+        return self.finish(task, [*candidates, *course.best, last], course, key)
 
     def moved(self, task: Task, pattern: Tensor, theta: Tensor, step: int, key: str) -> Tensor:
         """theta (B, 2) after the best of staying and four moves, of 8 pixels in the first third of the steps, then 4,
@@ -320,9 +281,9 @@ class GDPA:
         best = torch.stack(choices)[chosen, torch.arange(len(chosen), device=chosen.device)]
         return pick_rows(chosen == 0, theta, to_theta(best, size, side))
 
-    def finish(self, task: Task, states: list[Tensor], trace: list[Tensor], missed: list[Tensor], key: str) -> Attacked:
-        """The best state of each picture on fresh noise, at whole pixels and in 8 bits."""
-        steps = len(trace)
+    def finish(self, task: Task, states: list[Tensor], course: Course, key: str) -> Attacked:
+        """The best state of each image on fresh noise, at whole pixels and in 8 bits."""
+        steps = len(course.value)
         x, side = task.x, patch_side(task.x.shape[-1], self.area)
         pasted = [paste(x, to_8bit(p), to_corner(t, x.shape[-1], side)) for p, t in (split(s, side) for s in states)]
         scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image, _ in pasted]
@@ -331,17 +292,12 @@ class GDPA:
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
         seen = self.eot * steps + judgements(task, self.eot) * len(states) + moves
         queries = torch.full((len(x),), seen, device=x.device)
-        curves = (torch.stack(c, dim=1) if c else x.new_zeros(len(x), 0) for c in (trace, missed))
-        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *curves)
+        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *course.curves(x))
 
 
-def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): pictures like x and masks (B, 1, S, S)."""
-    image, mask, side = x.clone(), torch.zeros_like(x[:, :1]), pattern.shape[-1]
-    for b, (top, left) in enumerate(corner.tolist()):
-        image[b, :, top : top + side, left : left + side] = pattern[b]
-        mask[b, :, top : top + side, left : left + side] = 1
-    return image, mask
+def drawn(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:
+    """The samples of a step: always the same attacked images, and fresh noise of the victim."""
+    return lambda k: (attacked, covered, task.noise(purpose, k))
 
 
 def join(pattern: Tensor, theta: Tensor) -> Tensor:

@@ -1,44 +1,12 @@
-"""What all patch attacks share: geometry, composition, losses, expectation over noise."""
+"""Patches as pixels: where they lie, how they are pasted, and the losses that attackers lower."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from diffender.noise import Noise, generator, stack
-from diffender.utils.errors import check_finite
-
-
-class Victim(Protocol):
-    """What is attacked: logits of pictures in [0, 1], given the noise of one pass (None where nothing is random).
-
-    A victim may also have `with_penalty(x, noise, patch) -> (logits, penalty (B,))`: what a gradient attack lowers
-    besides its own loss, given where its pixels are.
-    """
-
-    def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
-
-    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
-
-
-class Attacked(NamedTuple):
-    image: Tensor  # (B, 3, S, S) in [0, 1], multiples of 1/255
-    mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patched
-    state: Tensor  # (B, ...): from where the same attack can go on, as its `init`
-    queries: Tensor  # (B,): how often the victim saw each picture
-    trace: Tensor  # (B, steps): the loss along the way
-    fooled: Tensor  # (B, steps): the share of each step's samples that the victim misread
-
-
-class Sample(NamedTuple):
-    """One sample of the expectation over the victim's noise."""
-
-    value: Tensor  # (B,): the attacker's loss, penalty included
-    fooled: Tensor  # (B,) in {0, 1}
-    gradient: Tensor  # (B, 3, S, S): of the value, to the attacked picture
-    mask: Tensor  # (B, 1, S, S): where that picture is patched
+from diffender.attacks.expectation import Task
+from diffender.noise import generator
 
 
 def patch_side(size: int, area: float) -> int:
@@ -67,11 +35,11 @@ def random_mask(size: int, area: float, shape: str, g: Generator, corner: bool =
     return mask
 
 
-def masks_for(
-    image_ids: Sequence[str], seed: int, key: str, size: int, area: float, shape: str = "square", corner: bool = False
-) -> Tensor:
+def masks_for(task: Task, key: str, area: float, shape: str = "square", corner: bool = False) -> Tensor:
     """One mask an image, (B, 1, S, S), from (seed, image id, key) alone."""
-    return torch.stack([random_mask(size, area, shape, generator(seed, i, "location", key), corner) for i in image_ids])
+    size = task.x.shape[-1]
+    drawn = [random_mask(size, area, shape, generator(task.seed, i, "location", key), corner) for i in task.image_ids]
+    return torch.stack(drawn).to(task.x)
 
 
 def apply_patch(x: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
@@ -99,80 +67,10 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
-class Task(NamedTuple):
-    """Which pictures of whom an attack is to have misread."""
-
-    victim: Victim
-    x: Tensor  # (B, 3, S, S) in [0, 1]
-    y: Tensor  # (B,): true labels
-    image_ids: Sequence[str]
-    seed: int
-    loss: Callable[[Tensor], Tensor]  # what the attacker lowers, from logits (B, K) to (B,)
-
-    def noise(self, purpose: str, k: int = 0) -> Noise | Tensor | None:
-        return self.victim.sample_noise(self.image_ids, self.seed, purpose, k)
-
-
-def samples(
-    task: Task, draw: Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]], eot: int, batch: int = 1
-) -> Iterator[Sample]:
-    """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side: the same either way.
-
-    `draw(k)` gives the k-th attacked pictures (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
-    Losses are summed, so that a picture's gradient knows no batch. Drawn as they are needed: with batch = 1 memory
-    does not grow with `eot`.
-    """
-    b = len(task.y)
-    for start in range(0, eot, batch):
-        drawn = [draw(k) for k in range(start, min(start + batch, eot))]
-        images, patches, noises = zip(*drawn, strict=True)
-        x = torch.cat(images).detach().requires_grad_()
-        if hasattr(task.victim, "with_penalty"):
-            logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
-        else:
-            logits, penalty = task.victim(x, stack(noises)), 0
-        value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
-        gradient = torch.autograd.grad(value.sum(), x)[0]
-        for part in gradient.split(b):
-            check_finite("attack's gradient", part)
-        fooled = logits.argmax(dim=1).ne(task.y.repeat(len(drawn))).float()
-        yield from map(Sample, *(t.detach().split(b) for t in (value, fooled, gradient)), patches)
-
-
-def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
-    """How good attacked pictures are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
-    them side by side; the same purpose compares all on the same."""
-    values, fooled, n = [], [], judgements(task, eot)
-    for start in range(0, n, batch):
-        noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
-        logits = task.victim(images.repeat(len(noises), 1, 1, 1), stack(noises)).detach()
-        for part in logits.split(len(images)):
-            values.append(task.loss(part))
-            fooled.append(part.argmax(dim=1).ne(task.y).float())
-    return rank(torch.stack(values), torch.stack(fooled))
-
-
-def judgements(task: Task, eot: int) -> int:
-    """How many passes `judge` takes."""
-    return 1 if task.noise("judge") is None else max(3, eot)
-
-
-def rank(values: Tensor, fooled: Tensor) -> Tensor:
-    """Losses and successes (K, B) to one number each (B,), larger is better: first the successes, then the loss."""
-    return fooled.sum(dim=0) + torch.sigmoid(-values.mean(dim=0))  # in (0, 1): never worth a success
-
-
-def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of `new` where `better` (B,), else of `old`."""
-    return torch.where(better.view(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1) -> Attacked:
-    """Each picture's best attempt on noise that none has seen; queries are those of all attempts."""
-    if len(attempts) == 1:
-        return attempts[0]
-    winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)
-    rows = torch.arange(len(winner), device=winner.device)
-    fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
-    queries = torch.stack([a.queries + judgements(task, eot) for a in attempts]).sum(dim=0)
-    return Attacked(*fields)._replace(queries=queries)
+def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): pictures like x and masks (B, 1, S, S)."""
+    image, mask, side = x.clone(), torch.zeros_like(x[:, :1]), pattern.shape[-1]
+    for b, (top, left) in enumerate(corner.tolist()):
+        image[b, :, top : top + side, left : left + side] = pattern[b]
+        mask[b, :, top : top + side, left : left + side] = 1
+    return image, mask

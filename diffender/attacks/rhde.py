@@ -4,7 +4,7 @@ Black-box: it sees class probabilities alone, and counts every query. On a rando
 generation share their noise, each generation has new noise, and the elite is judged again in each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -12,7 +12,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffender.attacks.patch import Attacked, Task, Victim, margin, to_8bit
+from diffender.attacks.attack import Attack, Callback
+from diffender.attacks.expectation import Attacked, Task
+from diffender.attacks.patch import margin, to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
 from diffender.utils.errors import InputError, nearest
@@ -45,10 +47,11 @@ def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RHDE:
+class RHDE(Attack):
+    """`area` is the share that the sticker covers, by its opacity."""
+
     access: ClassVar[str] = "queries"
 
-    area: float = 0.05  # that the sticker covers, by its opacity
     sticker: str | None = None  # of stickers.NAMES; none: the best three of all after some queries for each
     opacity: tuple[float, float] = (0.8, 0.98)
     population: int = 30
@@ -61,25 +64,14 @@ class RHDE:
             near = nearest(self.sticker, NAMES)
             raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}{near}")
 
-    def __call__(
-        self,
-        victim: Victim,
-        x: Tensor,
-        y: Tensor,
-        image_ids: Sequence[str],
-        seed: int,
-        init: Tensor | None = None,
-        callback: Callable[[int], None] = lambda i: None,
-    ) -> Attacked:
-        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, N, 5), an earlier result's `state`, replaces
-        the first population. One picture after the other; each depends on (seed, image id) alone.
-        """
+    def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
+        """One image after the other. `init` (B, N, 5) replaces the first population."""
         results = []
-        for b, image_id in enumerate(image_ids):
-            rows = slice(b, b + 1)
-            task = Task(victim, x[rows], y[rows], [image_id], seed, partial(margin, y=y[rows]))
-            results.append(Search(self, task).run(None if init is None else init[b], callback))
-        return Attacked(*map(torch.cat, zip(*results, strict=True)))
+        for b, image_id in enumerate(task.image_ids):
+            x, y = task.x[b : b + 1], task.y[b : b + 1]
+            one = task._replace(x=x, y=y, image_ids=[image_id], loss=partial(margin, y=y))
+            results.append(Search(self, one).run(None if init is None else init[b], callback))
+        yield Attacked(*map(torch.cat, zip(*results, strict=True)))
 
 
 class Search:

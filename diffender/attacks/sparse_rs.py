@@ -3,22 +3,23 @@
 The gradient-free check of this threat model: where it beats white-box attacks, gradients are masked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diffender.attacks.gdpa import paste
-from diffender.attacks.patch import Attacked, Victim, margin, patch_side, pick_rows, to_8bit
+from diffender.attacks.attack import Attack, Callback
+from diffender.attacks.expectation import Attacked, Task, pick_rows
+from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
 
 @dataclass(frozen=True)
-class SparseRS:
+class SparseRS(Attack):
     """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube.
 
     Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step.
@@ -26,34 +27,24 @@ class SparseRS:
 
     access: ClassVar[str] = "queries"
 
-    area: float = 0.05
     queries: int = 1000
     p_init: float = 0.4  # share of the patch that is repainted at first
 
-    def __call__(
-        self,
-        victim: Victim,
-        x: Tensor,
-        y: Tensor,
-        image_ids: Sequence[str],
-        seed: int,
-        init: Tensor | None = None,
-        callback: Callable[[int], None] = lambda i: None,
-    ) -> Attacked:
-        """Pictures x (B, 3, S, S) in [0, 1] with labels y (B,); `init` (B, 3 s^2 + 2), an earlier result's `state`."""
-        size, side = x.shape[-1], patch_side(x.shape[-1], self.area)
-        draws = [generator(seed, i, "sparse-rs") for i in image_ids]
+    def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
+        """`init` (B, 3 s^2 + 2) is pattern and corner."""
+        x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        draws = [generator(task.seed, i, "sparse-rs") for i in task.image_ids]
         if init is None:
             pattern = torch.stack([squares(side, g) for g in draws])
             corner = torch.stack([torch.randint(0, size - side + 1, (2,), generator=g) for g in draws])
         else:
-            pattern, corner = (init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long())
-        random = victim.sample_noise(image_ids, seed, "attack 0") is not None
+            pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
+        random = task.noise("attack 0") is not None
         steps = (self.queries - (not random)) // (2 if random else 1)
 
         def loss(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
             image, _ = paste(x, to_8bit(pattern).to(x), corner)
-            return margin(victim(image, victim.sample_noise(image_ids, seed, f"attack {step}")), y).detach().cpu()
+            return task.loss(task.victim(image, task.noise(f"attack {step}"))).detach().cpu()
 
         value, trace = (torch.empty(0) if random else loss(pattern, corner, 0), [])  # if random, anew in every step
         for step in range(steps):
@@ -73,7 +64,7 @@ class SparseRS:
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), 2 * steps if random else steps + 1)
         losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
-        return Attacked(image, mask, state, queries, losses, (losses < 0).float())
+        yield Attacked(image, mask, state, queries, losses, (losses < 0).float())
 
     def propose(
         self, pattern: Tensor, corner: Tensor, size: int, progress: float, step: int, g: torch.Generator

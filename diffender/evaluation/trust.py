@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks import ATTACKS
-from diffender.attacks.patch import Attacked, Task, margin, masks_for, samples
+from diffender.attacks.expectation import Attacked, Task, samples
+from diffender.attacks.patch import margin, masks_for
 from diffender.classifiers.dataset import Batch
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
@@ -61,7 +62,7 @@ class Bench(NamedTuple):
         """The adaptive attack again, with one thing changed."""
         attack, usual = self.adaptive
         b, start = self.batch, self.state if init is None else init
-        return replace(attack, **changed)(victim or usual, b.x, b.y, b.ids, self.seed, init=start)
+        return replace(attack, **changed)(Task(victim or usual, b.x, b.y, b.ids, self.seed), init=start)
 
 
 def trust_report(
@@ -80,7 +81,7 @@ def trust_report(
     image, mask = (t.to(batch.x) for t in saved)
     state = None
     if level == "full":
-        state = plan.base(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed).state
+        state = plan.base(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed)).state
     by_gradient = [variant for kind, variant in plan.adaptive.items() if kind != "queries"]
     adaptive = by_gradient[-1] if by_gradient else None
     bench = Bench(target, plan, batch, seed, records, results, image, mask, state, adaptive)
@@ -123,7 +124,10 @@ def controls(bench: Bench) -> Iterator[Check]:
     """Patches that nothing optimised, at the same places; an attack must be worse for the defence."""
     b = bench.batch
     area = bench.plan.base.area
-    made = {k: ATTACKS[k](area=area)(None, b.x, b.y, b.ids, bench.seed).image for k in ("grey", "noise", "crop")}
+    made = {
+        k: ATTACKS[k](area=area)(Task(bench.target, b.x, b.y, b.ids, bench.seed)).image
+        for k in ("grey", "noise", "crop")
+    }
     shares = {name: bench.accuracy(x) for name, x in made.items()}
     least = min(r["average"]["accuracy"] for r in bench.results["rows"])
     yield Check(
@@ -135,7 +139,7 @@ def controls(bench: Bench) -> Iterator[Check]:
 def masks(bench: Bench) -> Iterator[Check]:
     """The true mask restored bounds the defence from above; a random mask shows what painting costs."""
     b, defense = bench.batch, bench.target.defense
-    at_random = masks_for(b.ids, bench.seed, "random mask", b.x.shape[-1], bench.mask.mean().item()).to(b.x)
+    at_random = masks_for(Task(bench.target, b.x, b.y, b.ids, bench.seed), "random mask", bench.mask.mean().item())
 
     def under(mask: Tensor) -> Callable[[Tensor, Noise], Tensor]:
         return lambda x, noise: composite(x, defense.restore(x, mask, noise), mask)
@@ -303,7 +307,7 @@ def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     """A search without gradients must not beat the attack with them."""
     b = bench.batch
     attack = ATTACKS["sparse-rs"](area=bench.plan.base.area, queries=queries)
-    made = attack(bench.target, b.x, b.y, b.ids, bench.seed)
+    made = attack(Task(bench.target, b.x, b.y, b.ids, bench.seed))
     searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
     yield Check(
         f"Sparse-RS, {queries} queries", f"{percent(searched)}, gradients {percent(own)}", "not lower than gradients",

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffender.attacks.patch import Attacked, Victim, to_8bit
+from diffender.attacks.expectation import Attacked, Task, Victim
+from diffender.attacks.patch import to_8bit
 from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, wilson
 from diffender.pipeline import Defended, Purified, passes
 from diffender.utils.images import load_png, save_png, save_stages, stretch
@@ -139,13 +140,13 @@ def craft(
     key = plan.base, tuple(ids)
     if key not in bases:
         started = time.monotonic()
-        base = plan.base(undefended, x, y, ids, seed, callback=lambda _step: on_step(len(ids)))
+        base = plan.base(Task(undefended, x, y, ids, seed), callback=lambda _step: on_step(len(ids)))
         bases[key] = base, time.monotonic() - started
     base, seconds = bases[key]
     yield "transfer", base, seconds
     for kind, (attack, victim) in plan.adaptive.items():
         started = time.monotonic()
-        made = attack(victim, x, y, ids, seed, init=base.state)
+        made = attack(Task(victim, x, y, ids, seed), init=base.state)
         yield kind, made, time.monotonic() - started
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from diffender.attacks import ATTACKS, AdvP
-from diffender.attacks.patch import Attacked
+from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset, list_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
 from diffender.evaluation.metrics import map_auc, mask_scores
@@ -132,7 +132,7 @@ def ablate(opts: Options) -> None:
 def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
     victim = Undefended(classifier)
     parts = bar(slices(opts, batch), "attacking", opts.quiet)
-    done = [attack(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.seed) for rows in parts]
+    done = [attack(Task(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.seed)) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 

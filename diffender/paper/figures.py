@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffender.attacks import AdvP
-from diffender.attacks.patch import Attacked
+from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.defenses import build
 from diffender.evaluation.plan import Options, build_target, fill
@@ -75,7 +75,9 @@ def scene(opts: Options, most: int | None) -> Scene:
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
-    return Scene(opts, target, batch, attack(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.seed))
+    return Scene(
+        opts, target, batch, attack(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.seed))
+    )
 
 
 def draw(columns: dict[str, Tensor], path: Path) -> None:

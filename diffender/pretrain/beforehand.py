@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffender.attacks.expectation import Task, Victim, samples
 from diffender.attacks.gdpa import PatchGenerator, place
-from diffender.attacks.patch import Task, Victim, apply_patch, cross_entropy, margin, masks_for, patch_side, samples
+from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, patch_side
 from diffender.classifiers.dataset import Batch, correct_subset, list_items
 from diffender.factory import open_target
 from diffender.noise import generator
@@ -50,13 +51,13 @@ def universal_patch(
     victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
 ) -> Tensor:
     """One patch (3, s, s) in [0, 1] that leads pictures to `opts.target` wherever it is pasted (Brown et al. 2017)."""
-    size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
+    side = patch_side(data.x.shape[-1], opts.area)
     w = torch.zeros(3, side, side, device=data.x.device, requires_grad=True)  # tanh: grey
     optimizer = torch.optim.Adam([w], lr=0.03)
     for step, rows in enumerate(batches(data, opts.batch_size, opts.seed, opts.updates)):
         x, ids = data.x[rows], [data.ids[i] for i in rows]
         aim = torch.full((len(rows),), opts.target, device=x.device)
-        mask = masks_for(ids, opts.seed, f"universal {step}", size, opts.area).to(x)
+        mask = masks_for(Task(victim, x, aim, ids, opts.seed), f"universal {step}", opts.area)
         patch = torch.zeros_like(x)
         patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
         attacked = apply_patch(x, patch, mask)

@@ -1,0 +1,63 @@
+"""What every attack is: a frozen dataclass of its settings, called on a task."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffender.attacks.expectation import Attacked, Task, best_attempt
+from diffender.attacks.patch import margin
+
+Callback = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """attacked = attack(task): a subclass gives the attempts, and its loss if that is not the margin.
+
+    `access` says what an attack may ask of its victim: gradient, queries, or none.
+    """
+
+    access: ClassVar[str] = "none"
+
+    area: float = 0.05  # share of the image that the patch covers
+
+    def __call__(self, task: Task, init: Tensor | None = None, callback: Callback = lambda step: None) -> Attacked:
+        """The best attempt for each image. Results depend on (seed, image id), not on the batch.
+
+        `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback(step)` is called
+        after each step.
+        """
+        task = task._replace(loss=self.loss(task))
+        attempts = list(self.attempts(task, init, callback))
+        return self.choose(task, attempts)
+
+    def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
+        """What the attacker lowers, from logits (B, K) to (B,)."""
+        return partial(margin, y=task.y)
+
+    def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
+        """The runs of the attack, one for each restart."""
+        raise NotImplementedError
+
+    def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
+        """The only attempt."""
+        (attacked,) = attempts
+        return attacked
+
+
+@dataclass(frozen=True)
+class GradientAttack(Attack):
+    """An attack by the mean gradient over fresh noise; the best attempt is chosen on noise that none has seen."""
+
+    access: ClassVar[str] = "gradient"
+
+    iters: int = 100  # steps
+    eot: int = 10  # noise samples in each step
+    eot_batch: int = 1  # how many of them side by side; changes no result
+    restarts: int = 1
+
+    def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
+        return best_attempt(task, attempts, self.eot, self.eot_batch)

@@ -1,0 +1,172 @@
+"""Expectation over the victim's noise (EOT, Athalye et al. 2018), and the choice among patches on fresh noise."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffender.noise import Noise, stack
+from diffender.utils.errors import check_finite
+
+Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> attacked images, their patches, the noise
+
+
+class Victim(Protocol):
+    """What is attacked: logits of pictures in [0, 1], given the noise of one pass (None where nothing is random).
+
+    A victim may also have `with_penalty(x, noise, patch) -> (logits, penalty (B,))`: what a gradient attack lowers
+    besides its own loss, given where its pixels are.
+    """
+
+    def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
+
+
+class Attacked(NamedTuple):
+    image: Tensor  # (B, 3, S, S) in [0, 1], multiples of 1/255
+    mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patched
+    state: Tensor  # (B, ...): from where the same attack can go on, as its `init`
+    queries: Tensor  # (B,): how often the victim saw each picture
+    trace: Tensor  # (B, steps): the loss along the way
+    fooled: Tensor  # (B, steps): the share of each step's samples that the victim misread
+
+
+class Sample(NamedTuple):
+    """One sample of the expectation over the victim's noise."""
+
+    value: Tensor  # (B,): the attacker's loss, penalty included
+    fooled: Tensor  # (B,) in {0, 1}
+    gradient: Tensor  # (B, 3, S, S): of the value, to the attacked picture
+    mask: Tensor  # (B, 1, S, S): where that picture is patched
+
+
+def no_loss(logits: Tensor) -> Tensor:
+    raise AssertionError("an attack sets its task's loss before it asks the victim")
+
+
+class Task(NamedTuple):
+    """The images that an attack is to have misread, and the victim that is to misread them."""
+
+    victim: Victim
+    x: Tensor  # (B, 3, S, S) in [0, 1]
+    y: Tensor  # (B,): true labels
+    image_ids: Sequence[str]
+    seed: int
+    loss: Callable[[Tensor], Tensor] = no_loss  # what the attacker lowers, from logits (B, K) to (B,); the attack's own
+
+    def noise(self, purpose: str, k: int = 0) -> Noise | Tensor | None:
+        return self.victim.sample_noise(self.image_ids, self.seed, purpose, k)
+
+
+def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample]:
+    """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side: the same either way.
+
+    `draw(k)` gives the k-th attacked pictures (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
+    Losses are summed, so that a picture's gradient knows no batch. Drawn as they are needed: with batch = 1 memory
+    does not grow with `eot`.
+    """
+    b = len(task.y)
+    for start in range(0, eot, batch):
+        drawn = [draw(k) for k in range(start, min(start + batch, eot))]
+        images, patches, noises = zip(*drawn, strict=True)
+        x = torch.cat(images).detach().requires_grad_()
+        if hasattr(task.victim, "with_penalty"):
+            logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
+        else:
+            logits, penalty = task.victim(x, stack(noises)), 0
+        value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
+        gradient = torch.autograd.grad(value.sum(), x)[0]
+        for part in gradient.split(b):
+            check_finite("attack's gradient", part)
+        fooled = logits.argmax(dim=1).ne(task.y.repeat(len(drawn))).float()
+        yield from map(Sample, *(t.detach().split(b) for t in (value, fooled, gradient)), patches)
+
+
+class Expectation(NamedTuple):
+    """Means over the samples of one step."""
+
+    gradient: Tensor  # (B, 3, S, S)
+    value: Tensor  # (B,): the attacker's loss, penalty included
+    fooled: Tensor  # (B,): the share of samples that the victim misread
+    score: Tensor  # (B,): their `rank`
+
+
+def expect(task: Task, draw: Draw, eot: int, batch: int = 1, masked: bool = False) -> Expectation:
+    """The step that gradient attacks share: loss and gradient over `eot` samples, as in `samples`.
+
+    `masked` keeps the gradient inside of each sample's own patch.
+    """
+    gradient, values, fooled = torch.zeros_like(task.x), [], []
+    for sample in samples(task, draw, eot, batch):
+        gradient = gradient + (sample.gradient * sample.mask if masked else sample.gradient) / eot
+        values.append(sample.value)
+        fooled.append(sample.fooled)
+    losses, misread = torch.stack(values), torch.stack(fooled)
+    return Expectation(gradient, losses.mean(dim=0), misread.mean(dim=0), rank(losses, misread))
+
+
+class Course:
+    """How an attempt went: the state of each image with the best score on its own samples, and the curves."""
+
+    def __init__(self) -> None:
+        self.best: list[Tensor] = []  # (B, ...), once there is one
+        self.score = torch.empty(0)
+        self.value: list[Tensor] = []
+        self.fooled: list[Tensor] = []
+
+    def record(self, state: Tensor, seen: Expectation) -> None:
+        """`state` (B, ...) is what `seen` was measured on."""
+        if self.best:
+            state = pick_rows(seen.score > self.score, state, self.best[0])
+            self.score = torch.maximum(seen.score, self.score)
+        else:
+            self.score = seen.score
+        self.best = [state]
+        self.value.append(seen.value)
+        self.fooled.append(seen.fooled)
+
+    def curves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and share fooled, (B, steps) each."""
+        value, fooled = (torch.stack(c, dim=1) if c else x.new_zeros(len(x), 0) for c in (self.value, self.fooled))
+        return value, fooled
+
+
+def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
+    """How good attacked pictures are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
+    them side by side; the same purpose compares all on the same."""
+    values, fooled, n = [], [], judgements(task, eot)
+    for start in range(0, n, batch):
+        noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
+        logits = task.victim(images.repeat(len(noises), 1, 1, 1), stack(noises)).detach()
+        for part in logits.split(len(images)):
+            values.append(task.loss(part))
+            fooled.append(part.argmax(dim=1).ne(task.y).float())
+    return rank(torch.stack(values), torch.stack(fooled))
+
+
+def judgements(task: Task, eot: int) -> int:
+    """How many passes `judge` takes."""
+    return 1 if task.noise("judge") is None else max(3, eot)
+
+
+def rank(values: Tensor, fooled: Tensor) -> Tensor:
+    """Losses and successes (K, B) to one number each (B,), larger is better: first the successes, then the loss."""
+    return fooled.sum(dim=0) + torch.sigmoid(-values.mean(dim=0))  # in (0, 1): never worth a success
+
+
+def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where `better` (B,), else of `old`."""
+    return torch.where(better.view(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1) -> Attacked:
+    """Each picture's best attempt on noise that none has seen; queries are those of all attempts."""
+    if len(attempts) == 1:
+        return attempts[0]
+    winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)
+    rows = torch.arange(len(winner), device=winner.device)
+    fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
+    queries = torch.stack([a.queries + judgements(task, eot) for a in attempts]).sum(dim=0)
+    return Attacked(*fields)._replace(queries=queries)
