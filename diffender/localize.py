@@ -7,7 +7,6 @@ the channels, z-score over the picture, threshold theta in standard deviations, 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
@@ -26,36 +25,26 @@ def difference_map(
     conditioning: Tensor,
     t: int,
     guidance: float,
-    shared_noise: bool = True,
-    decoded: bool = False,
 ) -> Tensor:
     """Mean over draws and channels of |x0(prompt) - x0(empty)|: (B, 1, h, w), not negative.
 
-    z0 (B, 4, h, w) latents of the picture; draws (B, m, 4, h, w) noise. With a prompt, both predictions share their
+    z0 (B, 4, h, w) latents of the image; draws (B, m, 4, h, w) noise. With a prompt, both predictions share their
     noise: guidance is the identity for the empty prompt, so the difference is guidance (sigma_t / alpha_t) times that
     of the two eps, and two evaluations a draw suffice. Without one (`context=None`, the paper's EP variant) shared
-    noise would give exactly zero: the second prediction then takes its own noise, `draws_empty`, as it does with
-    `shared_noise=False`, where guidance is left out. `decoded` compares pictures instead of latents.
+    noise would give exactly zero: the second prediction then takes its own noise, `draws_empty`.
     """
     m = draws.shape[1]
     a_t = model.alphas_cumprod[t].item()
     z0 = repeat(z0, "b c h w -> (b m) c h w", m=m)
     z_a = q_sample(z0, rearrange(draws, "b m c h w -> (b m) c h w"), a_t)
-    if shared_noise and context is not None:
+    if context is not None:
         z_b = z_a
         eps, eps_b = model.eps_from_text(z_a, t, torch.stack([context, context_empty]), conditioning)
         eps_a = eps_b + guidance * (eps - eps_b)
     else:
         z_b = q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
-        contexts = [(context_empty if c is None else c).expand(len(z0), -1, -1) for c in (context, context_empty)]
-        eps_a, eps_b = model.eps_from_text(torch.cat([z_a, z_b]), t, torch.cat(contexts), conditioning).chunk(2)
-    x0_a, x0_b = predict_x0(z_a, eps_a, a_t), predict_x0(z_b, eps_b, a_t)
-    if decoded:
-        x0_a, x0_b = model.decode(x0_a), model.decode(x0_b)
-    difference = (x0_a - x0_b).abs()
-    if decoded:
-        height, width = z0.shape[-2:]
-        difference = F.adaptive_avg_pool2d(difference, (height, width))
+        eps_a, eps_b = model.eps_from_text(torch.cat([z_a, z_b]), t, context_empty, conditioning).chunk(2)
+    difference = (predict_x0(z_a, eps_a, a_t) - predict_x0(z_b, eps_b, a_t)).abs()
     return reduce(difference, "(b m) c h w -> b 1 h w", "mean", m=m)
 
 

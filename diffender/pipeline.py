@@ -31,8 +31,6 @@ class DIFFenderConfig:
     draws: int = 3  # m of Eq. 2
     theta: float = 2.0  # standard deviations of the difference map
     score: str = "z"  # or mad: from median and median absolute deviation
-    shared_noise: bool = True  # by the two predictions of a draw
-    decoded: bool = False  # compare decoded pictures instead of latents
     sigma: float = 1.0  # of the 3x3 blur of the mask, in latents; 0: none
     dilation: int = 3  # side of the square that the mask is dilated by, in latents
     steps: int = 20  # sampler steps of restoration
@@ -144,7 +142,7 @@ class DIFFender(nn.Module):
         cfg = self.cfg
         heatmap = difference_map(
             self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
-            self.blank, noise_timestep(cfg.noise_ratio), cfg.guidance, cfg.shared_noise, cfg.decoded,
+            self.blank, noise_timestep(cfg.noise_ratio), cfg.guidance,
         )  # fmt: skip
         check_finite("difference map", heatmap)
         z_score = SCORES[cfg.score](heatmap)

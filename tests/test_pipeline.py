@@ -338,8 +338,6 @@ def test_choices_of_localisation(defense, photos):
         return found
 
     assert torch.allclose(other(guidance=7.5).z_score, base.z_score, atol=1e-3)  # a factor of the map: cancelled
-    assert not torch.allclose(other(shared_noise=False).heatmap, base.heatmap, rtol=0.1)
-    assert not torch.allclose(other(decoded=True).z_score, base.z_score, atol=0.1)
     robust = other(score="mad")
     assert torch.equal(robust.heatmap, base.heatmap)
     assert robust.z_score.median().abs() < 1e-5

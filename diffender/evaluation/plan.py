@@ -214,7 +214,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, widest, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
-    elif opts.keep is None and opts.defense == "diffender" and not opts.decoded:
+    elif opts.keep is None and opts.defense == "diffender":
         model.keep = keep_or_recompute(one, rows, opts.draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 

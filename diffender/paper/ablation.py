@@ -41,8 +41,6 @@ CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
     "prompt": ("empty", "manual", "tuned"),
     "noise_ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
     "draws": (1, 3, 6, 10),
-    "shared_noise": (True, False),
-    "decoded": (False, True),
     "score": ("z", "mad"),
     "theta": (1.0, 1.5, 2.0, 2.5, 3.0),
     "sigma": (0.0, 1.0),

@@ -75,8 +75,6 @@ class DefenseOptions(ModelOptions):
     draws: int = option(3, "m of Eq. 2 (paper: 3)", low=1)
     theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
     score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
-    shared_noise: bool = option(True, "the two predictions of a draw share their noise")
-    decoded: bool = option(False, "compare decoded pictures instead of latents")
     sigma: float = option(1.0, "of the mask's 3x3 blur, in latents; 0: none", low=0)
     dilation: int = option(3, "side of the square that the mask is dilated by, in latents; odd", low=1)
     steps: int = option(4, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
