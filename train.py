@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.utils.options import ModelOptions, option, parse, pick, run, settings
+from diffender.config import DefenseOptions, ModelOptions
+from diffender.utils.options import changed, option, parse, pick, run, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +50,13 @@ class Options(ModelOptions):
     iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.classifiers.imagenet")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
-    draws: int = option(2, "m of Eq. 2 while tuning", low=1)
-    theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
-    steps: int = option(3, "sampler steps of restoration while tuning", low=1, high=999)
-    sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), or ddim (paper)", choices=("dpmpp", "ddim"))
-    guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none", low=0)
-    seed: int = option(0, "of every random choice", low=0)
+    noise_ratio: float = changed(DefenseOptions, "noise_ratio", 0.2)
+    draws: int = changed(DefenseOptions, "draws", 2, "Number of draws m in Eq. 2 while tuning.")
+    theta: float = changed(DefenseOptions, "theta", 2.5)
+    steps: int = changed(DefenseOptions, "steps", 3, "Sampler steps of restoration while tuning.")
+    sampler: str = changed(DefenseOptions, "sampler", "dpmpp")
+    guidance: float = changed(DefenseOptions, "guidance", 1.0)
+    seed: int = option(0, "Seed of every random choice.", low=0, group="the run")
     out: str = option("runs/prompts.safetensors", "where the prompts go, and a tuning that was stopped goes on")
     track: str = option("none", "package that hears losses along the way", choices=("none", "tensorboard", "wandb"))
 
@@ -68,11 +69,12 @@ def main() -> None:
     from diffender.attacks import AdvP
     from diffender.attacks.expectation import Task
     from diffender.classifiers.imagenet import load_classifier
+    from diffender.config import DIFFenderConfig
     from diffender.evaluation.memory import footprint, keep_or_recompute
     from diffender.evaluation.workers import own_device, start
     from diffender.factory import open_model, pick_device, pick_dtype
     from diffender.noise import generator
-    from diffender.pipeline import DIFFender, DIFFenderConfig, Undefended
+    from diffender.pipeline import DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
     from diffender.utils.errors import InputError
     from diffender.utils.files import place_for

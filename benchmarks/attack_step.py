@@ -21,9 +21,10 @@ from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import margin
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import load_classifier
+from diffender.config import GRADIENTS, Backward, DefenseOptions, DIFFenderConfig
 from diffender.evaluation.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes
-from diffender.pipeline import GRADIENTS, Backward, Defended, DIFFender, DIFFenderConfig
-from diffender.utils.options import DefenseOptions, pick
+from diffender.pipeline import Defended, DIFFender
+from diffender.utils.options import pick
 from diffender.weights.loading import load_model
 from diffender.weights.prompts import contexts_for
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import load_classifier
+from diffender.config import DIFFenderConfig
 from diffender.localize import refine_mask, standardize
 from diffender.noise import Noise
 from diffender.ops import resize
-from diffender.pipeline import DIFFender, DIFFenderConfig
+from diffender.pipeline import DIFFender
 from diffender.prompts import manual_contexts
 from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.weights.loading import load_model
@@ -64,7 +65,7 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
             a, b = (scheduler.step(guided(z_t, c), t, z_t).pred_original_sample for c in (texts.locate, texts.empty))
             total = total + (a - b).abs()
         heatmap = (total / len(noise.draws[0])).mean(dim=1, keepdim=True)
-        mask = refine_mask(standardize(heatmap), cfg.theta, defense.size, cfg.sigma, cfg.dilation)
+        mask = refine_mask(standardize(heatmap), defense.size, cfg)
         sample = gaussian.sample  # the pipeline's one random draw: the posterior of the masked picture
         gaussian.sample = lambda self, generator=None: self.mean + self.std * noise.masked
         try:

@@ -10,7 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "pipeline": ("DIFFender", "DIFFenderConfig", "Backward", "Defended", "WithFreshNoise"),
+    "pipeline": ("DIFFender", "Defended", "WithFreshNoise"),
+    "config": ("DIFFenderConfig", "Backward"),
     "defend": ("Defender",),
     "prompts": ("Contexts", "PromptPair"),
     "stable_diffusion.model": ("PRESETS", "LatentDiffusion", "ModelConfig"),

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from diffender.config import DefenseOptions
 from diffender.utils.errors import InputError
-from diffender.utils.options import DefenseOptions, option, parse, pick, run, settings
+from diffender.utils.options import option, parse, pick, run, settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,8 +54,8 @@ class Defender:
 
     def __init__(self, opts: Options | None = None):
         from diffender.classifiers.imagenet import class_names, load_classifier
+        from diffender.config import DIFFenderConfig
         from diffender.factory import open_model, pick_device
-        from diffender.pipeline import DIFFenderConfig
         from diffender.weights.prompts import SHIPPED, contexts_for
 
         self.opts = opts = opts or Options()

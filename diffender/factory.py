@@ -9,12 +9,13 @@ import torch
 
 from diffender.classifiers.dataset import Item, list_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.config import DIFFenderConfig, ModelOptions, TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
-from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.utils.options import ModelOptions, TargetOptions, pick
+from diffender.utils.options import pick
 from diffender.weights.loading import EMBEDDED, RANDOM, load_model
 from diffender.weights.prompts import SHIPPED, contexts_for
 from diffender.weights.reading import folder_files

@@ -10,42 +10,44 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from diffender.config import EXACT, Backward, DIFFenderConfig
+from diffender.noise import Noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
+from diffender.prompts import Contexts
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.stable_diffusion.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
 
 
-def difference_map(
-    model: LatentDiffusion,
-    z0: Tensor,
-    context: Tensor | None,
-    context_empty: Tensor,
-    draws: Tensor,
-    draws_empty: Tensor,
-    conditioning: Tensor,
-    t: int,
-    guidance: float,
-) -> Tensor:
-    """Mean over draws and channels of |x0(prompt) - x0(empty)|: (B, 1, h, w), not negative.
+def predict_pair(
+    model: LatentDiffusion, z0: Tensor, contexts: Contexts, noise: Noise, cfg: DIFFenderConfig, blank: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0 predicted in one step with the prompt, and with the empty prompt, for each draw: (B, m, 4, h, w) both.
 
-    z0 (B, 4, h, w) latents of the image; draws (B, m, 4, h, w) noise. With a prompt, both predictions share their
-    noise: guidance is the identity for the empty prompt, so the difference is guidance (sigma_t / alpha_t) times that
-    of the two eps, and two evaluations a draw suffice. Without one (`context=None`, the paper's EP variant) shared
-    noise would give exactly zero: the second prediction then takes its own noise, `draws_empty`.
+    z0 (B, 4, h, w) are the latents of the image; blank (1, 5, h, w) says that everything is masked. Both predictions
+    share their noise: guidance is the identity for the empty prompt, so two UNet evaluations a draw suffice. Without a
+    prompt (`contexts.locate` is None, the paper's EP variant) shared noise would give exactly zero, so the second
+    prediction takes noise of its own.
     """
-    m = draws.shape[1]
+    b, m = noise.draws.shape[:2]
+    t = noise_timestep(cfg.noise_ratio)
     a_t = model.alphas_cumprod[t].item()
     z0 = repeat(z0, "b c h w -> (b m) c h w", m=m)
-    z_a = q_sample(z0, rearrange(draws, "b m c h w -> (b m) c h w"), a_t)
-    if context is not None:
-        z_b = z_a
-        eps, eps_b = model.eps_from_text(z_a, t, torch.stack([context, context_empty]), conditioning)
-        eps_a = eps_b + guidance * (eps - eps_b)
+    z_t = q_sample(z0, rearrange(noise.draws, "b m c h w -> (b m) c h w"), a_t)
+    if contexts.locate is not None:
+        z_t_empty = z_t
+        eps, eps_empty = model.eps_from_text(z_t, t, torch.stack([contexts.locate, contexts.empty]), blank)
+        eps = eps_empty + cfg.guidance * (eps - eps_empty)
     else:
-        z_b = q_sample(z0, rearrange(draws_empty, "b m c h w -> (b m) c h w"), a_t)
-        eps_a, eps_b = model.eps_from_text(torch.cat([z_a, z_b]), t, context_empty, conditioning).chunk(2)
-    difference = (predict_x0(z_a, eps_a, a_t) - predict_x0(z_b, eps_b, a_t)).abs()
-    return reduce(difference, "(b m) c h w -> b 1 h w", "mean", m=m)
+        z_t_empty = q_sample(z0, rearrange(noise.draws_empty, "b m c h w -> (b m) c h w"), a_t)
+        eps, eps_empty = model.eps_from_text(torch.cat([z_t, z_t_empty]), t, contexts.empty, blank).chunk(2)
+    x0 = predict_x0(z_t, eps, a_t), predict_x0(z_t_empty, eps_empty, a_t)
+    x0_prompt, x0_empty = (rearrange(x, "(b m) c h w -> b m c h w", b=b) for x in x0)
+    return x0_prompt, x0_empty
+
+
+def difference_map(x0_prompt: Tensor, x0_empty: Tensor) -> Tensor:
+    """Eq. 2: the mean over m draws and the channels of |x0(prompt) - x0(empty)|, (B, m, 4, h, w) to (B, 1, h, w)."""
+    return reduce((x0_prompt - x0_empty).abs(), "b m c h w -> b 1 h w", "mean")
 
 
 def standardize(x: Tensor) -> Tensor:
@@ -65,25 +67,17 @@ def standardize_robustly(x: Tensor) -> Tensor:
 SCORES = {"z": standardize, "mad": standardize_robustly}
 
 
-def refine_mask(
-    z_score: Tensor,
-    theta: float,
-    size: Sequence[int],
-    sigma: float = 1.0,
-    dilation: int = 3,
-    ste: str = "identity",
-    k: float = 5.0,
-) -> Tensor:
+def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, backward: Backward = EXACT) -> Tensor:
     """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
 
-    `ste` and `k` say how through the first, see `binarize`; with `soft` nothing is binary.
+    `backward.ste` says how through the first, see `binarize`; with `soft` nothing is binary.
 
     Threshold theta, 3x3 Gaussian (none for sigma 0), square dilation, upsampling, threshold 0.5: lone pixels vanish,
     and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
     theta standard deviations above its mean (20 % at 2): larger patches escape.
     """
-    mask = binarize(z_score, theta, ste, k)
-    if sigma > 0:
-        mask = gaussian_blur(mask, sigma=sigma)
-    mask = resize(dilate(mask, dilation), size)
-    return mask if ste == "soft" else binarize(mask, 0.5)
+    mask = binarize(z_score, cfg.theta, backward.ste, backward.ste_k)
+    if cfg.sigma > 0:
+        mask = gaussian_blur(mask, sigma=cfg.sigma)
+    mask = resize(dilate(mask, cfg.dilation), size)
+    return mask if backward.ste == "soft" else binarize(mask, 0.5)

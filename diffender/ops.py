@@ -13,9 +13,6 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard.detach() + (soft - soft.detach())
 
 
-STE = ("identity", "sigmoid", "none", "soft")
-
-
 def binarize(x: Tensor, threshold: float, ste: str = "identity", k: float = 5.0) -> Tensor:
     """1 where x > threshold, else 0. `ste` chooses the backward pass: the identity (paper B.3), sigmoid(k (x -
     threshold)), or none. `soft` is that sigmoid forward too: a differentiable stand-in, for finite differences."""

@@ -1,80 +1,25 @@
 """The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffender.localize import SCORES, difference_map, refine_mask
+from diffender.config import EXACT, Backward, DIFFenderConfig
+from diffender.localize import SCORES, difference_map, predict_pair, refine_mask
 from diffender.losses import decoy, evasion
 from diffender.noise import Noise, sample_noise, stack
-from diffender.ops import STE, binarize, resize, straight_through
+from diffender.ops import binarize, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.restore import composite, inpaint
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.stable_diffusion.samplers import check_sampler
-from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError, check_finite
 
 if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
-
-GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
-
-
-@dataclass(frozen=True)
-class DIFFenderConfig:
-    noise_ratio: float = 0.5  # t* of localisation
-    draws: int = 3  # m of Eq. 2
-    theta: float = 2.0  # standard deviations of the difference map
-    score: str = "z"  # or mad: from median and median absolute deviation
-    sigma: float = 1.0  # of the 3x3 blur of the mask, in latents; 0: none
-    dilation: int = 3  # side of the square that the mask is dilated by, in latents
-    steps: int = 20  # sampler steps of restoration
-    guidance: float = 7.5
-    eta: float = 0.0
-    sampler: str = "ddim"  # or dpmpp, for few steps
-    restore: bool = True  # False: the paper's NR ablation, the mask filled with grey
-    composite: bool = True  # False: the raw decode everywhere, as stock pipelines return it
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.eta)
-        if self.score not in SCORES:
-            raise InputError(f"unknown score {self.score!r}; choose one of {', '.join(SCORES)}")
-        if self.dilation < 1 or self.dilation % 2 == 0:
-            raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
-
-
-@dataclass(frozen=True)
-class Backward:
-    """How gradients pass back through the defence. The value never depends on it, but for ste="soft".
-
-    mode       bpda       the identity for the whole defence (Athalye et al. 2018)
-               bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
-               surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
-               full       exact through localisation and restoration, thresholds straight through
-               full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
-               auto       of other defences: exact where they are differentiable, straight through elsewhere
-    ste        through the threshold of the map: see `ops.binarize`
-    """
-
-    mode: str = "full"
-    ste: str = "identity"
-    ste_k: float = 5.0
-    surrogate_steps: int = 2
-    evasion: float = 1.0
-    decoy: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (("gradient", self.mode, GRADIENTS), ("ste", self.ste, STE)):
-            if value not in allowed:
-                raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
-
-
-EXACT = Backward()
 
 
 class Localized(NamedTuple):
@@ -139,16 +84,10 @@ class DIFFender(nn.Module):
     ) -> Localized:
         """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1], and of their `posterior` if known."""
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
-        cfg = self.cfg
-        heatmap = difference_map(
-            self.model, z0, self.contexts.locate, self.contexts.empty, noise.draws, noise.draws_empty,
-            self.blank, noise_timestep(cfg.noise_ratio), cfg.guidance,
-        )  # fmt: skip
+        heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
-        z_score = SCORES[cfg.score](heatmap)
-        mask = refine_mask(
-            z_score, cfg.theta, x.shape[-2:], cfg.sigma, cfg.dilation, backward.ste, backward.ste_k
-        )  # fmt: skip
+        z_score = SCORES[self.cfg.score](heatmap)
+        mask = refine_mask(z_score, x.shape[-2:], self.cfg, backward)
         return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
@@ -156,11 +95,8 @@ class DIFFender(nn.Module):
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), 0.5)
-        x_hat = inpaint(
-            self.model, resize(x, self.size), small, self.contexts.restore,
-            self.contexts.empty, noise.masked, noise.start,
-            noise.steps, steps or self.cfg.steps, self.cfg.guidance, self.cfg.eta, self.cfg.sampler,
-        )  # fmt: skip
+        cfg = self.cfg if steps is None else replace(self.cfg, steps=steps)
+        x_hat = inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg)
         check_finite("restored picture", x_hat)
         return resize(x_hat, x.shape[-2:])
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffender.noise import generator
+from diffender.config import DIFFenderConfig
+from diffender.noise import Noise, generator
+from diffender.prompts import Contexts
 from diffender.restore import inpaint
 from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.samplers import SAMPLERS
@@ -162,5 +164,7 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
         out[f"trajectory {name}"] = method.run(eps, z_t, grid, eta, noise)
     model.unet.cfg = model.cfg.unet
     # Clamped, as the stock pipeline returns it.
-    out["trajectory inpaint"] = inpaint(model, x, mask, *contexts, posterior, start, None, 4, GUIDANCE).clamp(0, 1)
+    noise = Noise(posterior, start, start, posterior, start, start[:, None, :0])
+    cfg = DIFFenderConfig(steps=4, guidance=GUIDANCE)
+    out["trajectory inpaint"] = inpaint(model, x, mask, Contexts(None, *contexts), noise, cfg).clamp(0, 1)
     return out

@@ -11,6 +11,7 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.classifiers.dataset import Batch
+from diffender.config import Backward, DIFFenderConfig
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
@@ -19,7 +20,7 @@ from diffender.evaluation.verdicts import Plan, evaluate_batch, purifications, s
 from diffender.losses import decoy, evasion
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
-from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, Undefended, WithFreshNoise
+from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
 from diffender.report.tables import markdown, trust_table
 from diffender.utils.errors import InputError
 from diffender.utils.images import load_png
@@ -199,7 +200,7 @@ def test_straight_through_estimators(target, attacked):
     assert norms["none"] < 1e-3 * norms["identity"]
     with pytest.raises(InputError, match="unknown ste 'tanh'; choose one of identity"):
         Backward(ste="tanh")
-    with pytest.raises(InputError, match="unknown gradient 'exact'; choose one of bpda"):
+    with pytest.raises(InputError, match="unknown mode 'exact'; choose one of bpda"):
         Backward("exact")
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
+from diffender.config import Backward, DIFFenderConfig
 from diffender.defenses import DEFENSES, build, split
 from diffender.defenses.dw import guided
 from diffender.defenses.fill import FILLS, harmonic
@@ -29,7 +30,7 @@ from diffender.defenses.lgs import LGS, gradient_magnitude
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
 from diffender.noise import generator
-from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig
+from diffender.pipeline import Defended, DIFFender
 from diffender.pretrain.jedi import draw_mask
 from diffender.utils.errors import InputError
 from diffender.weights.prompts import contexts_for

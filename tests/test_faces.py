@@ -9,12 +9,12 @@ from PIL import Image
 
 from diffender import factory as runs
 from diffender.classifiers.dataset import correct_subset, load_image
+from diffender.config import TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, load_recognizer, split_faces
 from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.faces.verification import read_pairs, verify
 from diffender.utils.errors import InputError
 from diffender.utils.files import save_atomic
-from diffender.utils.options import TargetOptions
 from tests.conftest import ROOT, SHARED
 
 FACES = SHARED / "data" / "faces"

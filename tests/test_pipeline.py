@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from diffender.attacks.expectation import Task, samples
-from diffender.localize import difference_map, refine_mask, standardize, standardize_robustly
+from diffender.config import Backward, DIFFenderConfig
+from diffender.localize import difference_map, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, straight_through
-from diffender.pipeline import Backward, Defended, DIFFender, DIFFenderConfig, passes
+from diffender.pipeline import Defended, DIFFender, passes
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.restore import composite
-from diffender.stable_diffusion.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
 from diffender.utils.errors import InputError, named_images
 from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT
@@ -49,7 +50,10 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
         eps_empty = model.eps(z_t, t, contexts.empty, blank)
         eps = eps_empty + guidance * (model.eps(z_t, t, contexts.locate, blank) - eps_empty)
         total = total + (predict_x0(z_t, eps, a_t) - predict_x0(z_t, eps_empty, a_t)).abs().mean(dim=1, keepdim=True)
-    ours = difference_map(model, z0, contexts.locate, contexts.empty, draws, draws, blank, t, guidance)
+    noise = Noise(z0, draws, draws, z0, z0, draws)
+    cfg = DIFFenderConfig(noise_ratio=0.5, guidance=guidance)
+    assert noise_timestep(cfg.noise_ratio) == t
+    ours = difference_map(*predict_pair(model, z0, contexts, noise, cfg, blank))
     assert torch.allclose(ours, total / m, rtol=1e-3, atol=1e-4 * ours.max().item())
 
 
@@ -78,9 +82,13 @@ def test_empty_prompt_needs_independent_noise(model, contexts, photos):
     z0 = model.vae.encode(photos[:1])
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1, 2, *z0.shape[1:], generator=g)
-    args = (torch.Generator, model.blank_conditioning((224, 224)), 481, 7.5)[1:]
-    assert difference_map(model, z0, None, contexts.empty, a, a, *args).max() < 1e-3
-    assert difference_map(model, z0, None, contexts.empty, a, b, *args).min() > 1e-3
+    blank, empty = model.blank_conditioning((224, 224)), contexts._replace(locate=None)
+    same, other = (
+        difference_map(*predict_pair(model, z0, empty, Noise(z0, a, second, z0, z0, a), DIFFenderConfig(), blank))
+        for second in (a, b)
+    )
+    assert same.max() < 1e-3
+    assert other.min() > 1e-3
 
 
 def test_standardize_uses_the_unbiased_deviation():
@@ -93,7 +101,7 @@ def test_refine_mask_drops_lone_pixels_and_grows_blocks():
     z = torch.zeros(1, 1, 28, 28)
     z[..., 3, 3] = 9  # a lone latent vanishes
     z[..., 10:16, 10:16] = 9  # a block grows by about one latent on each side
-    mask = refine_mask(z, 2.0, (224, 224))
+    mask = refine_mask(z, (224, 224), DIFFenderConfig())
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert mask[..., :64, :64].sum() == 0
     assert mask[..., 80:128, 80:128].min() == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffender.pipeline import DIFFenderConfig
+from diffender.config import DIFFenderConfig
 from diffender.stable_diffusion.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid
 from diffender.stable_diffusion.schedule import make_alphas_cumprod, q_sample
 from diffender.utils.errors import InputError

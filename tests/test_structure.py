@@ -15,8 +15,10 @@ PACKAGE = ROOT / "diffender"
 # A room imports from itself and from the rooms on the lines above its own. A bare name is a file of diffender/.
 FLOORS = """
 utils ops noise losses
+config
 stable_diffusion
-localize restore prompts
+prompts
+localize restore
 pipeline weights attacks
 classifiers
 faces defenses
@@ -97,9 +99,7 @@ def test_documents_show_the_committed_results():
 def test_readme_commands_are_options_that_exist():
     readme = (ROOT / "README.md").read_text()
     for name in ("train.py", "evaluate.py"):
-        source = "".join(
-            p.read_text() for p in (ROOT / name, PACKAGE / "utils/options.py", PACKAGE / "evaluation/plan.py")
-        )
+        source = "".join(p.read_text() for p in (ROOT / name, PACKAGE / "config.py", PACKAGE / "evaluation/plan.py"))
         for command in re.findall(rf"python {re.escape(name)}([^\n`]*)", readme):
             for flag in re.findall(r"--([a-z0-9-]+)", command):
                 name = flag.removeprefix("no-").replace("-", "_")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffender.classifiers.dataset import Batch, sample_items
+from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
 from diffender.evaluation import plan as plans
@@ -18,7 +19,7 @@ from diffender.paper.controls import FILLED, controls, elsewhere
 from diffender.paper.figures import FIGURES
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
-from diffender.pipeline import Defended, DIFFender, DIFFenderConfig
+from diffender.pipeline import Defended, DIFFender
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
 from diffender.weights.prompts import contexts_for

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffender.classifiers.dataset import list_items, load_image
+from diffender.config import EXACT, Backward
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc, reestimate_statistics
@@ -19,7 +20,7 @@ from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.smoothing import Smoothing
 from diffender.ops import resize, straight_through
-from diffender.pipeline import EXACT, Backward, Defended, DIFFender, Purified, check_images
+from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, nearest
 

@@ -20,7 +20,7 @@ from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
 from diffender.noise import Noise, stack
-from diffender.pipeline import EXACT, Defended, DIFFender, Undefended
+from diffender.pipeline import Defended, DIFFender, Undefended
 from diffender.restore import composite
 
 THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -78,7 +78,7 @@ def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
     """The purified picture (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
     cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THETAS)
     size = x.shape[-2:]
-    masks = [refine_mask(z_score, theta, size, cfg.sigma, cfg.dilation, EXACT.ste, EXACT.ste_k) for theta in THETAS]
+    masks = [refine_mask(z_score, size, replace(cfg, theta=theta)) for theta in THETAS]
     every, mask = x.expand(n, -1, -1, -1), torch.cat(masks)
     restored = defense.restore(every, mask, stack([noise] * n))
     return composite(every, restored, mask) if cfg.composite else restored

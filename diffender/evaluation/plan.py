@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffender.config import Backward, TargetOptions
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import TargetOptions, option, pick
+from diffender.utils.options import changed, option, pick
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +85,9 @@ class Options(TargetOptions):
     eot_batch: int = option(8, "of them, and of verdicts, side by side; changes no result, takes memory", low=1)
     restarts: int | None = budgeted("restarts", "attempts, of which the best on fresh noise counts")
     ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
-    ste_k: float = option(5.0, "slope of the sigmoid", low=0.01)
-    evasion: float = option(1.0, "weight of hiding from the localiser in full+loc", low=0)
-    decoy: float = option(0.0, "weight of raising the localiser's bar in full+loc", low=0)
+    ste_k: float = changed(Backward, "ste_k", 5.0)
+    evasion: float = changed(Backward, "evasion", 1.0)
+    decoy: float = changed(Backward, "decoy", 0.0)
     gdpa_mode: str = option("direct", "of gdpa", choices=("direct", "generator", "amortised"))
     generator: str | None = option(None, "file of the generator that amortised gdpa uses")
     sticker: str | None = option(None, "of rhde, a name of diffender.attacks.stickers; none: the best three")
@@ -228,7 +229,7 @@ def recorded_steps(opts: Options) -> int:
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
     """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
     from diffender.evaluation.verdicts import Plan
-    from diffender.pipeline import Backward, Defended
+    from diffender.pipeline import Defended
 
     renamed = {"mode": opts.gdpa_mode, "weights": opts.generator, "file": opts.patch_file}
     plans = []

@@ -17,9 +17,10 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
 from diffender.classifiers.dataset import Batch
+from diffender.config import Backward
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
-from diffender.pipeline import Backward, Defended, DIFFender, Undefended, passes
+from diffender.pipeline import Defended, DIFFender, Undefended, passes
 from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 

@@ -12,7 +12,8 @@ reconstructed by the VAE, attacked, restored with the true mask and with the loc
 
 from dataclasses import dataclass
 
-from diffender.utils.options import TargetOptions, option, parse, run
+from diffender.config import TargetOptions
+from diffender.utils.options import option, parse, run
 
 
 @dataclass(frozen=True)

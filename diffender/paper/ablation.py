@@ -15,10 +15,11 @@ from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset, list_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.config import DIFFenderConfig
 from diffender.evaluation.metrics import map_auc, mask_scores
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
 from diffender.paper.ablate import Options
-from diffender.pipeline import DIFFender, DIFFenderConfig, Localized, Undefended
+from diffender.pipeline import DIFFender, Localized, Undefended
 from diffender.restore import composite
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError

@@ -27,7 +27,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffender.utils.options import Parser, TargetOptions, option, parse, run
+from diffender.config import TargetOptions
+from diffender.utils.options import Parser, option, parse, run
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Generator, Tensor, nn
 from torchvision.utils import save_image
 
 from diffender.classifiers.imagenet import load_classifier
+from diffender.config import DIFFenderConfig
 from diffender.losses import feature_distance
-from diffender.pipeline import DIFFender, DIFFenderConfig
+from diffender.pipeline import DIFFender
 from diffender.pretrain.corpus import Crops, Photos, Samples, batches, load_photos
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import manual_contexts

@@ -96,7 +96,8 @@ def dpmpp_step(z_t: Tensor, x0: Tensor, step: Step, x0_before: Tensor | None, be
 
 def dpmpp(eps: Eps, z_t: Tensor, grid: list[Step], eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """Walk `grid` from z_t (B, 4, h, w); deterministic: eta must be 0, and `noise` is not used."""
-    check_sampler("dpmpp", eta)
+    if eta > 0:
+        raise InputError(f"eta is {eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
     x0_before, before = None, None
     for step in grid:
         x0 = predict_x0(z_t, eps(z_t, step.t), step.a_t)
@@ -111,11 +112,3 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS = {"ddim": Sampler(ddim_grid, ddim), "dpmpp": Sampler(dpmpp_grid, dpmpp)}
-
-
-def check_sampler(name: str, eta: float) -> None:
-    """Raises InputError for an unknown sampler, and for randomness asked of a deterministic one."""
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    if name == "dpmpp" and eta > 0:
-        raise InputError(f"eta is {eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")

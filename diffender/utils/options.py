@@ -8,7 +8,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
@@ -36,67 +36,22 @@ def option(
     return field(default=default, metadata=given)
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which diffusion model runs, and how: the flags that the scripts share."""
-
-    model: str = option(
-        "auto",
-        "preset of diffender.stable_diffusion.model; auto: the embedded tiny, or what --weights holds",
-        group="the model, and where it runs",
-    )
-    weights: str | None = option(None, "single file or Hugging Face folder; random: for trials at full size")
-    ema: bool = option(False, "take the averaged copies of the UNet, which some files of training hold")
-    vae: str | None = option(None, "another VAE, alone or in a whole model")
-    locate_unet: str | None = option(None, "a separate 4-channel UNet for localisation, as in the authors' demo")
-    prediction: str = option(
-        "auto", "what UNets predict whose files do not say (auto: epsilon)", choices=("auto", "epsilon", "v")
-    )
-    dtype: str = option(
-        "auto", "of the UNets (auto: float32 on the CPU, bfloat16 on a GPU); text tower and VAE stay in float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )  # fmt: skip
-    micro_batch: int | None = option(None, "at most so many latents or pictures in a network at a time", low=1)
-    keep: bool | None = option(
-        None, "activations for the backward pass instead of computing them again: same gradients, more memory "
-        "(default: where they take no more than a quarter of the free memory)",
-    )  # fmt: skip
-    device: str = option("auto", "auto, cpu, cuda, ...")
-    quiet: bool = option(False, "only results and errors: no progress, no forecast")
+def changed(cls: type, name: str, default: Any, help: str | None = None) -> Any:
+    """The option `name` of another class with another default: its range, its choices and, unless given, its help."""
+    given = next(f for f in fields(cls) if f.name == name)
+    return field(default=default, metadata={**given.metadata, "help": help or given.metadata["help"]})
 
 
-@dataclass(frozen=True)
-class DefenseOptions(ModelOptions):
-    """The defence: prompts, and every field of DIFFenderConfig, at what suits the embedded model."""
-
-    prompt: str = option("tuned", "prompts of the defence", choices=("tuned", "manual", "empty"), group="the defence")
-    prompts: str | None = option(None, "file of the tuned prompts, from train.py; none for the shipped ones")
-    noise_ratio: float = option(0.2, "t* of localisation (paper: 0.5)", low=0.02, high=1)
-    draws: int = option(3, "m of Eq. 2 (paper: 3)", low=1)
-    theta: float = option(2.5, "threshold in standard deviations (paper: 2)", low=0)
-    score: str = option("z", "of the difference map: z, or mad, from median and deviations", choices=("z", "mad"))
-    sigma: float = option(1.0, "of the mask's 3x3 blur, in latents; 0: none", low=0)
-    dilation: int = option(3, "side of the square that the mask is dilated by, in latents; odd", low=1)
-    steps: int = option(4, "sampler steps of restoration (paper's demo: 20)", low=1, high=999)
-    guidance: float = option(1.0, "classifier-free guidance of restoration; 1: none (paper's demo: 7.5)", low=0)
-    sampler: str = option("dpmpp", "dpmpp: DPM-Solver++(2M), for few steps, or ddim (paper)", choices=("dpmpp", "ddim"))
-    eta: float = option(0.0, "of ddim; 0: deterministic, 1: variance of DDPM", low=0, high=1)
-    restore: bool = option(True, "inpaint the mask; --no-restore fills it with grey (the paper's NR)")
-    composite: bool = option(True, "keep the pixels outside the mask; --no-composite returns the raw decode")
-
-
-@dataclass(frozen=True)
-class TargetOptions(DefenseOptions):
-    """The classifier behind the defence, and the pictures."""
-
-    data: str = option("samples", "samples, a folder by wnid, a csv of file and label; faces: by person, or identity",
-                       group="classifier and pictures")  # fmt: skip
-    classifier: str = option("efficientnet_lite0", "a name of diffender.classifiers.imagenet, timm:TAG, "
-                             "or a recogniser of faces: facenet, mobilefacenet")  # fmt: skip
-    fold: int = option(0, "of faces: which picture of each person is the probe; the others are the gallery", low=0)
-    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    seed: int = option(0, "of every random choice", low=0)
-    batch_size: int = option(8, "pictures side by side; changes no result", low=1)
+def check_options(opts: Any) -> None:
+    """Raises InputError for a value outside of its choices or its range."""
+    for f in fields(opts):
+        value, choices = getattr(opts, f.name), f.metadata.get("choices")
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"unknown {f.name} {value!r}; choose one of {', '.join(choices)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not within(value, low, high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise InputError(f"{f.name} is {value}; allowed is {allowed}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,152 @@
+"""The settings of the defence and of its backward pass, and the flags that the commands share.
+
+Each setting of the method stands here once, with its help and its range; command lines are made from these classes.
+"""
+
+from dataclasses import dataclass
+
+from diffender.utils.errors import InputError
+from diffender.utils.options import changed, check_options, option
+
+GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
+STE = ("identity", "sigmoid", "none", "soft")
+
+
+@dataclass(frozen=True)
+class DIFFenderConfig:
+    """The method (Sec. 3.2). The defaults are the paper's, or where it is silent those of the authors' demo.
+
+    Raises InputError for values outside of their range.
+    """
+
+    noise_ratio: float = option(
+        0.5, "Noise ratio t* of localisation (paper: 0.5).", low=0.02, high=1, group="the method"
+    )
+    draws: int = option(3, "Number of draws m in Eq. 2 (paper: 3).", low=1)
+    theta: float = option(2.0, "Threshold of the difference map in standard deviations (paper: 2).", low=0)
+    score: str = option(
+        "z",
+        "Score of the difference map: z-score, or mad, from the median and the median absolute deviation.",
+        choices=("z", "mad"),
+    )
+    sigma: float = option(1.0, "Standard deviation of the mask's 3x3 blur, in latents. 0: no blur.", low=0)
+    dilation: int = option(3, "Side of the square that dilates the mask, in latents. Odd; 1: no dilation.", low=1)
+    steps: int = option(20, "Sampler steps of restoration (authors' demo: 20).", low=1, high=999)
+    guidance: float = option(7.5, "Classifier-free guidance. 1: none (authors' demo: 7.5).", low=0)
+    sampler: str = option(
+        "ddim", "Sampler: ddim (paper), or dpmpp, which is DPM-Solver++(2M), for few steps.", choices=("ddim", "dpmpp")
+    )
+    eta: float = option(0.0, "Eta of DDIM. 0: deterministic, 1: the variance of DDPM.", low=0, high=1)
+    restore: bool = option(True, "Inpaint the mask. --no-restore fills it with grey (the paper's NR).")
+    composite: bool = option(True, "Keep the pixels outside the mask. --no-composite returns the raw decode.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.dilation % 2 == 0:
+            raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
+        if self.sampler == "dpmpp" and self.eta > 0:
+            raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How gradients pass back through the defence. The value never depends on it, but for ste="soft".
+
+    mode       bpda       the identity for the whole defence (Athalye et al. 2018)
+               bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
+               surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
+               full       exact through localisation and restoration, thresholds straight through
+               full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
+               auto       of other defences: exact where they are differentiable, straight through elsewhere
+    ste        through the threshold of the map: see `ops.binarize`
+    """
+
+    mode: str = option("full", "Gradient mode.", choices=GRADIENTS)
+    ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
+    ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
+    surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)
+    evasion: float = option(1.0, "Weight of hiding from the localiser in full+loc.", low=0)
+    decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc.", low=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+EXACT = Backward()
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which diffusion model runs, and how: the flags that the scripts share."""
+
+    model: str = option(
+        "auto",
+        "Name of the model. auto: the embedded model tiny, or what --weights holds.",
+        group="the model, and where it runs",
+    )
+    weights: str | None = option(
+        None, "Checkpoint: a single file or a Hugging Face folder. random: random weights, to try a size."
+    )
+    ema: bool = option(False, "Use the EMA weights if the checkpoint has them.")
+    vae: str | None = option(None, "Another VAE, from a file of its own or from a whole checkpoint.")
+    locate_unet: str | None = option(None, "A separate 4-channel UNet for localisation, as in the authors' demo.")
+    prediction: str = option(
+        "auto", "What the UNet predicts if its file does not say (auto: epsilon).", choices=("auto", "epsilon", "v")
+    )
+    dtype: str = option(
+        "auto",
+        "Dtype of the UNet. auto: float32 on the CPU, bfloat16 on a GPU. Text encoder and VAE stay in float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    micro_batch: int | None = option(
+        None, "Largest number of latents or images in one forward pass of a network.", low=1
+    )
+    keep: bool | None = option(
+        None,
+        "Keep activations for the backward pass instead of recomputing them. Same gradients, more memory "
+        "(default: if they take at most a quarter of the free memory).",
+    )
+    device: str = option("auto", "Device: auto, cpu, cuda, ...")
+    quiet: bool = option(False, "Print only results and errors.")
+
+
+@dataclass(frozen=True)
+class DefenseOptions(DIFFenderConfig, ModelOptions):
+    """The prompts and the method, with the settings that suit the embedded model (docs/choices.md)."""
+
+    prompt: str = option(
+        "tuned",
+        "Prompts of the defence: tuned, manual or empty.",
+        choices=("tuned", "manual", "empty"),
+        group="prompts",
+    )
+    prompts: str | None = option(None, "File of tuned prompts, written by train.py. None for the shipped ones.")
+    noise_ratio: float = changed(DIFFenderConfig, "noise_ratio", 0.2)
+    theta: float = changed(DIFFenderConfig, "theta", 2.5)
+    steps: int = changed(DIFFenderConfig, "steps", 4)
+    guidance: float = changed(DIFFenderConfig, "guidance", 1.0)
+    sampler: str = changed(DIFFenderConfig, "sampler", "dpmpp")
+
+
+@dataclass(frozen=True)
+class TargetOptions(DefenseOptions):
+    """The classifier behind the defence, and the images."""
+
+    data: str = option(
+        "samples",
+        "Images: samples, a folder with a folder for each wnid, or a csv with the columns file and label "
+        "(faces: person folders, or a csv with file and identity).",
+        group="classifier and images",
+    )
+    classifier: str = option(
+        "efficientnet_lite0",
+        "Name in diffender.classifiers.imagenet, timm:TAG, or a face recogniser: facenet, mobilefacenet.",
+    )
+    fold: int = option(
+        0, "Faces: index of the image of each person that is the probe; the others form the gallery.", low=0
+    )
+    classifier_weights: str | None = option(
+        None, "Safetensors file of the classifier, in timm's names. None for the embedded ones."
+    )
+    seed: int = option(0, "Seed of every random choice.", low=0)
+    batch_size: int = option(8, "Images per batch. Changes no result.", low=1)
