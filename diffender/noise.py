@@ -39,13 +39,14 @@ def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
 
 
 def sample_noise(
-    shape: Sequence[int], draws: int, steps: int, seed: int, image_ids: Sequence[str], purpose: str, k: int = 0
+    shape: Sequence[int], counts: tuple[int, int], seed: int, image_ids: Sequence[str], purpose: str, k: int = 0
 ) -> Noise:
-    """The k-th noise of these images for this purpose; `shape` is that of one latent, (4, h, w)."""
+    """The k-th noise of these images for this purpose: `counts` draws and steps, of latents of this shape (4, h, w)."""
+    draws, steps = counts
 
     def one(image_id: str) -> list[Tensor]:
         g = generator(seed, image_id, purpose, k)
-        counts = ((), (draws,), (draws,), (), (), (steps,))
-        return [torch.randn(*count, *shape, generator=g) for count in counts]
+        sizes = ((), (draws,), (draws,), (), (), (steps,))
+        return [torch.randn(*size, *shape, generator=g) for size in sizes]
 
     return Noise(*map(torch.stack, zip(*(one(i) for i in image_ids), strict=True)))

@@ -72,7 +72,7 @@ class DIFFender(nn.Module):
         """The k-th noise of these images for this purpose, on the model's device."""
         steps = self.cfg.steps if self.cfg.eta > 0 else 0
         shape = self.blank[0, 1:].shape
-        noise = sample_noise(shape, self.cfg.draws, steps, seed, image_ids, purpose, k)
+        noise = sample_noise(shape, (self.cfg.draws, steps), seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
     def posterior(self, x: Tensor) -> Posterior:

@@ -10,13 +10,21 @@ import torch.nn.functional as F
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
-from diffender.classifiers.dataset import Batch
 from diffender.config import Backward, DIFFenderConfig
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.verdicts import Plan, evaluate_batch, purifications, summarize, thin, through_files, verdict
+from diffender.evaluation.verdicts import (
+    Judge,
+    Plan,
+    evaluate_batch,
+    purifications,
+    summarize,
+    thin,
+    through_files,
+    verdict,
+)
 from diffender.losses import decoy, evasion
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
@@ -289,7 +297,9 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     y = classifier(x).argmax(dim=1)
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     steps = []
-    records = evaluate_batch(Undefended(classifier), target, [plan], ids, x, y, 0, tmp_path, 2, on_step=steps.append)
+    records = evaluate_batch(
+        Task(Undefended(classifier), x, y, ids, 0), Judge(target, 2), [plan], tmp_path, steps.append
+    )
     assert steps == [1] * 5
     for kind in ("transfer", "full"):
         files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
@@ -298,7 +308,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         assert torch.equal(
             (image * (1 - mask)), to_8bit(x) * (1 - mask)
         )  # outside the patch: the clean picture, exactly
-        _, seen, _ = purifications(target, image, ids, 0, 2)
+        _, seen, _ = purifications(Judge(target, 2), image, ids, 0)
         assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
     assert json.loads(json.dumps(records)) == records
     results = summarize(records) | {
@@ -308,8 +318,8 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     assert "| advp | full |" in markdown(results)
 
     monkeypatch.setattr(trust, "DRAWS", 1)
-    batch = Batch(ids, x, y, [""])
-    checks = {c["name"]: c for c in trust.trust_report("quick", target, [plan], batch, 0, records, results, tmp_path)}
+    few = Task(target, x, y, ids, 0)
+    checks = {c["name"]: c for c in trust.trust_report("quick", few, [plan], records, results, tmp_path)}
     assert checks["the defence is random"]["passed"]
     assert checks["patch gradient exactly zero"]["passed"]
     assert checks["exact gradient against finite differences, soft mask"]["passed"]
@@ -329,8 +339,8 @@ def test_a_check_can_fail(target, photos):
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 2, "right": 2}
     base = {"attack": "advp", "gradient": "transfer", "undefended": record, "average": record | {"accuracy": 0.5}}
     better = base | {"gradient": "full", "average": record, "transfer": 0.5}
-    batch, results = Batch(["a", "b"], x, y, ["", ""]), {"rows": [base, better]}
-    bench = trust.Bench(Frozen(), None, batch, 0, [], results, x, x[:, :1], None, None)
+    task, results = Task(Frozen(), x, y, ["a", "b"], 0), {"rows": [base, better]}
+    bench = trust.Bench(task, None, [], results, x, x[:, :1], None, None)
     (check,) = trust.noise_is_used(bench)
     assert check.passed is False
     assert [c.passed for c in trust.undefended_accuracy(bench)] == [False]
@@ -347,8 +357,8 @@ def test_every_check_runs(target, photos, tmp_path):
     rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
     records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
     through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Task(Undefended(target.classifier), x, y, ["a"], 0)))
-    batch = Batch(["a"], x, y, [""])
-    checks = trust.trust_report("full", target, [plan], batch, 0, records, {"rows": rows}, tmp_path)
+    few = Task(target, x, y, ["a"], 0)
+    checks = trust.trust_report("full", few, [plan], records, {"rows": rows}, tmp_path)
     names = Counter(c["name"] for c in checks)
     assert len(names) == len(checks) >= 18
     for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):

@@ -175,7 +175,7 @@ def test_deterministic_given_noise_and_independent_of_the_batch(defense, photos)
 
 def test_noise_depends_on_seed_image_purpose_and_k_alone():
     def draw(seed=0, image_id="a", purpose="p", k=0):
-        return sample_noise((4, 3, 3), 2, 1, seed, [image_id], purpose, k)
+        return sample_noise((4, 3, 3), (2, 1), seed, [image_id], purpose, k)
 
     for a, b in zip(draw(), draw(), strict=True):
         assert torch.equal(a, b)

@@ -13,42 +13,38 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from diffender.attacks.expectation import Task
 from diffender.attacks.patch import to_8bit
-from diffender.classifiers.dataset import Batch
 from diffender.evaluation.plan import AREAS
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
 from diffender.noise import Noise, stack
-from diffender.pipeline import Defended, DIFFender, Undefended
+from diffender.pipeline import DIFFender, Undefended
 from diffender.restore import composite
 
 THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 
 
 def draw_curves(
-    which: str,
-    target: Defended,
-    plans: Sequence[Plan],
-    batch: Batch,
-    seed: int,
-    records: Collection[dict],
-    folder: Path,
-    may_stop: Callable[[], None],
+    which: str, task: Task, plans: Sequence[Plan], records: Collection[dict], folder: Path, may_stop: Callable[[], None]
 ) -> dict[str, dict]:
-    """`theta` or `all` of a run's pictures: {"theta": {"at": [...], "none": accuracies, ...}, "area": ...}."""
+    """`theta` or `all` of a run's images: {"theta": {"at": [...], "none": accuracies, ...}, "area": ...}.
+
+    The task's victim is the defended classifier.
+    """
     path = folder / f"curves-{which}.jsonl"
     done = {r["id"]: r for r in read_records(folder, path.name)}
     for i, record in enumerate(records):
         if record["id"] not in done:
-            x, y = to_8bit(batch.x[i : i + 1]), batch.y[i : i + 1]
-            found = {"id": record["id"], "theta": over_theta(target, x, record, seed, folder)}
+            one = task._replace(x=to_8bit(task.x[i : i + 1]), y=task.y[i : i + 1], image_ids=[record["id"]])
+            found = {"id": record["id"], "theta": over_theta(one, record, folder)}
             if which == "all" and plans:
-                found["area"] = over_area(target, plans[0], x, y, record, seed)
+                found["area"] = over_area(one, plans[0])
             append_records(path, [found])
             done[record["id"]] = found
             may_stop()
-    every = [done[i] for i in batch.ids]
+    every = [done[i] for i in task.image_ids]
     axes = {"theta": THETAS, "area": AREAS}
     return {axis: {"at": at} | mean_columns([r[axis] for r in every if axis in r]) for axis, at in axes.items()}
 
@@ -59,11 +55,12 @@ def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float
     return {name: [mean(v) for v in zip(*(row[name] for row in rows if name in row), strict=True)] for name in names}
 
 
-def over_theta(target: Defended, x: Tensor, record: dict, seed: int, folder: Path) -> dict[str, list[bool]]:
-    """Whether x (1, 3, S, S) and each patch made for it are read right at every threshold; localised once."""
+def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
+    """Whether the image of a task and each patch made for it are read right at every threshold; localised once."""
+    x, target = task.x, task.victim
     if not isinstance(target.defense, DIFFender):
         return {}
-    noise = target.sample_noise([record["id"]], seed, "verdict")
+    noise = task.noise("verdict")
     images = {"none": x}
     for variant in record["attacks"]:
         images[variant] = load_attacked(folder / "adv" / variant, [record["file"]])[0].to(x)
@@ -84,20 +81,21 @@ def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
     return composite(every, restored, mask) if cfg.composite else restored
 
 
-def over_area(target: Defended, plan: Plan, x: Tensor, y: Tensor, record: dict, seed: int) -> dict[str, list[bool]]:
-    """Whether patches of every size leave x (1, 3, S, S) with label y (1,) read right, defended and not."""
+def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
+    """Whether patches of every size leave the image of a task read right, defended and not."""
     found: dict[str, list[bool]] = {}
-    noise, ids = target.sample_noise([record["id"]], seed, "verdict"), [record["id"]]
+    target, noise = task.victim, task.noise("verdict")
+    undefended = task._replace(victim=Undefended(target.classifier))
     for area in AREAS:
         last = dict(list(plan.adaptive.items())[-1:])
         sized = plan._replace(
             base=replace(plan.base, area=area),
             adaptive={kind: (replace(attack, area=area), victim) for kind, (attack, victim) in last.items()},
         )
-        for kind, made, _ in craft(sized, Undefended(target.classifier), x, y, ids, seed, lambda n: None, {}):
+        for kind, made, _ in craft(sized, undefended, lambda n: None, {}):
             seen = {kind: target.classifier(target.defense(made.image, noise).image)}
             if kind == "transfer":
                 seen["undefended"] = target.classifier(made.image)
             for name, logits in seen.items():
-                found.setdefault(f"{plan.name}/{name}", []).append(bool((logits.argmax(dim=1) == y).all()))
+                found.setdefault(f"{plan.name}/{name}", []).append(bool((logits.argmax(dim=1) == task.y).all()))
     return found

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.plan import (
@@ -31,7 +32,7 @@ from diffender.evaluation.plan import (
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
-from diffender.evaluation.verdicts import VERDICTS, VOTES, Plan, evaluate_batch, summarize
+from diffender.evaluation.verdicts import VERDICTS, VOTES, Judge, Plan, evaluate_batch, summarize
 from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
 from diffender.pipeline import Defended, Undefended
 from diffender.stable_diffusion.model import LatentDiffusion
@@ -129,11 +130,10 @@ def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progr
     ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
-        records = evaluate_batch(
-            Undefended(e.target.classifier), e.target, [without(p, () if costly else COSTLY) for p in e.plans],
-            ids, x, y, e.opts.seed, e.folder, e.opts.verdicts, e.opts.eot_batch,
-            lambda n: progress.advance(n * PLAIN), bases,
-        )  # fmt: skip
+        task = Task(Undefended(e.target.classifier), x, y, ids, e.opts.seed)
+        judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
+        plans = [without(p, () if costly else COSTLY) for p in e.plans]
+        records = evaluate_batch(task, judge, plans, e.folder, lambda n: progress.advance(n * PLAIN), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     shares = {name: value / len(records) for name, value in spent.items()}
     append_records(e.own, [record | shares for record in records])
@@ -162,15 +162,13 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         n = min(opts.trust_images, len(batch.ids))
         if not opts.quiet:
             print(f"checking the evaluation on {n} pictures (--trust {opts.trust})")
-        few = batch._replace(ids=batch.ids[:n], x=batch.x[:n].to(e.device), y=batch.y[:n].to(e.device))
-        results["trust"] = trust_report(opts.trust, e.target, e.plans, few, opts.seed, records, results, e.folder)
+        few = Task(e.target, batch.x[:n].to(e.device), batch.y[:n].to(e.device), batch.ids[:n], opts.seed)
+        results["trust"] = trust_report(opts.trust, few, e.plans, records, results, e.folder)
     if opts.curves != "off":
         with patient(how_to_go_on(e)) as may_stop:
-            on_device = batch._replace(x=batch.x.to(e.device), y=batch.y.to(e.device))
-            results["curves"] = draw_curves(
-                opts.curves, e.target, e.plans, on_device, opts.seed,
-                bar(records, "curves", opts.quiet, " pictures"), e.folder, may_stop,
-            )  # fmt: skip
+            every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.seed)
+            progress = bar(records, "curves", opts.quiet, " images")
+            results["curves"] = draw_curves(opts.curves, every, e.plans, progress, e.folder, may_stop)
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
     write_json(e.folder / "results.json", results)

@@ -16,7 +16,6 @@ from torch import Tensor
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
-from diffender.classifiers.dataset import Batch
 from diffender.config import Backward
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
@@ -38,10 +37,8 @@ class Check(NamedTuple):
 class Bench(NamedTuple):
     """What the checks work on."""
 
-    target: Defended
+    task: Task  # few images, and the defended classifier
     plan: Plan  # the first attack of the run
-    batch: Batch  # few pictures
-    seed: int
     records: Sequence[dict]  # of the run
     results: dict  # as summarised
     image: Tensor  # attacked by the run on the undefended classifier, (B, 3, S, S)
@@ -49,43 +46,41 @@ class Bench(NamedTuple):
     state: Tensor | None  # from where adaptive attacks start; `full` needs it
     adaptive: tuple[Callable[..., Attacked], Defended] | None  # the last variant of the plan that uses gradients
 
+    @property
+    def target(self) -> Defended:
+        return self.task.victim
+
     def accuracy(self, x: Tensor, defense: Callable[[Tensor, Noise], Tensor] | None = None) -> float:
         """Share of right answers over pictures and DRAWS purifications."""
-        noises = [self.target.sample_noise(self.batch.ids, self.seed, "trust verdict", k) for k in range(DRAWS)]
+        noises = [self.task.noise("trust verdict", k) for k in range(DRAWS)]
         if defense is None:
             images = (out.image for out in passes(self.target.defense, x, noises))
         else:
             images = (defense(x, noise) for noise in noises)
-        right = [self.target.classifier(image).argmax(dim=1).eq(self.batch.y).float().mean().item() for image in images]
+        right = [self.target.classifier(image).argmax(dim=1).eq(self.task.y).float().mean().item() for image in images]
         return sum(right) / DRAWS
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
         """The adaptive attack again, with one thing changed."""
         attack, usual = self.adaptive
-        b, start = self.batch, self.state if init is None else init
-        return replace(attack, **changed)(Task(victim or usual, b.x, b.y, b.ids, self.seed), init=start)
+        start = self.state if init is None else init
+        return replace(attack, **changed)(self.task._replace(victim=victim or usual), init=start)
 
 
 def trust_report(
-    level: str,
-    target: Defended,
-    plans: Sequence[Plan],
-    batch: Batch,
-    seed: int,
-    records: Sequence[dict],
-    results: dict,
-    folder: Path,
+    level: str, task: Task, plans: Sequence[Plan], records: Sequence[dict], results: dict, folder: Path
 ) -> list[dict]:
-    """The checks of the run in `folder`, as dictionaries; `batch` holds the few pictures that they are made on."""
-    plan = plans[0]
-    saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(batch.ids))
-    image, mask = (t.to(batch.x) for t in saved)
+    """The checks of the run in `folder`, as dictionaries; `task` holds the few images that they are made on, and the
+    defended classifier."""
+    plan, target = plans[0], task.victim
+    saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(task.image_ids))
+    image, mask = (t.to(task.x) for t in saved)
     state = None
     if level == "full":
-        state = plan.base(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, seed)).state
+        state = plan.base(task._replace(victim=Undefended(target.classifier))).state
     by_gradient = [variant for kind, variant in plan.adaptive.items() if kind != "queries"]
     adaptive = by_gradient[-1] if by_gradient else None
-    bench = Bench(target, plan, batch, seed, records, results, image, mask, state, adaptive)
+    bench = Bench(task, plan, records, results, image, mask, state, adaptive)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours:
@@ -115,20 +110,18 @@ def undefended_accuracy(bench: Bench) -> Iterator[Check]:
 
 def noise_is_used(bench: Bench) -> Iterator[Check]:
     """Two draws must differ, or EOT averages copies of one gradient."""
-    b = bench.batch
-    a, c = (bench.target(b.x, bench.target.sample_noise(b.ids, bench.seed, "trust noise", k)) for k in (0, 1))
+    b = bench.task
+    a, c = (
+        bench.target(b.x, bench.target.sample_noise(b.image_ids, bench.task.seed, "trust noise", k)) for k in (0, 1)
+    )
     differ = (a - c).abs().amax().item()
     yield Check("the defence is random", f"logits differ by up to {differ:.2g} between draws", "above 0", differ > 0)
 
 
 def controls(bench: Bench) -> Iterator[Check]:
     """Patches that nothing optimised, at the same places; an attack must be worse for the defence."""
-    b = bench.batch
     area = bench.plan.base.area
-    made = {
-        k: ATTACKS[k](area=area)(Task(bench.target, b.x, b.y, b.ids, bench.seed)).image
-        for k in ("grey", "noise", "crop")
-    }
+    made = {k: ATTACKS[k](area=area)(bench.task).image for k in ("grey", "noise", "crop")}
     shares = {name: bench.accuracy(x) for name, x in made.items()}
     least = min(r["average"]["accuracy"] for r in bench.results["rows"])
     yield Check(
@@ -139,8 +132,8 @@ def controls(bench: Bench) -> Iterator[Check]:
 
 def masks(bench: Bench) -> Iterator[Check]:
     """The true mask restored bounds the defence from above; a random mask shows what painting costs."""
-    b, defense = bench.batch, bench.target.defense
-    at_random = masks_for(Task(bench.target, b.x, b.y, b.ids, bench.seed), "random mask", bench.mask.mean().item())
+    b, defense = bench.task, bench.target.defense
+    at_random = masks_for(bench.task, "random mask", bench.mask.mean().item())
 
     def under(mask: Tensor) -> Callable[[Tensor, Noise], Tensor]:
         return lambda x, noise: composite(x, defense.restore(x, mask, noise), mask)
@@ -165,8 +158,8 @@ def ladder(bench: Bench) -> Iterator[Check]:
 
 def patch_gradient(bench: Bench, victim: Defended, eot: int, purpose: str) -> Tensor:
     """Mean gradient of the margin over `eot` draws, inside the patch, (B, 3, S, S)."""
-    b = bench.batch
-    task = Task(victim, b.x, b.y, b.ids, bench.seed, lambda logits: margin(logits, b.y))
+    b = bench.task
+    task = b._replace(victim=victim, loss=lambda logits: margin(logits, b.y))
     total = torch.zeros_like(b.x)
     for sample in samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), eot):
         total = total + sample.gradient * bench.mask / eot
@@ -197,10 +190,10 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
 def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
     """|FD - <g, d>| / |FD| of the first picture's margin along the sign of its gradient in the patch, for a soft mask
     and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
-    b, soft = bench.batch, Backward(mode="full", ste="soft", ste_k=2.0)
+    b, soft = bench.task, Backward(mode="full", ste="soft", ste_k=2.0)
     victim = Defended(bench.target.defense, bench.target.classifier, soft)
     y, mask = b.y[:1], bench.mask[:1]
-    noise = victim.sample_noise(b.ids[:1], bench.seed, "trust finite differences")
+    noise = victim.sample_noise(b.image_ids[:1], bench.task.seed, "trust finite differences")
     x = (0.1 + 0.8 * bench.image[:1]).requires_grad_()  # away from the ends of the range
 
     def value(x: Tensor) -> Tensor:
@@ -244,9 +237,9 @@ def fixed_noise(bench: Bench) -> Iterator[Check]:
     """Attacked and judged on one and the same noise, the defence is an ordinary network and must fall."""
     if "fixed_noise" not in {f.name for f in fields(bench.adaptive[0])}:
         return
-    b = bench.batch
+    b = bench.task
     made = bench.attack(fixed_noise=True, eot=1, iters=max(40, bench.adaptive[0].iters))
-    noise = bench.target.sample_noise(b.ids, bench.seed, "attack 0", 0)
+    noise = bench.target.sample_noise(b.image_ids, bench.task.seed, "attack 0", 0)
     right = bench.target(made.image, noise).argmax(dim=1).eq(b.y).float().mean().item()
     yield Check("one fixed noise, attacked and judged", percent(right), "at most 20 %", right <= 0.2)
 
@@ -264,10 +257,10 @@ def step_sweep(bench: Bench) -> Iterator[Check]:
 
 def size_sweep(bench: Bench) -> Iterator[Check]:
     """Across the area at which Cantelli's inequality lets a patch escape the threshold."""
-    b, shares = bench.batch, []
+    b, shares = bench.task, []
     areas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     for area in areas:
-        base = replace(bench.plan.base, area=area)(Undefended(bench.target.classifier), b.x, b.y, b.ids, bench.seed)
+        base = replace(bench.plan.base, area=area)(b._replace(victim=Undefended(bench.target.classifier)))
         shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
     text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
@@ -306,9 +299,8 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
 
 def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     """A search without gradients must not beat the attack with them."""
-    b = bench.batch
     attack = ATTACKS["sparse-rs"](area=bench.plan.base.area, queries=queries)
-    made = attack(Task(bench.target, b.x, b.y, b.ids, bench.seed))
+    made = attack(bench.task)
     searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
     yield Check(
         f"Sparse-RS, {queries} queries", f"{percent(searched)}, gradients {percent(own)}", "not lower than gradients",

@@ -59,14 +59,23 @@ def verdict(seen: Sequence[int], label: int) -> Verdict:
     return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
 
 
+class Judge(NamedTuple):
+    """Who judges images, and how often."""
+
+    target: Defended
+    verdicts: int = 10  # purifications of each image
+    batch: int = 1  # how many of them side by side; changes no result
+
+
 def purifications(
-    target: Defended, x: Tensor, ids: Sequence[str], seed: int, n: int, batch: int = 1
+    judge: Judge, x: Tensor, ids: Sequence[str], seed: int
 ) -> tuple[Purified, list[list[int]], list[float]]:
-    """The first of n purifications with noise that no attack has seen, `batch` of them side by side; what the
-    classifier sees in each, a list a picture; how sure it is of the first. Clean pictures and all attacks get the same
-    noise, so that pairs compare like with like."""
+    """The first purification with noise that no attack has seen; what the classifier sees in each of the judge's, a
+    list an image; how sure it is of the first. Clean images and all attacks get the same noise, so that pairs compare
+    like with like."""
+    target, n = judge.target, judge.verdicts
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
-    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1], batch)
+    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1], judge.batch)
     first = next(outs)
     readings = [read(target.classifier(out.image)) for out in (first, *outs)]
     seen = [list(labels) * (n // len(readings)) for labels in zip(*(r.label for r in readings), strict=True)]
@@ -74,41 +83,36 @@ def purifications(
 
 
 def evaluate_batch(
-    undefended: Victim,
-    target: Defended,
+    task: Task,
+    judge: Judge,
     plans: Sequence[Plan],
-    ids: Sequence[str],
-    x: Tensor,
-    y: Tensor,
-    seed: int,
     folder: Path,
-    n: int = 10,
-    noises: int = 1,
-    on_step: Callable[[int], None] = lambda pictures: None,
+    on_step: Callable[[int], None] = lambda images: None,
     bases: dict | None = None,
 ) -> list[dict]:
-    """Attack and judge pictures x (B, 3, S, S) in [0, 1] with labels y (B,): one record each; pictures go to `folder`.
+    """Attack and judge the images of a task, whose victim is the undefended classifier: one record each.
 
-    Every attacked picture is saved as an 8-bit PNG beside its mask, and judged as loaded from there, by n
-    purifications, `noises` of them side by side. `on_step` hears the number of pictures after each step of an attack on
-    the undefended classifier. `bases` keeps the patches made on it, for other defences of the same classifier.
+    Every attacked image is saved in `folder` as an 8-bit PNG beside its mask, and judged as loaded from there.
+    `on_step` hears the number of images after each step of an attack on the undefended classifier. `bases` keeps the
+    patches made on it, for other defences of the same classifier.
     """
-    x = to_8bit(x)
-    clean, seen, sure = purifications(target, x, ids, seed, n, noises)
+    task = task._replace(x=to_8bit(task.x))
+    x, y, ids, bare, kept = task.x, task.y, task.image_ids, task.victim, {} if bases is None else bases
+    clean, seen, sure = purifications(judge, x, ids, task.seed)
     names = file_names(ids)
     areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
-    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(undefended(x, None)), seen, sure)
+    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(bare(x, None)), seen, sure)
     columns["masked"] = areas
     records: list[dict] = [
         {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
     ]
     last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
     for plan in plans:
-        for kind, made, seconds in craft(plan, undefended, x, y, ids, seed, on_step, {} if bases is None else bases):
+        for kind, made, seconds in craft(plan, task, on_step, kept):
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
-            out, seen, sure = purifications(target, image, ids, seed, n, noises)
-            columns = answers(read(undefended(image, None)), seen, sure) | {
+            out, seen, sure = purifications(judge, image, ids, task.seed)
+            columns = answers(read(bare(image, None)), seen, sure) | {
                 "masks": mask_columns(out, mask),
                 "area": mask.mean(dim=(1, 2, 3)).tolist(),
                 "queries": made.queries.tolist(),
@@ -133,20 +137,18 @@ def answers(alone: Reading, seen: list[list[int]], sure: list[float]) -> dict[st
     return {"undefended": alone.label, "defended": seen, "confidence": confidence}
 
 
-def craft(
-    plan: Plan, undefended: Victim, x: Tensor, y: Tensor, ids: Sequence[str], seed: int, on_step: Callable, bases: dict
-) -> Iterator[tuple[str, Attacked, float]]:
+def craft(plan: Plan, task: Task, on_step: Callable, bases: dict) -> Iterator[tuple[str, Attacked, float]]:
     """(kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
-    key = plan.base, tuple(ids)
+    key = plan.base, tuple(task.image_ids)
     if key not in bases:
         started = time.monotonic()
-        base = plan.base(Task(undefended, x, y, ids, seed), callback=lambda _step: on_step(len(ids)))
+        base = plan.base(task, callback=lambda _step: on_step(len(task.image_ids)))
         bases[key] = base, time.monotonic() - started
     base, seconds = bases[key]
     yield "transfer", base, seconds
     for kind, (attack, victim) in plan.adaptive.items():
         started = time.monotonic()
-        made = attack(Task(victim, x, y, ids, seed), init=base.state)
+        made = attack(task._replace(victim=victim), init=base.state)
         yield kind, made, time.monotonic() - started
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks import AdvP
+from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, csv_items, load_image, read_csv
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.jpeg import JPEG
@@ -48,16 +49,15 @@ class Shot(NamedTuple):
     attacked: Tensor
 
 
-def shots(
-    x: Tensor, image: Tensor, mask: Tensor, image_id: str, seed: int, poses: tuple[Pose, ...], jitters: int
-) -> Iterator[Shot]:
-    """The frames of one scene x (1, 3, S, S) and of the same with a patch, of each pose."""
+def shots(task: Task, made: Attacked, poses: tuple[Pose, ...], jitters: int) -> Iterator[Shot]:
+    """The frames of a task's one scene, x (1, 3, S, S), and of the same with a patch, of each pose."""
+    x = task.x
     for pose in poses:
         for j in range(jitters):
-            g = generator(seed, image_id, "frame", *pose, j)
+            g = generator(task.seed, *task.image_ids, "frame", *pose, j)
             frame = draw_frame([pose], x.shape[-1], g)
             jpeg = JPEG(int(torch.randint(75, 96, (), generator=g)))
-            scenes = (x, print_patch(image, mask, frame.ink.to(x)))
+            scenes = (x, print_patch(made.image, made.mask, frame.ink.to(x)))
             yield Shot(*(jpeg(photograph(scene, x, frame)) for scene in scenes))
 
 
@@ -73,14 +73,12 @@ def film(e: Experiment, batch: Batch) -> None:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
         noise = e.target.sample_noise([image_id], opts.seed, "verdict")
+        task = Task(Undefended(classifier), x, y, [image_id], opts.seed)
         record = {"id": image_id, "label": int(y), "frames": {}}
-        made_by = {
-            "digital": digital(Undefended(classifier), x, y, [image_id], opts.seed),
-            "eot": over_poses(Filmed(classifier, x), x, y, [image_id], opts.seed),
-        }
+        made_by = {"digital": digital(task), "eot": over_poses(task._replace(victim=Filmed(classifier, x)))}
         for patch, made in made_by.items():
             for name, poses in CONFIGURATIONS.items():
-                frames = list(shots(x, made.image, made.mask, image_id, opts.seed, poses, JITTERS[opts.preset]))
+                frames = list(shots(task, made, poses, JITTERS[opts.preset]))
                 purified = [e.target.defense(shot.attacked, noise) for shot in frames]
                 record["frames"][f"{patch}/{name}"] = [
                     judge(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
