@@ -11,43 +11,37 @@ held-out photographs best. Ctrl-C stops after the round in hand; the same comman
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from diffender.config import DefenseOptions, ModelOptions
+from diffender.config import DefenseOptions, ModelOptions, TuningConfig
 from diffender.utils.options import changed, option, parse, pick, run, settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
     from diffender.classifiers.dataset import Batch
     from diffender.classifiers.imagenet import Classifier
-    from diffender.losses import TuningLoss
-    from diffender.pipeline import DIFFender
-    from diffender.prompts import PromptPair
-    from diffender.stable_diffusion.vae import Posterior
+    from diffender.pipeline import Defended
+    from diffender.tuning import Shots, Tuning
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
-    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
-    shots: int = option(8, "number of photographs to tune on", low=1)
-    held_out: int = option(4, "further ones, whose masks choose the round that is kept; 0: keep the last", low=0)
-    rounds: int = option(50, "passes over them", low=1)
-    batch_size: int = option(4, "photographs in an optimiser step", low=1)
-    n_ctx: int = option(16, "context vectors of each prompt", low=1, high=75)
-    ctx_init: str = option("words", "start from the manual prompts' words or from noise", choices=("words", "noise"))
-    lr: float = option(0.01, "of Adam, on the context vectors; falls to zero along a cosine", low=0)
-    printed_eq4: bool = option(False, "Eq. 4 as printed, without its negative term")
-    without: str = option(
-        "none", "leave a term of Eq. 7 out, as Table 2 does", choices=("none", "mask", "l1", "feature")
+class Options(TuningConfig, ModelOptions):
+    data: str = option(
+        "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
     )
-    area: float = option(0.05, "share of the picture that a patch covers", low=0.0005, high=0.9)
-    iters: int = option(100, "steps of AdvP on the classifier alone", low=1)
+    shots: int = option(8, "Number of images to tune on (paper: 8).", low=1)
+    held_out: int = option(
+        4, "Number of further images. The round whose masks fit them best is kept. 0: keep the last.", low=0
+    )
+    n_ctx: int = option(16, "Context vectors of each prompt (paper: 16).", low=1, high=75)
+    ctx_init: str = option(
+        "words", "Initialise from the words of the manual prompts or from noise.", choices=("words", "noise")
+    )
+    area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9)
+    iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.classifiers.imagenet")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
     noise_ratio: float = changed(DefenseOptions, "noise_ratio", 0.2)
@@ -56,9 +50,10 @@ class Options(ModelOptions):
     steps: int = changed(DefenseOptions, "steps", 3, "Sampler steps of restoration while tuning.")
     sampler: str = changed(DefenseOptions, "sampler", "dpmpp")
     guidance: float = changed(DefenseOptions, "guidance", 1.0)
-    seed: int = option(0, "Seed of every random choice.", low=0, group="the run")
-    out: str = option("runs/prompts.safetensors", "where the prompts go, and a tuning that was stopped goes on")
-    track: str = option("none", "package that hears losses along the way", choices=("none", "tensorboard", "wandb"))
+    out: str = option("runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.")
+    track: str = option(
+        "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
+    )
 
 
 def main() -> None:
@@ -74,8 +69,9 @@ def main() -> None:
     from diffender.evaluation.workers import own_device, start
     from diffender.factory import open_model, pick_device, pick_dtype
     from diffender.noise import generator
-    from diffender.pipeline import DIFFender, Undefended
+    from diffender.pipeline import Defended, DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
+    from diffender.tuning import Shots, Tuning
     from diffender.utils.errors import InputError
     from diffender.utils.files import place_for
     from diffender.utils.progress import bar
@@ -116,11 +112,12 @@ def main() -> None:
     defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
-    terms = tune(opts, defense, classifier, prompts, every, rank, workers)
+    tuning = Tuning(prompts, opts, math.ceil(opts.shots / opts.batch_size))
+    tune_and_save(opts, Defended(defense, classifier), tuning, every, rank, workers)
     if rank > 0:
         return
 
-    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "terms": terms, "torch": torch.__version__}
+    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "terms": tuning.best, "torch": torch.__version__}
     save_prompts(prompts, path, header)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
@@ -145,78 +142,38 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
     return batch
 
 
-class Shots(NamedTuple):
-    """Attacked photographs and what no round of tuning changes."""
+def tune_and_save(opts: Options, target: Defended, tuning: Tuning, every: Shots, rank: int, workers: int) -> None:
+    """Tune on the first --shots images. Of each batch this process takes every `workers`-th image, from the `rank`-th.
 
-    ids: list[str]
-    clean: Tensor  # (B, 3, S, S) in [0, 1]
-    attacked: Tensor
-    mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patch
-    posterior: Posterior  # of the attacked pictures, for localisation
-    features: list[Tensor]  # of the clean ones, Eq. 6
-
-    def part(self, rows: Tensor) -> Shots:
-        """Those with these numbers."""
-        few = [t[rows] for t in (self.clean, self.attacked, self.mask)]
-        posterior = type(self.posterior)(*(moment[rows] for moment in self.posterior))
-        return Shots([self.ids[i] for i in rows], *few, posterior, [feature[rows] for feature in self.features])
-
-
-def tune(
-    opts: Options,
-    defense: DIFFender,
-    classifier: Classifier,
-    prompts: PromptPair,
-    every: Shots,
-    rank: int,
-    workers: int,
-) -> dict[str, float]:
-    """Descend Eq. 7 over both prompts on the first --shots pictures; leaves the best round's, and returns its terms.
-
-    Of each batch this process takes every `workers`-th picture, from the `rank`-th; gradients are added up over all.
     After each round a file beside --out holds all that the next one needs, so that the same command goes on.
     """
     import torch
 
+    from diffender.evaluation.workers import add_up
     from diffender.factory import command
+    from diffender.tuning import Share, tune
     from diffender.utils.files import whole
     from diffender.utils.interruption import patient
     from diffender.utils.progress import TRACKERS, bar
 
-    shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
-    batches = shots.split(opts.batch_size)
-    parts = [(every.part(rows[rank::workers]), len(rows[rank::workers]) / len(rows)) for rows in batches]
-    held_out = every.part(held_out)
-    optimizer = torch.optim.Adam(prompts.parameters(), opts.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, opts.rounds * len(parts))
-    best, kept, begun = {}, {}, 0
     if unfinished(opts).is_file():
-        done = read_unfinished(opts)
-        for what in (prompts, optimizer, schedule):
-            what.load_state_dict(done[type(what).__name__])
-        best, kept, begun = done["best"], done["kept"], done["rounds"]
-    empty, speaks = defense.contexts.empty, rank == 0 and not opts.quiet
+        tuning.load_state_dict(read_unfinished(opts))
+    shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
+    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.batch_size)]
+    batches = [Share(every.part(rows), len(rows) / n) for rows, n in mine]
+    speaks = rank == 0 and not opts.quiet
     log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, asdict(opts))
-    progress = bar(opts.rounds, "tuning", not speaks, initial=begun)
+    progress = bar(opts.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
-        for round_ in range(begun, opts.rounds):
-            terms = tuning_round(opts, defense, classifier, prompts, optimizer, schedule, parts, round_, empty)
-            if held_out.ids:
-                terms["held_out_iou"] = mask_fit(opts, defense, prompts, held_out, empty)
-            if not best or terms.get("held_out_iou", torch.inf) > best.get("held_out_iou", 0):
-                best, kept = (terms, {name: value.clone() for name, value in prompts.state_dict().items()})
+        for terms in tune(target, tuning, batches, every.part(held_out), opts, add_up):
             if rank == 0:
-                state = {type(what).__name__: what.state_dict() for what in (prompts, optimizer, schedule)}
-                state |= {"best": best, "kept": kept, "rounds": round_ + 1, "settings": resolved(opts)}
                 with whole(unfinished(opts)) as partial:
-                    torch.save(state, partial)
+                    torch.save(tuning.state_dict() | {"settings": resolved(opts)}, partial)
             if speaks:
                 progress.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
-            log({name: value for name, value in terms.items() if name != "round"}, round_)
+            log(terms, tuning.rounds - 1)
             progress.update()
             may_stop()
-    prompts.load_state_dict(kept)
-    return best
 
 
 def unfinished(opts: Options) -> Path:
@@ -250,73 +207,6 @@ def read_unfinished(opts: Options) -> dict:
     if changed := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
         raise InputError(f"{path} holds a tuning with other settings ({', '.join(changed)}); {advice}")
     return state
-
-
-def tuning_round(
-    opts: Options,
-    defense: DIFFender,
-    classifier: Classifier,
-    prompts: PromptPair,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    parts: list[tuple[Shots, float]],
-    round_: int,
-    empty: Tensor,
-) -> dict[str, float]:
-    """A step for each batch: this process's pictures of it, and their share. Returns the mean terms."""
-    import torch
-
-    from diffender.evaluation.workers import add_up
-
-    names, steps = ("mask", "l1", "feature", "total", "iou", "grad_L", "grad_R"), []
-    for part, share in parts:
-        defense.contexts = prompts(defense.model, empty)
-        loss, iou = tuning_step(opts, defense, classifier, part, f"tuning {round_}")
-        optimizer.zero_grad()
-        (share * loss.total).backward()
-        terms = share * torch.stack([*loss, iou]).detach()
-        ctxs = (prompts.ctx_locate, prompts.ctx_restore)
-        add_up(terms, *(ctx.grad for ctx in ctxs))
-        norms = [ctx.grad.norm().item() for ctx in ctxs]
-        assert min(norms) > 0, f"no gradient reaches a prompt: norms {norms}"
-        optimizer.step()
-        schedule.step()
-        steps.append([*terms.tolist(), *norms])
-    return {"round": round_} | dict(zip(names, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
-
-
-def mask_fit(opts: Options, defense: DIFFender, prompts: PromptPair, held_out: Shots, empty: Tensor) -> float:
-    """Mean IoU of the masks on photographs that the prompts are not tuned on."""
-    import torch
-
-    from diffender.evaluation.metrics import mask_scores
-
-    with torch.no_grad():
-        defense.contexts = prompts(defense.model, empty)
-        noise = defense.sample_noise(held_out.ids, opts.seed, "held out")
-        found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
-    return mask_scores(found.mask, held_out.mask).iou.mean().item()
-
-
-def tuning_step(
-    opts: Options, defense: DIFFender, classifier: Classifier, shots: Shots, purpose: str
-) -> tuple[TuningLoss, Tensor]:
-    """Eq. 7 on these pictures, and the mean IoU of their masks."""
-    from diffender.evaluation.metrics import mask_scores
-    from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
-    from diffender.utils.errors import named_images
-
-    with named_images(shots.ids):
-        noise = defense.sample_noise(shots.ids, opts.seed, purpose)
-        out = defense(shots.attacked, noise, posterior=shots.posterior)
-    loss = tuning_loss(
-        mask_cross_entropy(out.z_score - opts.theta, shots.mask, opts.printed_eq4),
-        restoration_l1(out.image, shots.clean),
-        feature_distance(classifier.features(out.image), shots.features),
-    )
-    if opts.without != "none":
-        loss = loss._replace(total=loss.total - getattr(loss, opts.without))
-    return loss, mask_scores(out.mask, shots.mask).iou.mean()
 
 
 if __name__ == "__main__":

@@ -108,10 +108,24 @@ def main() -> None:
         figures["memory"][setting] = found
         flat = found["above"] / figures["memory"]["5 1"]["above"]
         steps, eot = setting.split()
-        rows.append((f"full, {steps} sampler steps, EOT {eot}", "", "", f"{found['peak']:.2f}", f"**{flat:.2f}**",
-                     f"{found['predicted']:.2f}"))  # fmt: skip
-    head = (f"{args.model}, {args.dtype}, m {args.draws}, T {args.steps}, {args.images} side by side",
-            "seconds a picture", "in forward passes", "GiB at most", "above the start", "predicted")  # fmt: skip
+        rows.append(
+            (
+                f"full, {steps} sampler steps, EOT {eot}",
+                "",
+                "",
+                f"{found['peak']:.2f}",
+                f"**{flat:.2f}**",
+                f"{found['predicted']:.2f}",
+            )
+        )
+    head = (
+        f"{args.model}, {args.dtype}, m {args.draws}, T {args.steps}, {args.images} side by side",
+        "seconds a picture",
+        "in forward passes",
+        "GiB at most",
+        "above the start",
+        "predicted",
+    )
     report(head, rows, figures, args)
     if args.kept:
         print(f"gradients with and without recomputation equal to the bit: {figures['gradients equal']}")

@@ -79,12 +79,17 @@ def diffusers_unet(model: LatentDiffusion) -> nn.Module:
     blocks = ["CrossAttn{}Block2D" if i in cfg.attention_levels else "{}Block2D" for i in range(len(widths))]
     with torch.device("meta"):
         theirs = UNet2DConditionModel(
-            in_channels=cfg.in_channels, block_out_channels=widths, layers_per_block=cfg.num_res_blocks,
-            down_block_types=[b.format("Down") for b in blocks], up_block_types=[b.format("Up") for b in blocks[::-1]],
-            cross_attention_dim=cfg.context_dim, attention_head_dim=[cfg.heads(w) for w in widths],
-            use_linear_projection=cfg.linear_proj, norm_num_groups=cfg.norm_groups,
+            in_channels=cfg.in_channels,
+            block_out_channels=widths,
+            layers_per_block=cfg.num_res_blocks,
+            down_block_types=[b.format("Down") for b in blocks],
+            up_block_types=[b.format("Up") for b in blocks[::-1]],
+            cross_attention_dim=cfg.context_dim,
+            attention_head_dim=[cfg.heads(w) for w in widths],
+            use_linear_projection=cfg.linear_proj,
+            norm_num_groups=cfg.norm_groups,
             sample_size=model.cfg.latent_shape[-1],
-        )  # fmt: skip
+        )
     return same_weights(theirs, model.unet, lambda k: unet_name(k, cfg.num_res_blocks))
 
 
@@ -96,11 +101,15 @@ def diffusers_vae(model: LatentDiffusion) -> nn.Module:
     levels = len(cfg.ch_mult)
     with torch.device("meta"):
         theirs = AutoencoderKL(
-            block_out_channels=[cfg.ch * m for m in cfg.ch_mult], layers_per_block=cfg.num_res_blocks,
-            latent_channels=cfg.z_channels, sample_size=model.cfg.image_size, norm_num_groups=cfg.norm_groups,
+            block_out_channels=[cfg.ch * m for m in cfg.ch_mult],
+            layers_per_block=cfg.num_res_blocks,
+            latent_channels=cfg.z_channels,
+            sample_size=model.cfg.image_size,
+            norm_num_groups=cfg.norm_groups,
             scaling_factor=cfg.scale_factor,
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-        )  # fmt: skip
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+        )
     return same_weights(theirs, model.vae, lambda k: vae_name(k, levels))
 
 

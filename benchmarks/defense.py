@@ -38,13 +38,24 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
     diffusers.utils.logging.set_verbosity_error()
     cfg, scale, texts = defense.cfg, vae.config.scaling_factor, defense.contexts
     scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
-        set_alpha_to_one=False, prediction_type={"v": "v_prediction"}.get(defense.model.cfg.unet.prediction, "epsilon"),
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type={"v": "v_prediction"}.get(defense.model.cfg.unet.prediction, "epsilon"),
+    )
     pipeline = diffusers.StableDiffusionInpaintPipeline(
-        vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     t = noise_timestep(cfg.noise_ratio)
     gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
@@ -70,10 +81,17 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
         gaussian.sample = lambda self, generator=None: self.mean + self.std * noise.masked
         try:
             image = pipeline(
-                prompt_embeds=texts.restore, negative_prompt_embeds=texts.empty, image=big, mask_image=mask,
-                height=defense.size[0], width=defense.size[1], num_inference_steps=cfg.steps,
-                guidance_scale=cfg.guidance, latents=noise.start, output_type="pt",
-            ).images  # fmt: skip
+                prompt_embeds=texts.restore,
+                negative_prompt_embeds=texts.empty,
+                image=big,
+                mask_image=mask,
+                height=defense.size[0],
+                width=defense.size[1],
+                num_inference_steps=cfg.steps,
+                guidance_scale=cfg.guidance,
+                latents=noise.start,
+                output_type="pt",
+            ).images
         finally:
             gaussian.sample = sample
         return resize(image, x.shape[-2:]), mask
@@ -128,9 +146,11 @@ def main() -> None:
 
     flips = (mask != their_mask).float().mean().item()
     figures = {
-        "seconds": seconds, "mask pixels that differ": flips, "masked": mask.mean().item(),
+        "seconds": seconds,
+        "mask pixels that differ": flips,
+        "masked": mask.mean().item(),
         "apart": {"authors": apart(image, theirs), "fast": apart(image, quick), "other noise": apart(image, again)},
-    }  # fmt: skip
+    }
     base = seconds["authors, diffusers"]
     off = {"authors, diffusers": apart(image, theirs), "fast": apart(image, quick)}
     rows = [(n, f"{s:.2f}", f"**{s / base:.2f}**", f"{off[n]:.1e}" if n in off else "") for n, s in seconds.items()]

@@ -59,8 +59,7 @@ def main() -> None:
         figures["passes a picture"][name] = passes
         days = PICTURES * passes * seconds / 86400
         rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))
-    head = (f"{PICTURES:,} pictures, four attacks, {args.model}", "passes a picture",
-            "days on 1 GPU", "on 8", "on 64")  # fmt: skip
+    head = (f"{PICTURES:,} pictures, four attacks, {args.model}", "passes a picture", "days on 1 GPU", "on 8", "on 64")
     report(head, rows, figures, args)
 
 

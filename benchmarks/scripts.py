@@ -35,8 +35,13 @@ def main() -> None:
         runs = {who: lambda c=checkout, n=name, f=few: run(c, *SCRIPTS[n], *f) for who, checkout in contenders.items()}
         seconds, _ = in_turn(runs, args.repeats)
         figures[name] = seconds
-        rows.append((" ".join(("python", name, *few)), *(f"{s:.0f}" for s in seconds.values()),
-                     f"**{seconds['now'] / seconds['before']:.2f}**"))  # fmt: skip
+        rows.append(
+            (
+                " ".join(("python", name, *few)),
+                *(f"{s:.0f}" for s in seconds.values()),
+                f"**{seconds['now'] / seconds['before']:.2f}**",
+            )
+        )
         print(" ".join(rows[-1]), flush=True)
     report(("", "before, s", "now, s", "ratio"), rows, figures, args)
 

@@ -76,6 +76,20 @@ EXACT = Backward()
 
 
 @dataclass(frozen=True)
+class TuningConfig:
+    """Prompt tuning (Sec. 3.3)."""
+
+    rounds: int = option(50, "Passes over the images (paper: 50).", low=1, group="tuning")
+    batch_size: int = option(4, "Images in an optimizer step.", low=1)
+    lr: float = option(0.01, "Learning rate of Adam. Falls to zero along a cosine.", low=0)
+    printed_eq4: bool = option(False, "Use Eq. 4 as printed, without its negative term.")
+    without: str = option(
+        "none", "Term of Eq. 7 to leave out, as in Table 2.", choices=("none", "mask", "l1", "feature")
+    )
+    seed: int = option(0, "Seed of every random choice.", low=0)
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Which diffusion model runs, and how: the flags that the scripts share."""
 

@@ -34,10 +34,9 @@ def pick_device(name: str) -> torch.device:
 def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     """The diffusion model that the flags ask for, on its device."""
     prediction = None if opts.prediction == "auto" else opts.prediction
-    model = load_model(
-        opts.model, opts.weights, pick_dtype(opts.dtype, device),
-        ema=opts.ema, vae=opts.vae, locator=opts.locate_unet, prediction=prediction,
-    )  # fmt: skip
+    parts = {"vae": opts.vae, "locator": opts.locate_unet}
+    dtype = pick_dtype(opts.dtype, device)
+    model = load_model(opts.model, opts.weights, dtype, ema=opts.ema, parts=parts, prediction=prediction)
     model.micro_batch, model.keep = opts.micro_batch, bool(opts.keep)
     return model.to(device)
 

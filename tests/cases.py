@@ -142,10 +142,13 @@ def ours_vae(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor]:
     posterior = model.vae.posterior(x)
     conditioning = model.masked_conditioning(x, mask, noise)
     return {
-        "vae mean": posterior.mean, "vae logvar": posterior.logvar, "vae latents": model.encode(x, noise),
+        "vae mean": posterior.mean,
+        "vae logvar": posterior.logvar,
+        "vae latents": model.encode(x, noise),
         "vae decode": model.decode(0.18215 * normal("latents", 1, 4, 6, 8, dtype=dtype)),
-        "vae mask": conditioning[:, :1], "vae masked latents": conditioning[:, 1:],
-    }  # fmt: skip
+        "vae mask": conditioning[:, :1],
+        "vae masked latents": conditioning[:, 1:],
+    }
 
 
 def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -34,20 +34,29 @@ def unet(family: str, dtype: torch.dtype) -> diffusers.UNet2DConditionModel:
     widths = [cfg.model_channels * m for m in cfg.channel_mult]
     blocks = ("CrossAttn",) * 3 + ("",)
     theirs = diffusers.UNet2DConditionModel(
-        in_channels=9, out_channels=4, block_out_channels=widths, layers_per_block=2,
-        down_block_types=[f"{b}DownBlock2D" for b in blocks], up_block_types=[f"{b}UpBlock2D" for b in blocks[::-1]],
-        cross_attention_dim=cfg.context_dim, attention_head_dim=[cfg.heads(w) for w in widths],
-        use_linear_projection=cfg.linear_proj, sample_size=8,
-    ).to(dtype)  # fmt: skip
+        in_channels=9,
+        out_channels=4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        down_block_types=[f"{b}DownBlock2D" for b in blocks],
+        up_block_types=[f"{b}UpBlock2D" for b in blocks[::-1]],
+        cross_attention_dim=cfg.context_dim,
+        attention_head_dim=[cfg.heads(w) for w in widths],
+        use_linear_projection=cfg.linear_proj,
+        sample_size=8,
+    ).to(dtype)
     copy(build(family, dtype).unet, theirs, lambda k: unet_name(k, 2))
     return theirs
 
 
 def vae(dtype: torch.dtype) -> diffusers.AutoencoderKL:
     theirs = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    ).to(dtype)  # fmt: skip
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    ).to(dtype)
     copy(build("sd15", dtype).vae, theirs, lambda k: vae_name(k, 4))
     return theirs
 
@@ -88,7 +97,7 @@ def theirs_text(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
             num_hidden_layers=cfg.layers,
             num_attention_heads=cfg.heads,
             hidden_act="quick_gelu" if family == "sd15" else "gelu",
-        )  # fmt: skip
+        )
     ).to(dtype)
     prefix = "text_model." if any(k.startswith("text_model.") for k in net.state_dict()) else ""
     copy(build(family, dtype).text, net, lambda k: prefix + k)
@@ -106,11 +115,13 @@ def theirs_vae(_family: str, dtype: torch.dtype) -> dict[str, Tensor]:
     dist, masked = (net.encode(picture).latent_dist for picture in (x, x * (mask < 0.5)))
     decoded = net.decode(normal("latents", 1, 4, 6, 8, dtype=dtype)).sample
     return {
-        "vae mean": dist.mean, "vae logvar": dist.logvar, "vae latents": scale * (dist.mean + dist.std * noise),
+        "vae mean": dist.mean,
+        "vae logvar": dist.logvar,
+        "vae latents": scale * (dist.mean + dist.std * noise),
         "vae decode": (decoded + 1) / 2,
         "vae mask": torch.nn.functional.interpolate(mask, size=(6, 8)),
         "vae masked latents": scale * (masked.mean + masked.std * noise),
-    }  # fmt: skip
+    }
 
 
 def theirs_sampler(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -146,17 +157,31 @@ def theirs_sampler(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def stock_pipeline(net, autoencoder, x, mask, contexts, posterior, start) -> Tensor:
     """StableDiffusionInpaintPipeline itself; its one random draw, the posterior of the masked picture, is handed in."""
     pipeline = diffusers.StableDiffusionInpaintPipeline(
-        vae=autoencoder, text_encoder=None, tokenizer=None, unet=net, scheduler=diffusers.DDIMScheduler(**DDIM),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=autoencoder,
+        text_encoder=None,
+        tokenizer=None,
+        unet=net,
+        scheduler=diffusers.DDIMScheduler(**DDIM),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
     sample, gaussian.sample = (gaussian.sample, lambda self, generator=None: self.mean + self.std * posterior)
     try:
         return pipeline(
-            prompt_embeds=contexts[0], negative_prompt_embeds=contexts[1], image=x, mask_image=mask, height=64,
-            width=64, num_inference_steps=4, guidance_scale=GUIDANCE, latents=start, output_type="pt",
-        ).images  # fmt: skip
+            prompt_embeds=contexts[0],
+            negative_prompt_embeds=contexts[1],
+            image=x,
+            mask_image=mask,
+            height=64,
+            width=64,
+            num_inference_steps=4,
+            guidance_scale=GUIDANCE,
+            latents=start,
+            output_type="pt",
+        ).images
     finally:
         gaussian.sample = sample
 

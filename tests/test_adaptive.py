@@ -254,11 +254,16 @@ def test_mcnemar_known_values():
 def fake_record(name, label, clean, **attacks):
     found = {
         variant.replace("__", "/").replace("_", "-"): {
-            "undefended": 0, "defended": seen, "area": 0.05, "queries": 3, "loss": [], "seconds": 1.0,
+            "undefended": 0,
+            "defended": seen,
+            "area": 0.05,
+            "queries": 3,
+            "loss": [],
+            "seconds": 1.0,
             "masks": {"recall": 1.0, "precision": 1.0, "iou": 1.0, "auc": 1.0},
         }
         for variant, seen in attacks.items()
-    }  # fmt: skip
+    }
     return {
         "id": name,
         "file": name,
@@ -312,9 +317,17 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
     assert json.loads(json.dumps(records)) == records
     results = summarize(records) | {
-        "verdicts": 2, "votes": 1, "command": "c", "setting": "s", "seed": 0, "seconds": 1.0, "unet_evaluations": 1,
-        "machine": "m", "date": "d", "defense": "DIFFender",
-    }  # fmt: skip
+        "verdicts": 2,
+        "votes": 1,
+        "command": "c",
+        "setting": "s",
+        "seed": 0,
+        "seconds": 1.0,
+        "unet_evaluations": 1,
+        "machine": "m",
+        "date": "d",
+        "defense": "DIFFender",
+    }
     assert "| advp | full |" in markdown(results)
 
     monkeypatch.setattr(trust, "DRAWS", 1)
@@ -454,8 +467,10 @@ def test_presets_fill_what_was_not_given():
     paper = plans.fill(plans.Options(preset="paper", iters=7))
     assert (paper.images, paper.iters, paper.eot, paper.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
     assert plans.split(plans.Options(images_full=3, batch_size=2), list(range(5))) == [
-        ([0, 1], True), ([2], True), ([3, 4], False),
-    ]  # fmt: skip
+        ([0, 1], True),
+        ([2], True),
+        ([3, 4], False),
+    ]
     assert plans.costs(paper, True) > 100 * plans.costs(plans.fill(plans.Options()), True) / 10
     assert plans.duration(90) == "90 seconds" and plans.duration(86400 * 3) == "3 days"
 

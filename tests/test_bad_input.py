@@ -65,11 +65,18 @@ def bad(tmp_path_factory):
     (folder / "of-folder.png.csv").write_text("file,label\nfolder.png,1\n")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     tables = {
-        "blank": "", "columns": "name,class\na.png,1\n", "label": "file,label\na.png,cat\n", "none": "file,label\n",
-        "high": "file,label\na.png,1000\n", "low": "file,label\na.png,-1\n", "half": "file,label\na.png,1.5\n",
-        "nameless": "file,label\n,3\n", "short": "file,label\na.png\n", "wrong": "file,label\ndot.png,1\n",
+        "blank": "",
+        "columns": "name,class\na.png,1\n",
+        "label": "file,label\na.png,cat\n",
+        "none": "file,label\n",
+        "high": "file,label\na.png,1000\n",
+        "low": "file,label\na.png,-1\n",
+        "half": "file,label\na.png,1.5\n",
+        "nameless": "file,label\n,3\n",
+        "short": "file,label\na.png\n",
+        "wrong": "file,label\ndot.png,1\n",
         "twice": "file,label\na.png,1\na.jpg,2\n",
-    }  # fmt: skip
+    }
     for name, content in tables.items():
         (folder / f"{name}.csv").write_text(content)
     (folder / "latin.csv").write_bytes("file,label\nä.png,1\n".encode("latin-1"))

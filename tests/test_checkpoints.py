@@ -168,11 +168,11 @@ def test_another_vae(models, tmp_path):
         tmp_path / "hf" / "vae" / "diffusion_pytorch_model.safetensors",
     ]
     for vae in vaes:
-        loaded = load_model("auto", main, vae=vae)
+        loaded = load_model("auto", main, parts={"vae": vae})
         assert_same(loaded, model, parts=("unet", "text"))
         assert_same(loaded, other, parts=("vae",))
     with pytest.raises(InputError, match="keys missing"):
-        load_model("auto", main, vae=main)
+        load_model("auto", main, parts={"vae": main})
 
 
 def test_two_tensors_for_one_place(models, tmp_path):
@@ -198,7 +198,7 @@ def test_a_separate_unet_for_localisation(models, tmp_path):
     plain = text_to_image(model)
     main = write(single_file(model, openclip=False), tmp_path / "m.safetensors")
     for path in (write(single_file(plain, False), tmp_path / "sd14.safetensors"), folder(plain, tmp_path / "sd14")):
-        loaded = load_model("auto", main, locator=path)
+        loaded = load_model("auto", main, parts={"locator": path})
         assert_same(loaded, model)
         state = plain.unet.state_dict()
         assert all(torch.equal(v, state[k]) for k, v in loaded.locator.state_dict().items())
@@ -211,9 +211,9 @@ def test_a_separate_unet_for_localisation(models, tmp_path):
     direct = plain.unet(z, t, context.expand(2, -1, -1))
     assert torch.allclose(loaded.eps_from_text(z, 481, context, None), direct, atol=1e-5)
     with pytest.raises(InputError, match="--locate-unet .* has 9 input channels"):
-        load_model("auto", main, locator=main)
+        load_model("auto", main, parts={"locator": main})
     with pytest.raises(InputError, match="no UNet of Stable Diffusion"):
-        load_model("auto", main, locator=EMBEDDED / "tiny.safetensors")
+        load_model("auto", main, parts={"locator": EMBEDDED / "tiny.safetensors"})
 
 
 def test_the_wrong_family_says_which_is_right(models, tmp_path):

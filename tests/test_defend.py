@@ -91,8 +91,12 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
     assert set(record) == expected
     assert record["before"]["label"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "per_image.jsonl", "photo_heatmap.png", "photo_mask.png", "photo_restored.png",
-    ]  # fmt: skip
+        "config.json",
+        "per_image.jsonl",
+        "photo_heatmap.png",
+        "photo_mask.png",
+        "photo_restored.png",
+    ]
     assert Image.open(tmp_path / "out/photo_mask.png").size == photo.size
     # More pictures join; those that are done stay; another picture of that name, and other settings, are refused.
     photo.resize((50, 70)).save(tmp_path / "more.png")

@@ -120,8 +120,10 @@ def test_harmonic_fill():
         assert fill(ramp, torch.ones_like(mask)).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "count"), [("inception_v3", 15), ("resnet50", 16), ("efficientnet_lite0", 17),
-                                             ("swin_s", 24), ("vit_b_16", 12)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("inception_v3", 15), ("resnet50", 16), ("efficientnet_lite0", 17), ("swin_s", 24), ("vit_b_16", 12)],
+)
 def test_fnc_clips_where_it_should(name, count):
     timm = pytest.importorskip("timm")
     cfg = CLASSIFIERS[name]
@@ -289,8 +291,12 @@ def test_diffpure_without_noise_is_the_round_trip(target, photos):
 def test_settings_in_the_name():
     assert split("jpeg:quality=50") == ("jpeg", {"quality": 50})
     assert split("jedi:completion=none,min_area=0.01") == ("jedi", {"completion": "none", "min_area": 0.01})
-    for text, said in (("blur", "unknown defence 'blur'"), ("jpeg:q=5", "defaults: quality=75"),
-                       ("jpeg:quality=high", "quality=high"), ("none:x=1", "defaults: none")):  # fmt: skip
+    for text, said in (
+        ("blur", "unknown defence 'blur'"),
+        ("jpeg:q=5", "defaults: quality=75"),
+        ("jpeg:quality=high", "quality=high"),
+        ("none:x=1", "defaults: none"),
+    ):
         with pytest.raises(InputError, match=said):
             split(text)
     with pytest.raises(InputError, match="from 1 to 100"):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import train
+from diffender import tuning
 from diffender.utils import options as cli
 from diffender.utils.interruption import Interrupted, patient
 from tests.conftest import ROOT
@@ -129,7 +130,7 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd):
 
     assert tune("whole")[0] == 0
     with monkeypatch.context() as patch:
-        interrupt_after(patch, train, "tuning_round", 1)
+        interrupt_after(patch, tuning, "eq_7", 1)
         code, error = tune("stopped")
     assert code == 130
     assert "stopped after a round; go on with: python" in error

@@ -20,10 +20,23 @@ NAMES = [f"class <{i}>" for i in range(4)]
 
 
 def record(i: int, clean: int = 1, attacked: int = 2, restored: int = 1) -> dict:
-    attack = {"undefended": attacked, "defended": [restored, 1, 1], "loss": [1.0, 0.5], "fooled": [0.0, 1.0],
-              "confidence": [0.9, 0.25]}  # fmt: skip
-    return {"id": f"p{i}", "file": f"p{i}", "label": 1, "undefended": 1, "defended": [clean, 1, 1], "masked": 0.1,
-            "confidence": [0.8, 0.7], "attacks": {"advp/transfer": attack}}  # fmt: skip
+    attack = {
+        "undefended": attacked,
+        "defended": [restored, 1, 1],
+        "loss": [1.0, 0.5],
+        "fooled": [0.0, 1.0],
+        "confidence": [0.9, 0.25],
+    }
+    return {
+        "id": f"p{i}",
+        "file": f"p{i}",
+        "label": 1,
+        "undefended": 1,
+        "defended": [clean, 1, 1],
+        "masked": 0.1,
+        "confidence": [0.8, 0.7],
+        "attacks": {"advp/transfer": attack},
+    }
 
 
 RECORDS = [record(0), record(1, restored=3), record(2, clean=0), record(3, attacked=1)]
@@ -100,9 +113,10 @@ def test_pictures_are_filtered_by_what_happened(html):
 def test_curves_are_drawn_where_there_are_any(html):
     titles = re.findall(r'aria-label="([^"]*)"', html)
     assert [t for t in titles if "accuracy" in t or "loss" in t] == [
-        "accuracy that the attack saw, in per cent", "attacker&#x27;s loss, mean over pictures",
+        "accuracy that the attack saw, in per cent",
+        "attacker&#x27;s loss, mean over pictures",
         "accuracy of these patches at other thresholds, in per cent",
-    ]  # fmt: skip
+    ]
     assert ">2.5</text>" in html
 
 
@@ -151,9 +165,16 @@ def test_the_page_in_a_browser(html, tmp_path):
     run = [sys.executable, "-c", BROWSER, tmp_path / "report.html", script]
     found = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert json.loads(found.stdout.splitlines()[-1]) == {
-        "every": 4, "failed": 1, "rescued": 2, "alarm": 1, "cut": "30%", "hidden": False, "broken": 0,
-        "focusable": 4 + len(RECORDS) + 1, "wide": True,
-    }  # fmt: skip
+        "every": 4,
+        "failed": 1,
+        "rescued": 2,
+        "alarm": 1,
+        "cut": "30%",
+        "hidden": False,
+        "broken": 0,
+        "focusable": 4 + len(RECORDS) + 1,
+        "wide": True,
+    }
 
 
 def test_a_page_of_512_pictures_stays_light(html):
@@ -175,8 +196,11 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
         (tmp_path / name / "per_image.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lines = compare(tmp_path / "a", tmp_path / "b").splitlines()
     assert lines[0] == "| 3 pictures | a right | b right | only a | only b | p |"
-    assert lines[2:] == ["| none | 2 | 3 | 0 | 1 | 1 |", "| advp/transfer | 2 | 1 | 1 | 0 | 1 |",
-                         "| strongest | 2 | 1 | 1 | 0 | 1 |"]  # fmt: skip
+    assert lines[2:] == [
+        "| none | 2 | 3 | 0 | 1 | 1 |",
+        "| advp/transfer | 2 | 1 | 1 | 0 | 1 |",
+        "| strongest | 2 | 1 | 1 | 0 | 1 |",
+    ]
     with pytest.raises(InputError, match="share no pictures"):
         compare(tmp_path / "a", tmp_path / "c")
     command = [sys.executable, "-m", "diffender.report", "compare", tmp_path / "a", tmp_path / "gone"]

@@ -74,9 +74,12 @@ def test_beyond_the_picture_lies_the_clean_scene():
     x[..., :20, :20] = 1
     frame = draw_frame([Pose(distance=3)], 65, generator("far"))
     plain = frame._replace(
-        gain=torch.ones(1, 3), bias=torch.zeros(1, 1), gamma=torch.ones(1, 1), blur=torch.zeros(1, 1),
+        gain=torch.ones(1, 3),
+        bias=torch.zeros(1, 1),
+        gamma=torch.ones(1, 1),
+        blur=torch.zeros(1, 1),
         grain=torch.zeros(1, 1),
-    )  # fmt: skip
+    )
     brighter = photograph(x, scene, plain)[0, 0] > 0.6
     assert 0 < brighter.sum() < 60
 

@@ -24,12 +24,11 @@ classifiers
 faces defenses
 factory
 evaluation
-report defend
+report defend tuning
 pretrain paper
 """
 RANK = {room: i for i, line in enumerate(FLOORS.split("\n")) for room in line.split()}
 ROOMS = [name for name in COMMANDS if name not in ("ablate", "certify")]  # that are commands of their own, too
-MOST = {"__init__": 7, "load_model": 7, "measure": 7, "tune": 7, "tuning_round": 9}  # to be brought down to 6
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -71,7 +70,7 @@ def test_few_arguments():
             if isinstance(node, ast.FunctionDef):
                 a = node.args
                 names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs if x.arg not in ("self", "cls")]
-                assert len(names) <= MOST.get(node.name, 6), f"{path}: {node.name} takes {len(names)}"
+                assert len(names) <= 6, f"{path}: {node.name} takes {len(names)}"
 
 
 @pytest.mark.parametrize(

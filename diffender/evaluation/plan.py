@@ -57,65 +57,83 @@ def budgeted(name: str, help: str, group: str | None = None, choices: tuple[str,
 @dataclass(frozen=True)
 class Options(TargetOptions):
     preset: str = option(
-        "laptop", "budget of what is not given: smoke, laptop or paper", choices=tuple(PRESETS), group="the budget"
+        "laptop", "Budget of all that is not given: smoke, laptop or paper.", choices=tuple(PRESETS), group="the budget"
     )
-    images: int | None = budgeted("images", "number of pictures, of those the classifier gets right")
-    batch_size: int = option(1, "pictures side by side; changes no result; a killed process loses as many", low=1)
-    defense: str = option("diffender", "a name of diffender.defenses, with settings: jpeg:quality=50")
-    attack: str = option(
-        "advp", "names of diffender.attacks with commas between, all (the paper's four), or none", group="the attack"
-    )
+    images: int | None = budgeted("images", "Number of images, of those that the classifier gets right.")
+    batch_size: int = option(1, "Images per batch. Changes no result. A killed process loses one batch.", low=1)
+    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.")
+    attack: str = option("advp", "Attacks, separated by commas; all: the paper's four; or none.", group="the attack")
     grad: str | None = option(
-        None, f"backward passes of the adaptive attack, with commas: {', '.join(GRADIENTS['diffender'])}; of other "
-        f"defences {', '.join(GRADIENTS['others'])} (smoke and laptop bpda-mask, paper all)"
-    )  # fmt: skip
-    images_full: int | None = option(None, "only so many pictures get the costly surrogate, full and full+loc", low=0)
-    area: float | None = option(None, "share of the picture (default: 0.05, lavan 0.02; the paper does not say)",
-                                low=0.0005, high=0.9)  # fmt: skip
-    shape: str = option("square", "shape of advp's and lavan's patch", choices=("square", "circle"))
+        None,
+        f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
+        f"defences {', '.join(GRADIENTS['others'])} (smoke and laptop bpda-mask, paper all)",
+    )
+    images_full: int | None = option(
+        None, "Number of images for the costly gradients surrogate, full and full+loc.", low=0
+    )
+    area: float | None = option(
+        None,
+        "Share of the image that the patch covers (default: 0.05, lavan 0.02; the paper does not say).",
+        low=0.0005,
+        high=0.9,
+    )
+    shape: str = option("square", "Shape of the patch of advp and lavan.", choices=("square", "circle"))
     location: str = option(
-        "fixed", "one random place, a corner, or a new one for each EOT sample", choices=("fixed", "corner", "eot")
+        "fixed",
+        "Where the patch lies: at one random place, in a corner, or at a new place for each EOT sample.",
+        choices=("fixed", "corner", "eot"),
     )
     targeted: bool | None = option(
-        None, "aim at a random class (default: lavan), or just away from the true one (advp)"
+        None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
     )
-    iters: int | None = budgeted("iters", "steps of the adaptive attack, generations of rhde")
-    iters_undefended: int | None = budgeted("iters_undefended", "steps of the attack on the classifier alone")
-    eot: int | None = budgeted("eot", "noise samples averaged in a step")
-    eot_batch: int = option(8, "of them, and of verdicts, side by side; changes no result, takes memory", low=1)
-    restarts: int | None = budgeted("restarts", "attempts, of which the best on fresh noise counts")
-    ste: str = option("identity", "backward pass of the threshold", choices=("identity", "sigmoid", "none"))
+    iters: int | None = budgeted("iters", "Steps of the adaptive attack; generations of rhde.")
+    iters_undefended: int | None = budgeted("iters_undefended", "Steps of the attack on the classifier alone.")
+    eot: int | None = budgeted("eot", "EOT samples in each step.")
+    eot_batch: int = option(
+        8, "EOT samples, and purifications of a verdict, in one batch. Changes no result, takes memory.", low=1
+    )
+    restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
+    ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))
     ste_k: float = changed(Backward, "ste_k", 5.0)
     evasion: float = changed(Backward, "evasion", 1.0)
     decoy: float = changed(Backward, "decoy", 0.0)
-    gdpa_mode: str = option("direct", "of gdpa", choices=("direct", "generator", "amortised"))
-    generator: str | None = option(None, "file of the generator that amortised gdpa uses")
-    sticker: str | None = option(None, "of rhde, a name of diffender.attacks.stickers; none: the best three")
-    queries: int | None = budgeted("queries", "of rhde and sparse-rs to the defence, a picture")
-    queries_undefended: int | None = budgeted("queries_undefended", "of these to the classifier alone, a picture")
-    patch_file: str | None = option(None, "safetensors with patches and targets, for --attack ready")
-    verdicts: int | None = budgeted("verdicts", "purifications that judge a picture; paper: one", group="the verdict")
-    trust: str = option("quick", "checks of the evaluation itself", choices=("off", "quick", "full"))
+    gdpa_mode: str = option("direct", "Mode of gdpa.", choices=("direct", "generator", "amortised"))
+    generator: str | None = option(None, "File of the generator for amortised gdpa.")
+    sticker: str | None = option(None, "Sticker of rhde. None: the best three.")
+    queries: int | None = budgeted("queries", "Queries of rhde and sparse-rs to the defence, for each image.")
+    queries_undefended: int | None = budgeted(
+        "queries_undefended", "Queries of rhde and sparse-rs to the classifier alone, for each image."
+    )
+    patch_file: str | None = option(None, "Safetensors file with patches and targets, for --attack ready.")
+    verdicts: int | None = budgeted("verdicts", "Purifications that judge an image (paper: one).", group="the verdict")
+    trust: str = option("quick", "Checks of the evaluation itself.", choices=("off", "quick", "full"))
     curves: str | None = budgeted(
-        "curves", "of the report: over theta for these patches; all: and over their size, made anew",
+        "curves",
+        "Curves of the report over theta for these patches; all: also over the patch size, with new patches.",
         choices=("off", "theta", "all"),
-    )  # fmt: skip
-    trust_images: int | None = budgeted("trust_images", "pictures that the checks are made on")
+    )
+    trust_images: int | None = budgeted("trust_images", "Number of images for the checks.")
     table: int | None = option(
-        None, "make a table of the paper, 1 to 7, instead of a single run", low=1, high=7, group="the run"
+        None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="the run"
     )
-    figure: int | None = option(None, f"make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
-    folds: int = option(1, "of Table 6: how many pictures of each person are probes, in turn", low=1)
-    frames: str | None = option(None, "Table 7 from photographs: a csv of file, label, configuration and clean")
+    figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
+    folds: int = option(1, "Table 6: number of folds. In each, another image of every person is the probe.", low=1)
+    frames: str | None = option(
+        None, "Table 7 from photographs: a csv with the columns file, label, configuration and clean."
+    )
     tuning_data: str = option(
-        "samples", "photographs, none evaluated: Table 2 tunes prompts on them, FNC's statistics are theirs"
+        "samples", "Images that are not evaluated: Table 2 tunes prompts on them, FNC estimates its statistics."
     )
-    shard: str = option("0/1", "i/n: of every n pictures the i-th, from 0; shards share the folder that --name names")
-    max_memory: float | None = option(None, "GiB that may be used; sets --micro-batch", low=0.5)
-    name: str | None = option(None, "folder under runs/; a run of the same configuration there is resumed")
-    track: str = option("none", "package that hears accuracies along the way", choices=("none", "tensorboard", "wandb"))
-    dry_run: bool = option(False, "say what would be done and what it would cost, and do nothing")
-    list: bool = option(False, "the names of models, classifiers, attacks, gradients and defences, and nothing else")
+    shard: str = option(
+        "0/1", "i/n: this process does image i, from 0, of every n. Shards share the folder that --name gives."
+    )
+    max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5)
+    name: str | None = option(None, "Folder under runs/. A run with the same configuration there is resumed.")
+    track: str = option(
+        "none", "Tracker that receives the accuracies during the run.", choices=("none", "tensorboard", "wandb")
+    )
+    dry_run: bool = option(False, "Print what would be done and what it would cost, and stop.")
+    list: bool = option(False, "Print the names of models, classifiers, attacks, gradients and defences, and stop.")
 
 
 def fill(opts: Options) -> Options:
@@ -261,10 +279,13 @@ def names() -> str:
     from diffender.stable_diffusion.model import PRESETS as MODELS
 
     known = {
-        "--model": MODELS, "--classifier": (*CLASSIFIERS, *RECOGNIZERS, "timm:TAG"),
-        "--attack": (*ATTACKS, "all", "none"), "--grad": GRADIENTS["diffender"],
-        "--grad of other defences": GRADIENTS["others"], "--defense": DEFENSES,
-    }  # fmt: skip
+        "--model": MODELS,
+        "--classifier": (*CLASSIFIERS, *RECOGNIZERS, "timm:TAG"),
+        "--attack": (*ATTACKS, "all", "none"),
+        "--grad": GRADIENTS["diffender"],
+        "--grad of other defences": GRADIENTS["others"],
+        "--defense": DEFENSES,
+    }
     return "\n".join(f"{flag}: {', '.join(of)}" for flag, of in known.items())
 
 

@@ -43,9 +43,24 @@ from diffender.utils.options import settings
 from diffender.utils.progress import TRACKERS, Progress, bar
 from diffender.weights.prompts import SHIPPED
 
-NO_MATTER = ("name", "images", "batch_size", "eot_batch", "max_memory", "trust",
-             "trust_images", "shard", "table", "figure", "tuning_data", "folds", "frames", "dry_run",
-             "list", "curves")  # fmt: skip
+NO_MATTER = (
+    "name",
+    "images",
+    "batch_size",
+    "eot_batch",
+    "max_memory",
+    "trust",
+    "trust_images",
+    "shard",
+    "table",
+    "figure",
+    "tuning_data",
+    "folds",
+    "frames",
+    "dry_run",
+    "list",
+    "curves",
+)
 
 
 class Experiment(NamedTuple):

@@ -103,9 +103,11 @@ def undefended_accuracy(bench: Bench) -> Iterator[Check]:
             low, high = ACCEPT[row["attack"]]
             p = row["undefended"]
             yield Check(
-                f"{row['attack']} on the bare classifier", f"{percent(p['accuracy'])} of {p['n']} right",
-                f"{percent(low)} to {percent(high)} within its interval", p["low"] <= high and p["high"] >= low,
-            )  # fmt: skip
+                f"{row['attack']} on the bare classifier",
+                f"{percent(p['accuracy'])} of {p['n']} right",
+                f"{percent(low)} to {percent(high)} within its interval",
+                p["low"] <= high and p["high"] >= low,
+            )
 
 
 def noise_is_used(bench: Bench) -> Iterator[Check]:
@@ -125,9 +127,11 @@ def controls(bench: Bench) -> Iterator[Check]:
     shares = {name: bench.accuracy(x) for name, x in made.items()}
     least = min(r["average"]["accuracy"] for r in bench.results["rows"])
     yield Check(
-        "patches that nothing optimised", ", ".join(f"{k} {percent(v)}" for k, v in shares.items()),
-        f"not below the attacks' {percent(least)}", min(shares.values()) >= least - 1e-9,
-    )  # fmt: skip
+        "patches that nothing optimised",
+        ", ".join(f"{k} {percent(v)}" for k, v in shares.items()),
+        f"not below the attacks' {percent(least)}",
+        min(shares.values()) >= least - 1e-9,
+    )
 
 
 def masks(bench: Bench) -> Iterator[Check]:
@@ -151,9 +155,11 @@ def ladder(bench: Bench) -> Iterator[Check]:
         if "transfer" in row:
             accuracy, base = row["average"]["accuracy"], row["transfer"]
             yield Check(
-                f"{row['attack']}, {row['gradient']} against transfer", f"{percent(accuracy)} and {percent(base)}",
-                "not higher", accuracy <= base + 1e-9,
-            )  # fmt: skip
+                f"{row['attack']}, {row['gradient']} against transfer",
+                f"{percent(accuracy)} and {percent(base)}",
+                "not higher",
+                accuracy <= base + 1e-9,
+            )
 
 
 def patch_gradient(bench: Bench, victim: Defended, eot: int, purpose: str) -> Tensor:
@@ -220,9 +226,11 @@ def convergence(bench: Bench) -> Iterator[Check]:
     first, before, last = (part.mean().item() for part in (curve[:1], curve[-2 * fifth : -fifth], curve[-fifth:]))
     fall, late = first - last, before - last
     yield Check(
-        f"the loss over {attack.iters} steps", f"falls by {fall:.2g}, by {late:.2g} of that in the last fifth",
-        "falls, at most a tenth of it late: else raise --iters", fall > 0 and late < 0.1 * fall,
-    )  # fmt: skip
+        f"the loss over {attack.iters} steps",
+        f"falls by {fall:.2g}, by {late:.2g} of that in the last fifth",
+        "falls, at most a tenth of it late: else raise --iters",
+        fall > 0 and late < 0.1 * fall,
+    )
 
 
 def sweep(bench: Bench, name: str, values: Sequence, field: str, wanted: str, judge: Callable) -> Iterator[Check]:
@@ -245,14 +253,21 @@ def fixed_noise(bench: Bench) -> Iterator[Check]:
 
 
 def eot_sweep(bench: Bench) -> Iterator[Check]:
-    yield from sweep(bench, "EOT samples, equal steps", (1, 2, 5), "eot", "falling or flat",
-                     lambda s: s[-1] <= s[0] + 0.1)  # fmt: skip
+    yield from sweep(
+        bench, "EOT samples, equal steps", (1, 2, 5), "eot", "falling or flat", lambda s: s[-1] <= s[0] + 0.1
+    )
 
 
 def step_sweep(bench: Bench) -> Iterator[Check]:
     n = bench.adaptive[0].iters
-    yield from sweep(bench, "steps", (max(1, n // 2), n, 2 * n), "iters", "twice the steps gain less than 10 points",
-                     lambda s: s[1] - s[2] < 0.1)  # fmt: skip
+    yield from sweep(
+        bench,
+        "steps",
+        (max(1, n // 2), n, 2 * n),
+        "iters",
+        "twice the steps gain less than 10 points",
+        lambda s: s[1] - s[2] < 0.1,
+    )
 
 
 def size_sweep(bench: Bench) -> Iterator[Check]:
@@ -303,9 +318,11 @@ def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     made = attack(bench.task)
     searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
     yield Check(
-        f"Sparse-RS, {queries} queries", f"{percent(searched)}, gradients {percent(own)}", "not lower than gradients",
+        f"Sparse-RS, {queries} queries",
+        f"{percent(searched)}, gradients {percent(own)}",
+        "not lower than gradients",
         searched >= own - 1e-9,
-    )  # fmt: skip
+    )
 
 
 SWEEPS_OF_ANY = (eot_sweep, step_sweep, size_sweep, lr_sweep, restart_sweep, black_box)

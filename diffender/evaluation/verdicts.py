@@ -225,8 +225,14 @@ def summarize(records: Sequence[dict]) -> dict:
     counts as right only as far as under every patch that was made for it.
     """
     label = {r["id"]: r["label"] for r in records}
-    rows = [row("none", "", [r["undefended"] == r["label"] for r in records],
-                [verdict(r["defended"], r["label"]) for r in records])]  # fmt: skip
+    rows = [
+        row(
+            "none",
+            "",
+            [r["undefended"] == r["label"] for r in records],
+            [verdict(r["defended"], r["label"]) for r in records],
+        )
+    ]
     masks = {}
     judged = by_variant(records)
     variants = list(judged)

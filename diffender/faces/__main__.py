@@ -39,8 +39,10 @@ def main() -> None:
     known = {file: embed(load_image(file, cfg)[None])[0] for file in bar(files, "embedding")}
     distances = torch.stack([(known[a] - known[b]).square().sum() for a, b, _ in pairs])
     found = verify(distances, torch.tensor([same for _, _, same in pairs]))
-    print(f"{100 * found.accuracy:.2f} % of {len(pairs)} pairs right, mean of 10 folds, {opts.classifier}, threshold "
-          f"{found.threshold:.3f} of the squared distance of embeddings")  # fmt: skip
+    print(
+        f"{100 * found.accuracy:.2f} % of {len(pairs)} pairs right, mean of 10 folds, {opts.classifier}, threshold "
+        f"{found.threshold:.3f} of the squared distance of embeddings"
+    )
 
 
 if __name__ == "__main__":

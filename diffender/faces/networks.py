@@ -101,21 +101,31 @@ class InceptionResnetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (
-            self.conv2d_1a, self.conv2d_2a, self.conv2d_2b, self.maxpool_3a, self.conv2d_3b, self.conv2d_4a,
-            self.conv2d_4b, self.repeat_1, self.mixed_6a, self.repeat_2, self.mixed_7a, self.repeat_3, self.block8,
-        ):  # fmt: skip
+            self.conv2d_1a,
+            self.conv2d_2a,
+            self.conv2d_2b,
+            self.maxpool_3a,
+            self.conv2d_3b,
+            self.conv2d_4a,
+            self.conv2d_4b,
+            self.repeat_1,
+            self.mixed_6a,
+            self.repeat_2,
+            self.mixed_7a,
+            self.repeat_3,
+            self.block8,
+        ):
             x = layer(x)
         x = self.last_bn(self.last_linear(x.mean(dim=(2, 3))))
         return F.normalize(x, dim=1)
 
 
 class ConvBlock(nn.Module):
-    """Convolution and norm, with a PReLU unless it is linear."""
+    """Convolution and norm, with a PReLU unless it is linear; `conv` are stride, padding and groups of nn.Conv2d."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple, stride: int = 1, padding: int = 0, groups: int = 1,
-                 linear: bool = False):  # fmt: skip
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple, linear: bool = False, **conv: int):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, bias=False, **conv)
         self.bn = nn.BatchNorm2d(c_out)
         self.prelu = nn.Identity() if linear else nn.PReLU(c_out)
 
@@ -128,10 +138,15 @@ class Bottleneck(nn.Module):
         super().__init__()
         c = c_in * expansion
         self.conv = nn.Sequential(
-            nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.PReLU(c),
-            nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False), nn.BatchNorm2d(c), nn.PReLU(c),
-            nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out),
-        )  # fmt: skip
+            nn.Conv2d(c_in, c, 1, bias=False),
+            nn.BatchNorm2d(c),
+            nn.PReLU(c),
+            nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False),
+            nn.BatchNorm2d(c),
+            nn.PReLU(c),
+            nn.Conv2d(c, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out),
+        )
         self.connect = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +163,8 @@ class MobileFaceNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1 = ConvBlock(3, 64, 3, 2, 1)
-        self.dw_conv1 = ConvBlock(64, 64, 3, 1, 1, groups=64)
+        self.conv1 = ConvBlock(3, 64, 3, stride=2, padding=1)
+        self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)
         blocks, c = [], 64
         for expansion, width, n, stride in self.STAGES:
             for i in range(n):

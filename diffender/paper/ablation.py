@@ -19,7 +19,7 @@ from diffender.config import DIFFenderConfig
 from diffender.evaluation.metrics import map_auc, mask_scores
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
 from diffender.paper.ablate import Options
-from diffender.pipeline import DIFFender, Localized, Undefended
+from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
@@ -117,9 +117,10 @@ def ablate(opts: Options) -> None:
             results[name] = show(opts, build(opts, model, opts.prompt, base), classifier, batch, attacked)
             continue
         settings = bar(STUDIES[name](opts.prompt, base), name, opts.quiet)
-        results[name] = [
-            measure(opts, name, build(opts, model, s.prompt, s.cfg), s, batch, attacked, classifier) for s in settings
-        ]
+        results[name] = []
+        for s in settings:
+            target = Defended(build(opts, model, s.prompt, s.cfg), classifier)
+            results[name].append(measure(opts, name, target, s, batch, attacked))
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
     write_text(out / "table.md", markdown(results))
@@ -150,9 +151,10 @@ def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConf
 
 
 def measure(
-    opts: Options, study: str, defense: DIFFender, setting: Setting, batch: Batch, attacked: Attacked, judge: Classifier
+    opts: Options, study: str, target: Defended, setting: Setting, batch: Batch, attacked: Attacked
 ) -> dict[str, object]:
-    """Means over the photographs: of map and mask; for `parts`, of what the judge sees after purification."""
+    """Means over the photographs: of map and mask; for `parts`, of what the classifier sees after purification."""
+    defense, judge = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
     for rows in slices(opts, batch):
         x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
@@ -200,9 +202,14 @@ def show(
     out = defense(image, noise)
     heat = torch.stack([stretch(h, x.shape[-2:]) for h in out.heatmap])
     stages = [
-        x, recon[:first], image, composite(image, defense.restore(image, mask, noise), mask),
-        heat.expand_as(x), out.mask.expand_as(x), out.image,
-    ]  # fmt: skip
+        x,
+        recon[:first],
+        image,
+        composite(image, defense.restore(image, mask, noise), mask),
+        heat.expand_as(x),
+        out.mask.expand_as(x),
+        out.image,
+    ]
     save_image(torch.cat(stages), Path(opts.out) / "pictures.png", nrow=len(x))
     right = is_right(classifier, recon, batch.y, opts.batch_size)
     return {"psnr": psnr.mean().item(), "round_trip_right": right.mean().item()}
@@ -248,9 +255,12 @@ def markdown(results: dict) -> str:
 
 def mask_cells(r: dict) -> tuple[str, ...]:
     return (
-        f"{r['auc']:.3f} ± {r['auc_error']:.3f}", f"{r['inside'] / r['outside']:.2f}", f"{r['recall']:.3f}",
-        f"{r['precision']:.3f}", f"{r['iou']:.3f}",
-    )  # fmt: skip
+        f"{r['auc']:.3f} ± {r['auc_error']:.3f}",
+        f"{r['inside'] / r['outside']:.2f}",
+        f"{r['recall']:.3f}",
+        f"{r['precision']:.3f}",
+        f"{r['iou']:.3f}",
+    )
 
 
 def percent(share: float) -> str:

@@ -39,10 +39,13 @@ def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batc
             scenes[name] = (image, mask if whose == "true" else elsewhere(mask, ids, seed))
         for fill in FILLED:
             seen = {column: classes(target, fill, *scene, ids, seed) for column, scene in scenes.items()}
-            yield Control(f"{whose} {fill}", {
-                column: [verdict([c], y) for c, y in zip(found, batch.y.tolist(), strict=True)]
-                for column, found in seen.items()
-            })  # fmt: skip
+            yield Control(
+                f"{whose} {fill}",
+                {
+                    column: [verdict([c], y) for c, y in zip(found, batch.y.tolist(), strict=True)]
+                    for column, found in seen.items()
+                },
+            )
 
 
 def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:

@@ -106,8 +106,10 @@ def figure_1(s: Scene, folder: Path) -> str:
         for name, context in (("x0, prompt", d.contexts.locate), ("x0, empty prompt", d.contexts.empty))
     }
     found = d.localize(s.made.image, noise)
-    draw({"attacked": s.made.image, **decoded, "difference": heat(found.heatmap, s.made.image), "mask": found.mask},
-         folder / "figure.png")  # fmt: skip
+    draw(
+        {"attacked": s.made.image, **decoded, "difference": heat(found.heatmap, s.made.image), "mask": found.mask},
+        folder / "figure.png",
+    )
     return f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict, decoded; their difference.\n"
 
 

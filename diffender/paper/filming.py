@@ -122,10 +122,14 @@ def run_film(e: Experiment, batch: Batch) -> str:
     """Films what is missing; the table as Markdown, also in the folder beside results.json."""
     film(e, batch)
     opts = e.opts
-    return write_table(e, batch.ids, (
-        f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
-        f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
-    ))  # fmt: skip
+    return write_table(
+        e,
+        batch.ids,
+        (
+            f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
+            f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
+        ),
+    )
 
 
 def run_photographs(e: Experiment) -> str:

@@ -88,9 +88,15 @@ def draw_frame(poses: Sequence[Pose], size: int, g: Generator) -> Frame:
     pose = torch.cat([pose[:, :2] + off[:, :2], pose[:, 2:] * off[:, 2:]], dim=1)
     gain = uniform(0.8, 1.2) * uniform(0.95, 1.05, 3)
     return Frame(
-        pose, gain, uniform(-0.05, 0.05), uniform(0.8, 1.25), uniform(0, 1.5), uniform(0, 0.03), uniform(0, 0.15),
+        pose,
+        gain,
+        uniform(-0.05, 0.05),
+        uniform(0.8, 1.25),
+        uniform(0, 1.5),
+        uniform(0, 0.03),
+        uniform(0, 0.15),
         torch.randn(b, 3, size, size, generator=g),
-    )  # fmt: skip
+    )
 
 
 def print_patch(x: Tensor, mask: Tensor, ink: Tensor) -> Tensor:

@@ -90,8 +90,21 @@ def retuned(opts: Options, without: str) -> str:
     there = path.is_file() and read_header(path).get("data") == opts.tuning_data
     if not there and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
-        tuned = subprocess.run([sys.executable, train, "--without", without, "--out", path, "--data", opts.tuning_data,
-                                "--classifier", opts.classifier, *TUNING[opts.preset].split()])  # fmt: skip
+        tuned = subprocess.run(
+            [
+                sys.executable,
+                train,
+                "--without",
+                without,
+                "--out",
+                path,
+                "--data",
+                opts.tuning_data,
+                "--classifier",
+                opts.classifier,
+                *TUNING[opts.preset].split(),
+            ]
+        )
         if tuned.returncode != 0:
             raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
     wait()

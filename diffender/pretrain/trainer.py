@@ -82,9 +82,12 @@ class Trainer:
 
     def save(self) -> None:
         state = {
-            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "step": self.step, "seconds": self.seconds,
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
         with whole(self.path) as partial:
             torch.save(state, partial)
 

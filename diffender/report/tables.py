@@ -23,13 +23,29 @@ def share(p: dict) -> str:
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of the main table: accuracy in per cent with counts and Wilson 95 % intervals."""
-    head = ("attack", "gradient", "undefended", f"{results['defense']}, single", "average",
-            f"worst of {results['verdicts']}", f"majority of {results['votes']}", "p")  # fmt: skip
+    head = (
+        "attack",
+        "gradient",
+        "undefended",
+        f"{results['defense']}, single",
+        "average",
+        f"worst of {results['verdicts']}",
+        f"majority of {results['votes']}",
+        "p",
+    )
     rows = []
     for r in results["rows"]:
         p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
-        rows.append((r["attack"], r["gradient"], counted(r["undefended"]), counted(r["single"]),
-                     *(share(r[column]) for column in ("average", "worst", "majority")), p))  # fmt: skip
+        rows.append(
+            (
+                r["attack"],
+                r["gradient"],
+                counted(r["undefended"]),
+                counted(r["single"]),
+                *(share(r[column]) for column in ("average", "worst", "majority")),
+                p,
+            )
+        )
     return head, rows
 
 
@@ -43,8 +59,16 @@ def markdown(results: dict) -> str:
         scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}
         scores = {c: title for c, title in scores.items() if all(c in m for m in results["masks"].values())}
         head = ("masks, means over the pictures", "patched", *scores.values(), "passes", "seconds a picture")
-        rows = [(name, f"{100 * m['area']:.1f} %", *(f"{m[c]:.3f}" for c in scores),
-                 f"{m['queries']:.0f}", f"{m['seconds']:.1f}") for name, m in results["masks"].items()]  # fmt: skip
+        rows = [
+            (
+                name,
+                f"{100 * m['area']:.1f} %",
+                *(f"{m[c]:.3f}" for c in scores),
+                f"{m['queries']:.0f}",
+                f"{m['seconds']:.1f}",
+            )
+            for name, m in results["masks"].items()
+        ]
         parts.append(table(head, rows))
     if results["masked_clean"] is not None:
         parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")

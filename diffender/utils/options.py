@@ -65,9 +65,11 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     hints = get_type_hints(cls)
     usage = " ".join(["[options]", *(f.name for f in fields(cls) if hints[f.name] == tuple[str, ...])])
     parser = Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         usage=f"%(prog)s {usage}",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("options")
     for f in fields(cls):
         assert f.default is not MISSING, f"option {f.name} needs a default"

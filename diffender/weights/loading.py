@@ -7,6 +7,7 @@ python -m diffender.weights inspect PATH             what a file or folder holds
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -44,8 +45,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     ema: bool = False,
-    vae: str | Path | None = None,
-    locator: str | Path | None = None,
+    parts: Mapping[str, str | Path | None] | None = None,
     prediction: str | None = None,
 ) -> LatentDiffusion:
     """A frozen model in eval mode.
@@ -53,9 +53,9 @@ def load_model(
     name        of `PRESETS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
     path        a CompVis single file, a Hugging Face folder, a file of ours, or "random", for trials
     dtype       of the UNets; text tower and VAE stay in float32, as do the latents between evaluations
-    ema         take the averaged copies of the UNet, which some files of training hold
-    vae         another VAE, alone or in a whole model, in either layout
-    locator     likewise, a 4-channel UNet for localisation, as the authors' demo has
+    ema         use the EMA weights of the UNet if the checkpoint has them
+    parts       files of other parts, alone or in a whole checkpoint: "vae", and "locator", a 4-channel UNet for
+                localisation as in the authors' demo
     prediction  epsilon or v, of UNets whose files do not say
 
     Raises InputError for files that are damaged or of another model.
@@ -68,15 +68,16 @@ def load_model(
         if name not in ("tiny", "auto"):
             raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
         path = EMBEDDED / "tiny.safetensors"
+    given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
     if "digest" in main.header:
         check_digest(main)
     cfg = config_for(name, main, prediction)
-    sources = {"unet": main, "vae": scan(Path(vae)) if vae else main, "text": main}
+    sources = {"unet": main, "vae": scan(given["vae"]) if "vae" in given else main, "text": main}
     with torch.device("meta"):
         model = LatentDiffusion(cfg)
-        if locator:
-            sources["locator"] = scan(Path(locator))
+        if "locator" in given:
+            sources["locator"] = scan(given["locator"])
             model.locator = UNet(locator_config(sources["locator"], cfg, prediction))
     matches = {
         part: match(source, part.replace("locator", "unet"), getattr(model, part), ema and part == "unet")

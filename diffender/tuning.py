@@ -1,0 +1,145 @@
+"""Prompt tuning, Sec. 3.3: descend Eq. 7 over the context vectors of both prompts, on a few attacked images.
+
+Nothing here touches a file or starts a process: the caller saves the state after a round, and hands in what adds up
+gradients over several processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffender.config import TuningConfig
+from diffender.evaluation.metrics import mask_scores
+from diffender.losses import TuningLoss, feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
+from diffender.pipeline import Defended, DIFFender
+from diffender.prompts import PromptPair
+from diffender.stable_diffusion.vae import Posterior
+from diffender.utils.errors import named_images
+
+
+class Shots(NamedTuple):
+    """Attacked images and what no round of tuning changes."""
+
+    ids: list[str]
+    clean: Tensor  # (B, 3, S, S) in [0, 1]
+    attacked: Tensor
+    mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patch
+    posterior: Posterior  # of the attacked images, for localisation
+    features: list[Tensor]  # of the clean ones, Eq. 6
+
+    def part(self, rows: Tensor) -> "Shots":
+        """Those with these numbers."""
+        clean, attacked, mask = (t[rows] for t in (self.clean, self.attacked, self.mask))
+        posterior = Posterior(*(moment[rows] for moment in self.posterior))
+        features = [feature[rows] for feature in self.features]
+        return Shots([self.ids[int(i)] for i in rows], clean, attacked, mask, posterior, features)
+
+
+class Share(NamedTuple):
+    """What one process does of one batch."""
+
+    shots: Shots
+    share: float  # of the batch's images
+
+
+class Tuning:
+    """All that a round changes: the prompts, their optimizer and schedule, and the best round so far."""
+
+    def __init__(self, prompts: PromptPair, cfg: TuningConfig, batches: int):
+        self.prompts = prompts
+        self.optimizer = torch.optim.Adam(prompts.parameters(), cfg.lr)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, cfg.rounds * batches)
+        self.rounds = 0  # done
+        self.best: dict[str, float] = {}  # its terms
+        self.kept: dict[str, Tensor] = {}  # its prompts
+
+    def state_dict(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("prompts", "optimizer", "schedule")}
+        return parts | {"rounds": self.rounds, "best": self.best, "kept": self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("prompts", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.rounds, self.best, self.kept = state["rounds"], state["best"], state["kept"]
+
+
+def tune(
+    target: Defended,
+    tuning: Tuning,
+    batches: Sequence[Share],
+    held_out: Shots,
+    cfg: TuningConfig,
+    all_reduce: Callable[..., None] = lambda *tensors: None,
+) -> Iterator[dict[str, float]]:
+    """Run the rounds that are left; yields the mean terms of each. At the end the prompts are those of the best round.
+
+    A round is the best if its masks fit `held_out` best, or if it is the last and nothing is held out.
+    `all_reduce(*tensors)` adds up each tensor over all processes, in place.
+    """
+    empty = ours(target).contexts.empty
+    while tuning.rounds < cfg.rounds:
+        steps = [step(target, tuning, batch, empty, cfg, all_reduce) for batch in batches]
+        terms = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+        if held_out.ids:
+            terms["held_out_iou"] = mask_fit(target, tuning.prompts, held_out, empty, cfg.seed)
+        if not tuning.best or terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", 0):
+            tuning.best = terms
+            tuning.kept = {name: value.clone() for name, value in tuning.prompts.state_dict().items()}
+        tuning.rounds += 1
+        yield terms
+    tuning.prompts.load_state_dict(tuning.kept)
+
+
+def ours(target: Defended) -> DIFFender:
+    """The defence of a target: no other than DIFFender has prompts."""
+    assert isinstance(target.defense, DIFFender)
+    return target.defense
+
+
+def step(
+    target: Defended, tuning: Tuning, batch: Share, empty: Tensor, cfg: TuningConfig, all_reduce: Callable[..., None]
+) -> dict[str, float]:
+    """One optimizer step on one batch; returns its terms. `empty` (1, 77, D) is the context of the empty prompt."""
+    prompts, shots = tuning.prompts, batch.shots
+    defense = ours(target)
+    defense.contexts = prompts(defense.model, empty)
+    loss, iou = eq_7(target, shots, cfg, f"tuning {tuning.rounds}")
+    tuning.optimizer.zero_grad()
+    (batch.share * loss.total).backward()
+    terms = batch.share * torch.stack([*loss, iou]).detach()
+    ctxs = {"grad_L": prompts.ctx_locate, "grad_R": prompts.ctx_restore}
+    gradients = {name: ctx.grad for name, ctx in ctxs.items() if ctx.grad is not None}
+    all_reduce(terms, *gradients.values())
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    assert len(norms) == 2 and min(norms.values()) > 0, f"no gradient reaches a prompt: norms {norms}"
+    tuning.optimizer.step()
+    tuning.schedule.step()
+    return dict(zip((*TuningLoss._fields, "iou"), terms.tolist(), strict=True)) | norms
+
+
+def eq_7(target: Defended, shots: Shots, cfg: TuningConfig, purpose: str) -> tuple[TuningLoss, Tensor]:
+    """Eq. 7 on these images, and the mean IoU of their masks."""
+    defense = ours(target)
+    with named_images(shots.ids):
+        noise = defense.sample_noise(shots.ids, cfg.seed, purpose)
+        out = defense(shots.attacked, noise, posterior=shots.posterior)
+    assert out.z_score is not None and out.mask is not None  # DIFFender has both
+    loss = tuning_loss(
+        mask_cross_entropy(out.z_score - defense.cfg.theta, shots.mask, cfg.printed_eq4),
+        restoration_l1(out.image, shots.clean),
+        feature_distance(target.classifier.features(out.image), shots.features),
+    )
+    if cfg.without != "none":
+        loss = loss._replace(total=loss.total - getattr(loss, cfg.without))
+    return loss, mask_scores(out.mask, shots.mask).iou.mean()
+
+
+def mask_fit(target: Defended, prompts: PromptPair, held_out: Shots, empty: Tensor, seed: int) -> float:
+    """Mean IoU of the masks on images that the prompts are not tuned on."""
+    defense = ours(target)
+    defense.contexts = prompts(defense.model, empty).detach()
+    noise = defense.sample_noise(held_out.ids, seed, "held out")
+    found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
+    return mask_scores(found.mask, held_out.mask).iou.mean().item()
