@@ -5,12 +5,12 @@
     python evaluate.py --grad bpda,bpda-mask,full       one attack after the other, each with its row in the table
     python evaluate.py --defense jpeg:quality=50        a baseline under the same attacks
     python evaluate.py --table 1                        a table of the paper: every defence, the four attacks
-    python evaluate.py --figure 5                       a figure of the paper, from our pictures
-    python evaluate.py --preset paper --data DATA       512 pictures, 100 steps, EOT 10, every gradient, 3 restarts
+    python evaluate.py --figure 5                       a figure of the paper, from our images
+    python evaluate.py --preset paper --data DATA       512 images, 100 steps, EOT 10, every gradient, 3 restarts
 
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
 kind of gradient that --grad lists and fresh noise for each of --eot samples. Verdicts fall on 8-bit files, after
---verdicts purifications with noise that no attack has seen. The headline counts a picture as right only as far as under
+--verdicts purifications with noise that no attack has seen. The headline counts an image as right only as far as under
 the strongest patch made for it. Everything goes to runs/<name>/; a killed run resumes with --name, and
 shards of one run may share a folder: --name big --shard 0/2 and --name big --shard 1/2, at once or one after the other.
 """
@@ -51,9 +51,7 @@ def main() -> None:
     batch = pictures(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
     if not opts.quiet:
-        print(
-            f"{opts.prompt} prompts; {experiment.device}; {done} pictures done before; results in {experiment.folder}"
-        )
+        print(f"{opts.prompt} prompts; {experiment.device}; {done} images done before; results in {experiment.folder}")
     work([experiment], batch)
     if opts.dry_run:
         print(json.dumps(resolved(opts), indent=1))
@@ -63,7 +61,7 @@ def main() -> None:
         results = write_report(experiment.folder, experiment.target.classifier.names or class_names())
         print(f"\n{markdown(results)}")
         if not opts.quiet:
-            print(f"pictures and all else: {experiment.folder / 'report.html'}")
+            print(f"images and all else: {experiment.folder / 'report.html'}")
             print(f"peak memory {most_held_bytes(experiment.device) / GIB:.1f} GiB")
 
 

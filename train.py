@@ -3,8 +3,8 @@
     python train.py --shots 8                          embedded model, sample photographs; under 10 minutes on 2 cores
     torchrun --nproc-per-node 4 train.py --shots 8     each batch split between processes, a GPU each; same prompts
 
-Attacks the pictures with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
-cross-entropy of the mask (Eq. 4) + l1 to the clean picture (Eq. 5) + distance of classifier features (Eq. 6).
+Attacks the images with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
+cross-entropy of the mask (Eq. 4) + l1 to the clean image (Eq. 5) + distance of classifier features (Eq. 6).
 Writes prompts.safetensors, which `python evaluate.py --prompts FILE` takes: those of the round whose masks fit a few
 held-out photographs best. Ctrl-C stops after the round in hand; the same command goes on.
 """

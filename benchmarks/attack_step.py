@@ -120,7 +120,7 @@ def main() -> None:
         )
     head = (
         f"{args.model}, {args.dtype}, m {args.draws}, T {args.steps}, {args.images} side by side",
-        "seconds a picture",
+        "seconds an image",
         "in forward passes",
         "GiB at most",
         "above the start",

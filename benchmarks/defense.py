@@ -1,12 +1,12 @@
-"""The whole defence of one picture, ours and the authors' algorithm as one writes it with diffusers.
+"""The whole defence of one image, ours and the authors' algorithm as one writes it with diffusers.
 
     python benchmarks/defense.py --dtype bfloat16             sd15-inpainting with random weights, 512 px: minutes
     python benchmarks/defense.py --model tiny                 the embedded model
 
-The authors' algorithm: for each of m draws the picture is encoded and noised anew, and each of the two prompts predicts
+The authors' algorithm: for each of m draws the image is encoded and noised anew, and each of the two prompts predicts
 x0 with its own guidance, four evaluations of the UNet; the mask goes to the stock inpainting pipeline with DDIM. Both
-take the same weights and the same noise, so masks and pictures can be compared. `fast` is ours with DPM-Solver++ of
-half as many steps, and how far its picture is from DDIM's inside the mask, beside how far DDIM is from itself under
+take the same weights and the same noise, so masks and images can be compared. `fast` is ours with DPM-Solver++ of
+half as many steps, and how far its image is from DDIM's inside the mask, beside how far DDIM is from itself under
 other noise. UNet in --dtype, VAE in float32, as the defence runs it. Needs diffusers.
 """
 
@@ -32,7 +32,7 @@ PAPER = DIFFenderConfig(composite=False)  # m = 3, theta 2, DDIM, 20 steps, guid
 
 
 def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Tensor, Noise], tuple[Tensor, Tensor]]:
-    """(picture, mask) of the authors' algorithm, a picture at a time."""
+    """(image, mask) of the authors' algorithm, an image at a time."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
@@ -77,7 +77,7 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
             total = total + (a - b).abs()
         heatmap = (total / len(noise.draws[0])).mean(dim=1, keepdim=True)
         mask = refine_mask(standardize(heatmap), defense.size, cfg)
-        sample = gaussian.sample  # the pipeline's one random draw: the posterior of the masked picture
+        sample = gaussian.sample  # the pipeline's one random draw: the posterior of the masked image
         gaussian.sample = lambda self, generator=None: self.mean + self.std * noise.masked
         try:
             image = pipeline(

@@ -3,7 +3,7 @@
     python benchmarks/networks.py --dtype bfloat16
 
 UNet: batch 2, latents of 64 x 64, a text for each row. `guidance` is the same with one pair of latents under two texts,
-as both stages of the defence ask it. `linear`: one layer of the UNet, ours and torch's. VAE: one picture of 512 px,
+as both stages of the defence ask it. `linear`: one layer of the UNet, ours and torch's. VAE: one image of 512 px,
 always in float32, as the defence runs it. Both sides have the very same weight tensors, channels last. Needs diffusers.
 """
 

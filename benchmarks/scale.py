@@ -1,10 +1,10 @@
-"""What 50,000 pictures and four attacks cost on 1, 8 and 64 GPUs. Arithmetic; nothing runs but a count of operations.
+"""What 50,000 images and four attacks cost on 1, 8 and 64 GPUs. Arithmetic; nothing runs but a count of operations.
 
     python benchmarks/scale.py --tflops 300
 
-Passes of the defence a picture are those that evaluate.py forecasts (`plans.costs`). A pass of SD1.5 at 512 px, m 3,
+Passes of the defence an image are those that evaluate.py forecasts (`plans.costs`). A pass of SD1.5 at 512 px, m 3,
 T 20, takes its operations, counted, at the rate --tflops that the GPU sustains: an assumption, to be replaced by what
-benchmarks/defense.py and attack_step.py measure there (--pass-seconds). Pictures do not depend on each other, so GPUs
+benchmarks/defense.py and attack_step.py measure there (--pass-seconds). Images do not depend on each other, so GPUs
 divide the time.
 """
 
@@ -16,7 +16,7 @@ from diffender.evaluation.plan import Options, costs, fill
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 
 PICTURES = 50_000
-BUDGETS = {  # what a picture is given
+BUDGETS = {  # what an image is given
     "100 steps, EOT 10, transfer and bpda-mask, one restart": {"grad": "bpda-mask", "restarts": 1},
     "the same with full+loc": {"grad": "bpda-mask,full+loc", "restarts": 1},
     "--preset paper: every gradient, three restarts": {},
@@ -52,14 +52,14 @@ def main() -> None:
     seconds = args.pass_seconds or work / args.tflops
     given = "measured" if args.pass_seconds else f"{work:.1f} TFLOP at {args.tflops:.0f} TFLOP/s, assumed"
     print(f"a pass: {seconds:.3f} s ({given})")
-    rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes a picture": {}})
+    rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
         opts = fill(Options(preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
         passes = costs(opts, costly=True)
-        figures["passes a picture"][name] = passes
+        figures["passes an image"][name] = passes
         days = PICTURES * passes * seconds / 86400
         rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))
-    head = (f"{PICTURES:,} pictures, four attacks, {args.model}", "passes a picture", "days on 1 GPU", "on 8", "on 64")
+    head = (f"{PICTURES:,} images, four attacks, {args.model}", "passes an image", "days on 1 GPU", "on 8", "on 64")
     report(head, rows, figures, args)
 
 

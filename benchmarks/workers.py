@@ -1,4 +1,4 @@
-"""Pictures a second of the defence: one process of one thread, two such processes, and one process of two threads.
+"""Images a second of the defence: one process of one thread, two such processes, and one process of two threads.
 
     python benchmarks/workers.py
 
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def work(args) -> None:  # noqa: ANN001
-    """Print how many pictures a second this process manages, after everybody has started."""
+    """Print how many images a second this process manages, after everybody has started."""
     torch.set_num_threads(args.threads)
     task = task_for(build(args, args.steps), args.images)
 
@@ -71,7 +71,7 @@ def main() -> None:
     medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
     base = medians["one process, one thread"]
     rows = [(name, f"{rate:.2f}", f"**{rate / base:.2f}**") for name, rate in medians.items()]
-    report(("embedded model", "pictures a second", "ratio"), rows, {"pictures a second": medians}, args)
+    report(("embedded model", "images a second", "ratio"), rows, {"images a second": medians}, args)
 
 
 if __name__ == "__main__":

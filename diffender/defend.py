@@ -1,12 +1,12 @@
-"""Defend your own pictures.
+"""Defend your own images.
 
     python -m diffender.defend photo.jpg folder/ --out cleaned
     python -m diffender.defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
 
-For every picture NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
-a line in per_image.jsonl. The model works at its own resolution and keeps the picture's proportions; pixels outside the
+For every image NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
+a line in per_image.jsonl. The model works at its own resolution and keeps the image's proportions; pixels outside the
 mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
-stops after the picture in hand, and the same command goes on. In Python:
+stops after the image in hand, and the same command goes on. In Python:
 
     from diffender.defend import Defender
     found = Defender()(Image.open("photo.jpg"))
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(DefenseOptions):
-    paths: tuple[str, ...] = option((), "pictures, and folders of pictures, searched through")
+    paths: tuple[str, ...] = option((), "images, and folders of images, searched through")
     out: str = option("defended", "folder for what comes out")
     classifier: str = option("none", "a name of diffender.classifiers.imagenet, timm:TAG, or none")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for an embedded one")
@@ -41,7 +41,7 @@ class Options(DefenseOptions):
 
 
 class Found(NamedTuple):
-    """What the defence makes of a picture, all of its size."""
+    """What the defence makes of an image, all of its size."""
 
     restored: "Image.Image"
     mask: "Image.Image"  # white: taken for a patch and painted over
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
 
 class Defender:
-    """The defence for PIL pictures of any size and mode; opts as on the command line."""
+    """The defence for PIL images of any size and mode; opts as on the command line."""
 
     def __init__(self, opts: Options | None = None):
         from diffender.classifiers.imagenet import class_names, load_classifier
@@ -70,7 +70,7 @@ class Defender:
         self.defenses: dict[tuple[int, int], DIFFender] = {}  # by the size that they work at
 
     def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
-        """A picture of any size and mode; noise follows from its name."""
+        """An image of any size and mode; noise follows from its name."""
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
         from diffender.classifiers.dataset import as_rgb
@@ -96,7 +96,7 @@ class Defender:
         return Found(restored, mask, heatmap, record | {"seconds": round(time.monotonic() - started, 2)})
 
     def look(self, image: "Image.Image") -> dict:
-        """What the classifier sees in an RGB picture, fitted to it as its training was."""
+        """What the classifier sees in an RGB image, fitted to it as its training was."""
         from diffender.classifiers.dataset import fit_image
 
         assert self.classifier is not None  # else nobody looks
@@ -106,7 +106,7 @@ class Defender:
 
 
 def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
-    """(H, W) that the model sees of a picture of (width, height): its proportions, to the nearest multiple, and about
+    """(H, W) that the model sees of an image of (width, height): its proportions, to the nearest multiple, and about
     as many pixels as the model was trained on. Beyond 4:1 proportions are given up."""
     ratio = min(4.0, max(0.25, size[0] / size[1]))
     sides = cfg.image_size / ratio**0.5, cfg.image_size * ratio**0.5
@@ -114,18 +114,18 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
 
 
 def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(name, file) of every picture given or in a folder given; a name is the file's path, unlike any other."""
+    """(name, file) of every image given or in a folder given; a name is the file's path, unlike any other."""
     from diffender.classifiers.dataset import SUFFIXES
 
     found = []
     for path in map(Path, paths):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise InputError(f"no pictures in {path}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+            raise InputError(f"no images in {path}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
         root = path if path.is_dir() else path.parent
         found += [("__".join(p.relative_to(root).with_suffix("").parts), p) for p in inside]
     if not found:
-        raise InputError("no pictures given; name files or folders")
+        raise InputError("no images given; name files or folders")
     names = set()
     for i, (name, file) in enumerate(found):
         while name in names:
@@ -136,7 +136,7 @@ def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 
 def resolved(opts: Options) -> dict:
-    """What all pictures of an --out share."""
+    """What all images of an --out share."""
     from diffender.factory import model_hashes
     from diffender.utils.files import sha256
     from diffender.weights.prompts import SHIPPED
@@ -161,12 +161,12 @@ def main() -> None:
     defend, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"
     done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
-    with patient(f"stopped between two pictures; go on with: {command()}") as may_stop:
+    with patient(f"stopped between two images; go on with: {command()}") as may_stop:
         for name, file in bar(pictures, "defending", opts.quiet, unit=" pictures"):
             try:
                 image, digest = open_image(file, upright=True), sha256(file)
                 if done.get(name, digest) != digest:
-                    raise InputError(f"{file} is not the picture that {own} tells of; choose another --out")
+                    raise InputError(f"{file} is not the image that {own} tells of; choose another --out")
                 found = defend(image, name) if name not in done else None
             except InputError as e:
                 failed.append(str(e) if str(file) in str(e) else f"{file} is {e}")
@@ -177,7 +177,7 @@ def main() -> None:
                         getattr(found, kind).save(partial, format="PNG")
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
-    print(f"{len(pictures) - len(failed)} of {len(pictures)} pictures defended; results in {opts.out}")
+    print(f"{len(pictures) - len(failed)} of {len(pictures)} images defended; results in {opts.out}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)

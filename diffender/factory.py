@@ -1,4 +1,4 @@
-"""A run's folder, its device, its machine. Results are appended picture by picture, so a killed run can go on."""
+"""A run's folder, its device, its machine. Results are appended image by image, so a killed run can go on."""
 
 import os
 import platform
@@ -58,7 +58,7 @@ def open_classifier(opts: TargetOptions) -> Classifier:
 
 
 def open_items(opts: TargetOptions) -> list[Item]:
-    """The pictures that --data names; of faces, the probes."""
+    """The images that --data names; of faces, the probes."""
     if opts.classifier in RECOGNIZERS:
         return split_faces(list_faces(opts.data), opts.fold).probes
     return list_items(opts.data)

@@ -1,7 +1,7 @@
-"""Patch localisation, Sec. 3.2 and Eq. 2: where two one-step predictions of the same picture differ.
+"""Patch localisation, Sec. 3.2 and Eq. 2: where two one-step predictions of the same image differ.
 
 Read as the authors' code and B.3 do: absolute difference of the latents for each pair, mean over exactly m draws and
-the channels, z-score over the picture, threshold theta in standard deviations, then smoothing and dilation.
+the channels, z-score over the image, threshold theta in standard deviations, then smoothing and dilation.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def difference_map(x0_prompt: Tensor, x0_empty: Tensor) -> Tensor:
 
 
 def standardize(x: Tensor) -> Tensor:
-    """z-score of each picture's map (B, 1, h, w), with the unbiased standard deviation."""
+    """z-score of each image's map (B, 1, h, w), with the unbiased standard deviation."""
     std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
     return (x - mean) / std.clamp_min(1e-8)
 

@@ -15,10 +15,10 @@ from torch import Generator, Tensor
 class Noise(NamedTuple):
     """Standard normal tensors for B images; h, w is the latent grid."""
 
-    image: Tensor  # (B, 4, h, w): posterior of the picture, for localisation
+    image: Tensor  # (B, 4, h, w): posterior of the image, for localisation
     draws: Tensor  # (B, m, 4, h, w): forward noise of the m draws of Eq. 2
     draws_empty: Tensor  # (B, m, 4, h, w): second of each pair, used by the empty-prompt variant only
-    masked: Tensor  # (B, 4, h, w): posterior of the masked picture
+    masked: Tensor  # (B, 4, h, w): posterior of the masked image
     start: Tensor  # (B, 4, h, w): where DDIM starts
     steps: Tensor  # (B, T, 4, h, w): noise of the DDIM steps; T = 0 for eta 0
 

@@ -76,13 +76,13 @@ class DIFFender(nn.Module):
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
     def posterior(self, x: Tensor) -> Posterior:
-        """What localisation makes of pictures (B, 3, H, W) in [0, 1] before any noise."""
+        """What localisation makes of images (B, 3, H, W) in [0, 1] before any noise."""
         return self.model.posterior(resize(x, self.size))
 
     def localize(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Localized:
-        """Mask, difference map and z-score of pictures (B, 3, H, W) in [0, 1], and of their `posterior` if known."""
+        """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1], and of their `posterior` if known."""
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
@@ -91,19 +91,19 @@ class DIFFender(nn.Module):
         return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
-        """A whole new picture (B, 3, H, W) whose inside of the mask does not know what was there."""
+        """A whole new image (B, 3, H, W) whose inside of the mask does not know what was there."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), 0.5)
         cfg = self.cfg if steps is None else replace(self.cfg, steps=steps)
         x_hat = inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg)
-        check_finite("restored picture", x_hat)
+        check_finite("restored image", x_hat)
         return resize(x_hat, x.shape[-2:])
 
     def forward(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
-        """The purified picture and how it came about; `backward` chooses the backward pass."""
+        """The purified image and how it came about; `backward` chooses the backward pass."""
         check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)

@@ -1,4 +1,4 @@
-"""Patch restoration, Sec. 3.2: inpaint the mask with the same model, keep the rest of the picture."""
+"""Patch restoration, Sec. 3.2: inpaint the mask with the same model, keep the rest of the image."""
 
 import torch
 from torch import Tensor

@@ -94,7 +94,7 @@ def build(family: str, dtype: torch.dtype) -> LatentDiffusion:
 
 
 def picture_and_mask(height: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A picture (1, 3, height, 64) in [0, 1], and a mask with edges inside latent cells: nearest must be nearest."""
+    """An image (1, 3, height, 64) in [0, 1], and a mask with edges inside latent cells: nearest must be nearest."""
     x = torch.rand(1, 3, height, 64, generator=generator("parity", "picture", height)).to(dtype)
     mask = torch.zeros(1, 1, height, 64, dtype=dtype)
     mask[..., 5:30, 8:44] = 1

@@ -155,7 +155,7 @@ def theirs_sampler(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def stock_pipeline(net, autoencoder, x, mask, contexts, posterior, start) -> Tensor:
-    """StableDiffusionInpaintPipeline itself; its one random draw, the posterior of the masked picture, is handed in."""
+    """StableDiffusionInpaintPipeline itself; its one random draw, the posterior of the masked image, is handed in."""
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         vae=autoencoder,
         text_encoder=None,

@@ -284,19 +284,19 @@ def test_the_headline_takes_the_strongest_patch_picture_by_picture():
     rows = {(r["attack"], r["gradient"]): r for r in summarize(records)["rows"]}
     assert rows["advp", "full"]["single"]["n"] == 2
     assert rows["advp", "full"]["mcnemar"] == 1
-    assert rows["advp", "full"]["transfer"] == pytest.approx((1 + 1 / 3) / 2)  # on the same two pictures
-    clean, strongest = rows["none", ""], rows["strongest on each picture", ""]
+    assert rows["advp", "full"]["transfer"] == pytest.approx((1 + 1 / 3) / 2)  # on the same two images
+    clean, strongest = rows["none", ""], rows["strongest on each image", ""]
     assert strongest["single"]["right"] == 1
     assert strongest["average"]["accuracy"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
     for row in rows.values():
         assert row["worst"]["accuracy"] <= row["average"]["accuracy"]
         assert row["worst"]["accuracy"] <= row["single"]["accuracy"]
-    assert clean["worst"]["right"] == 2  # clean pictures are submitted again, too
+    assert clean["worst"]["right"] == 2  # clean images are submitted again, too
     assert clean["majority"]["right"] == 3
 
 
 def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
-    """Records, files and verdicts belong together: the saved picture under the recorded noise gives the record."""
+    """Records, files and verdicts belong together: the saved image under the recorded noise gives the record."""
     ids = ["n01/a"]
     x, classifier = photos[:1], target.classifier
     y = classifier(x).argmax(dim=1)
@@ -310,9 +310,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
         image = torch.stack([load_png(f) for f in files])
         mask = torch.stack([load_png(f.with_name(f"{f.stem}_mask.png"))[:1] for f in files])
-        assert torch.equal(
-            (image * (1 - mask)), to_8bit(x) * (1 - mask)
-        )  # outside the patch: the clean picture, exactly
+        assert torch.equal((image * (1 - mask)), to_8bit(x) * (1 - mask))  # outside the patch: the clean image, exactly
         _, seen, _ = purifications(Judge(target, 2), image, ids, 0)
         assert seen == [r["attacks"][f"advp/{kind}"]["defended"] for r in records]
     assert json.loads(json.dumps(records)) == records
@@ -389,7 +387,7 @@ def test_peak_memory_is_flat_in_steps_and_eot_and_bounded_by_micro_batches(model
     allowed = peak_bytes(one, 8, 3, 4)
     assert fit_micro_batch(one, 8, 3, 0, allowed) >= 4
     assert fit_micro_batch(one, 8, 3, 0, 10 * allowed) is None
-    with pytest.raises(InputError, match="is too little for 8 pictures side by side"):
+    with pytest.raises(InputError, match="is too little for 8 images side by side"):
         fit_micro_batch(one, 8, 3, 0, 10**6)
 
 

@@ -18,7 +18,7 @@ from diffender.utils.files import save_atomic
 from tests.conftest import SHARED
 
 SIZE = 24
-IDS = [f"picture {i}" for i in range(8)]
+IDS = [f"image {i}" for i in range(8)]
 
 
 class Linear(torch.nn.Module):
@@ -41,7 +41,7 @@ class Linear(torch.nn.Module):
 
 
 class Counting(Linear):
-    """Counts the pictures it is shown."""
+    """Counts the images it is shown."""
 
     def __init__(self, sigma: float):
         super().__init__(sigma=sigma)
@@ -266,7 +266,7 @@ def test_gdpa_has_gradient_to_place_and_pattern():
 
 @pytest.mark.parametrize("mode", ["generator", "amortised"])
 def test_gdpa_by_network(mode, batch, tmp_path):
-    """The generator of each picture hurts it; one trained beforehand hurts pictures it was not trained on."""
+    """The generator of each image hurts it; one trained beforehand hurts images it was not trained on."""
     x, y = batch
     victim = Linear()
     weights = None
@@ -283,7 +283,7 @@ def test_gdpa_by_network(mode, batch, tmp_path):
     alone = attack(Task(victim, x[3:4], y[3:4], IDS[3:4], 0))  # a batch shares no weights
     assert (alone.image[0] - out.image[3]).abs().mean() < 2e-3
     if mode == "amortised":
-        with pytest.raises(InputError, match="makes patches of side 11 for pictures of side 24"):
+        with pytest.raises(InputError, match="makes patches of side 11 for images of side 24"):
             ATTACKS["gdpa"](mode=mode, area=0.1, weights=weights)(Task(victim, x, y, IDS, 0))
 
 

@@ -39,7 +39,7 @@ def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     photo = sample_items()[0].path.read_bytes()
     pictures = {
-        "text.jpg": b"I am no picture",
+        "text.jpg": b"I am no image",
         "empty.png": b"",
         "cut.jpg": photo[: len(photo) // 3],
         "head.jpg": photo[:20],
@@ -214,16 +214,16 @@ CONFLICTS = [
 
 FILES = [
     ("evaluate --data nowhere", "no data at 'nowhere'"),
-    ("evaluate --data {bad}/nothing", "no pictures in"),
+    ("evaluate --data {bad}/nothing", "no images in"),
     ("evaluate --data {bad}/file", "no data at"),
     ("evaluate --data {bad}/classes", "names that are no ImageNet-1k wnids: n00000000"),
     *((f"evaluate --data {{bad}}/{name}.csv", says) for name, says in (
         ("blank", "has the columns none; wanted are file, label"), ("columns", "wanted are file, label"),
         ("label", "line 2: label 'cat'; labels are class indices from 0 to 999"), ("high", "label '1000'"),
-        ("low", "label '-1'"), ("half", "label '1.5'"), ("none", "no pictures in"), ("nameless", "line 2: no file"),
-        ("short", "line 2: label"), ("twice", "more than one picture a"), ("latin", "csv file in UTF-8"),
+        ("low", "label '-1'"), ("half", "label '1.5'"), ("none", "no images in"), ("nameless", "line 2: no file"),
+        ("short", "line 2: label"), ("twice", "more than one image a"), ("latin", "csv file in UTF-8"),
     )),
-    ("certify --data {bad}/wrong.csv", "the classifier gets none of these pictures right"),
+    ("certify --data {bad}/wrong.csv", "the classifier gets none of these images right"),
     *((f"certify --data {{bad}}/of-{name}.csv", f"{name}") for name in (
         "text.jpg", "empty.png", "cut.jpg", "head.jpg", "crc.png", "short.png", "garbage.png", "huge.png", "zero.png",
         "page.jpg", "vector.png", "film.jpg", "document.jpg", "cut.webp", "cut.bmp", "thin.png", "gone.png",
@@ -262,8 +262,8 @@ FILES = [
     ("weights convert gone.ckpt", "no file gone.ckpt"),
     ("weights convert {bad}/text.jpg --out a.safetensors", "cannot be read safely as a checkpoint"),
     ("pretrain vae --data {bad}/nothing", "training wants a folder with captions.csv"),
-    ("defend", "no pictures given; name files or folders"),
-    ("defend {bad}/nothing", "no pictures in"),
+    ("defend", "no images given; name files or folders"),
+    ("defend {bad}/nothing", "no images in"),
     ("report compare {bad}/run", "give two folders that evaluate.py wrote"),
     ("report compare {bad}/nothing {bad}/nothing", "give two folders that evaluate.py wrote"),
     ("report compare {bad}/damaged {bad}/damaged", "per_image.jsonl, line 2 is damaged"),
@@ -280,7 +280,7 @@ PLACES = [
     ("train --out {bad}/tuning.safetensors", "is damaged"),
     ("train --out /sys/prompts/a.safetensors", "choose another place"),
     ("defend {bad}/dot.png --out {bad}/file", "choose another place"),
-    ("defend {bad}/dot.png --out /sys/pictures", "choose another place"),
+    ("defend {bad}/dot.png --out /sys/images", "choose another place"),
     ("defend {bad}/dot.png --out {bad}/run", "config.json is damaged"),
     ("ablate --images 1 --out {bad}/file", "choose another place"),
     ("pretrain universal --out {bad}/file/a", "choose another place"),

@@ -73,7 +73,7 @@ def test_pictures_of_every_mode_load(tmp_path, mode, classifier):
 
 
 def test_bad_pictures_and_places_are_told(tmp_path, classifier):
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(InputError, match="does not decode"):
         load_image(tmp_path / "text.jpg", classifier.cfg)
     cut = (sample_items()[0].path).read_bytes()
@@ -85,7 +85,7 @@ def test_bad_pictures_and_places_are_told(tmp_path, classifier):
     with pytest.raises(InputError, match="no data at 'nowhere'"):
         list_items("nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         list_items(str(tmp_path / "empty"))
 
 

@@ -1,4 +1,4 @@
-"""One's own pictures: any size and mode, good files and bad ones."""
+"""One's own images: any size and mode, good files and bad ones."""
 
 import json
 import sys
@@ -61,17 +61,17 @@ def test_names_of_pictures(tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert [name for name, _ in find_pictures((str(tmp_path),))] == ["a", "a_", "sub__a"]
-    with pytest.raises(InputError, match="no pictures given"):
+    with pytest.raises(InputError, match="no images given"):
         find_pictures(())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no pictures in"):
+    with pytest.raises(InputError, match="no images in"):
         find_pictures((str(tmp_path / "empty"),))
 
 
 def test_the_command(tmp_path, photo, monkeypatch, capfd):
     (tmp_path / "in").mkdir()
     photo.save(tmp_path / "in/photo.jpg")
-    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
 
     def run(*paths, classifier="efficientnet_lite0"):
         args = [*map(str, paths), "--out", str(tmp_path / "out"), "--classifier", classifier]
@@ -82,7 +82,7 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
 
     code, out, error = run(tmp_path / "in", tmp_path / "gone.jpg")
     assert code == 1
-    assert "1 of 3 pictures defended" in out
+    assert "1 of 3 images defended" in out
     assert "broken.png: it does not decode" in error
     assert "gone.jpg: no such file" in error
     (line,) = (tmp_path / "out/per_image.jsonl").read_text().splitlines()
@@ -98,7 +98,7 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
         "photo_restored.png",
     ]
     assert Image.open(tmp_path / "out/photo_mask.png").size == photo.size
-    # More pictures join; those that are done stay; another picture of that name, and other settings, are refused.
+    # More images join; those that are done stay; another image of that name, and other settings, are refused.
     photo.resize((50, 70)).save(tmp_path / "more.png")
     assert run(tmp_path / "in/photo.jpg", tmp_path / "more.png")[0] == 0
     lines = (tmp_path / "out/per_image.jsonl").read_text().splitlines()

@@ -53,7 +53,7 @@ def through_pillow(x, quality):
 
 @pytest.mark.parametrize("quality", [30, 75, 95])
 def test_jpeg_is_pillows(photos, quality):
-    """Above 40 dB, at an odd size, and each picture of a batch by itself."""
+    """Above 40 dB, at an odd size, and each image of a batch by itself."""
     x = (255 * F.interpolate(photos[:2], (299, 299), mode="bilinear").clamp(0, 1)).round() / 255
     both = JPEG(quality)(x)
     for i in range(2):
@@ -183,7 +183,7 @@ def test_jedi_constants_and_entropy():
 
 
 def test_jedi_finds_noise(photos):
-    """On a smooth picture, and nothing on a flat one."""
+    """On a smooth image, and nothing on a flat one."""
     x = F.avg_pool2d(photos[:1], 31, 1, 15, count_include_pad=False)
     x[..., 100:160, 40:100] = torch.rand(1, 3, 60, 60, generator=generator("jedi test"))
     found = without_small(suspicious(x, *OFFICIAL), 0.005)

@@ -71,7 +71,7 @@ def test_gallery_by_hand():
 
 
 def lfw(root):
-    """Ann has 3 pictures, Bob 2, Cy one."""
+    """Ann has 3 images, Bob 2, Cy one."""
     for name, n in (("Ann", 3), ("Bob", 2), ("Cy", 1)):
         (root / name).mkdir()
         for i in range(1, n + 1):

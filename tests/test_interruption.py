@@ -147,7 +147,7 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capfd):
-    """A limit on the size of files stands for the end of the disk; a picture of 224 pixels is the first to meet it."""
+    """A limit on the size of files stands for the end of the disk; an image of 224 pixels is the first to meet it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:

@@ -192,7 +192,7 @@ def test_a_convolution_over_tokens_is_the_linear_layer(tokens):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_contexts_that_share_their_latents(n):
-    """n contexts for B pictures in one evaluation: what n B rows of their own give, gradients too."""
+    """n contexts for B images in one evaluation: what n B rows of their own give, gradients too."""
     g = torch.Generator().manual_seed(0)
     unet = load_model().unet
     x = torch.randn(2, 9, 28, 28, generator=g, requires_grad=True)

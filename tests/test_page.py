@@ -45,7 +45,7 @@ RECORDS = [record(0), record(1, restored=3), record(2, clean=0), record(3, attac
 def results() -> dict:
     p = {"right": 3.0, "n": 4, "accuracy": 0.75, "low": 0.3, "high": 0.95}
     row = {"undefended": p, "single": p, "average": p, "worst": p, "majority": p}
-    rows = [row | {"attack": "none", "gradient": ""}, row | {"attack": "strongest on each picture", "gradient": ""}]
+    rows = [row | {"attack": "none", "gradient": ""}, row | {"attack": "strongest on each image", "gradient": ""}]
     checks = [{"name": "a & b", "figure": "1", "wanted": "", "passed": passed} for passed in (True, False, None)]
     told = {"setting": "s", "seed": 0, "machine": "m", "date": "d", "command": "python evaluate.py --name <x>"}
     told |= {"curves": {"theta": {"at": [2.0, 2.5], "none": [1.0, 0.5]}, "area": {"at": []}}}
@@ -114,7 +114,7 @@ def test_curves_are_drawn_where_there_are_any(html):
     titles = re.findall(r'aria-label="([^"]*)"', html)
     assert [t for t in titles if "accuracy" in t or "loss" in t] == [
         "accuracy that the attack saw, in per cent",
-        "attacker&#x27;s loss, mean over pictures",
+        "attacker&#x27;s loss, mean over images",
         "accuracy of these patches at other thresholds, in per cent",
     ]
     assert ">2.5</text>" in html
@@ -138,7 +138,7 @@ BROWSER = """if True:
 
 
 def test_the_page_in_a_browser(html, tmp_path):
-    """Filters show and hide cards, by keyboard too; the slider cuts; every picture is drawn; nothing sticks out."""
+    """Filters show and hide cards, by keyboard too; the slider cuts; every image is drawn; nothing sticks out."""
     try:
         import PySide6.QtWebEngineWidgets  # noqa: F401
     except ImportError as e:
@@ -195,13 +195,13 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "per_image.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lines = compare(tmp_path / "a", tmp_path / "b").splitlines()
-    assert lines[0] == "| 3 pictures | a right | b right | only a | only b | p |"
+    assert lines[0] == "| 3 images | a right | b right | only a | only b | p |"
     assert lines[2:] == [
         "| none | 2 | 3 | 0 | 1 | 1 |",
         "| advp/transfer | 2 | 1 | 1 | 0 | 1 |",
         "| strongest | 2 | 1 | 1 | 0 | 1 |",
     ]
-    with pytest.raises(InputError, match="share no pictures"):
+    with pytest.raises(InputError, match="share no images"):
         compare(tmp_path / "a", tmp_path / "c")
     command = [sys.executable, "-m", "diffender.report", "compare", tmp_path / "a", tmp_path / "gone"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -34,7 +34,7 @@ def defense(model, contexts) -> DIFFender:
 
 
 def noise_for(defense: DIFFender, n: int, purpose: str = "test") -> Noise:
-    return defense.sample_noise([f"picture {i}" for i in range(n)], 0, purpose)
+    return defense.sample_noise([f"image {i}" for i in range(n)], 0, purpose)
 
 
 def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
@@ -75,7 +75,7 @@ def test_passes_are_what_each_noise_gives_alone(defense, photos):
     defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     seen: list[int] = []
     list(passes(defense, photos[:2], noises))
-    assert len(seen) == 3, "the pictures once, the masked pictures with every noise"
+    assert len(seen) == 3, "the images once, the masked images with every noise"
 
 
 def test_empty_prompt_needs_independent_noise(model, contexts, photos):
@@ -161,7 +161,7 @@ def test_no_restoration_fills_with_grey(defense, photos):
 
 
 def test_deterministic_given_noise_and_independent_of_the_batch(defense, photos):
-    ids = [f"picture {i}" for i in range(3)]
+    ids = [f"image {i}" for i in range(3)]
     together = defense(photos[:3], defense.sample_noise(ids, 0, "test"))
     again = defense(photos[:3], defense.sample_noise(ids, 0, "test"))
     assert torch.equal(together.image, again.image)
@@ -366,7 +366,7 @@ def test_robust_scores_do_not_shrink_with_the_patch():
 
 
 def test_nan_stops_with_the_name_of_the_image(defense, photos):
-    """Wherever it arises: in the difference map, in the restored picture, in the gradient of an attack."""
+    """Wherever it arises: in the difference map, in the restored image, in the gradient of an attack."""
     noise = noise_for(defense, 2)
     mask = torch.ones(2, 1, 224, 224)
 
@@ -380,7 +380,7 @@ def test_nan_stops_with_the_name_of_the_image(defense, photos):
                 defense(photos[:2], noise)
         finally:
             hook.remove()
-    with pytest.raises(InputError, match="in the restored picture of dog.jpg"):
+    with pytest.raises(InputError, match="in the restored image of dog.jpg"):
         hook = defense.model.vae.decoder.register_forward_hook(spoil)
         try:
             with named_images(["cat.jpg", "dog.jpg"]):

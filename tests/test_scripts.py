@@ -37,7 +37,7 @@ def here(args, folder, monkeypatch, capfd):
 
 
 def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
-    """train.py on one photograph, evaluate.py with its prompts: files, counts, pictures, resumption."""
+    """train.py on one photograph, evaluate.py with its prompts: files, counts, images, resumption."""
     small = "--shots 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
     tuned = script("train.py", *small.split(), cwd=tmp_path)
     assert tuned.returncode == 0, tuned.stderr
@@ -67,12 +67,12 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     for line in ("passes of the defence", "GiB", "left out against --preset paper", "peak memory"):
         assert line in out
 
-    # Killed in the middle of a line; another process goes on with a share of the pictures that happens to be the rest.
+    # Killed in the middle of a line; another process goes on with a share of the images that happens to be the rest.
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
     (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])
     code, out, err = here([*args, "--batch-size", "1", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
-    assert "1 pictures done before" in out
+    assert "1 images done before" in out
     resumed = json.loads((folder / "results.json").read_text())
     assert resumed["rows"] == results["rows"]
     code, out, err = here([*args, "--seed", "5"], tmp_path, monkeypatch, capfd)
@@ -83,12 +83,12 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
 def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):
     code, out, err = here([*SMALL, "--attack", "none", "--name", "s", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
-    assert "1 of 2 pictures are done" in out
+    assert "1 of 2 images are done" in out
     assert not (tmp_path / "runs" / "s" / "results.json").exists()
     # The other shard is lost: any number of processes goes on with the same command.
     code, out, err = here([*SMALL, "--attack", "none", "--name", "s"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
-    assert "1 pictures done before" in out
+    assert "1 images done before" in out
     assert json.loads((tmp_path / "runs" / "s" / "results.json").read_text())["rows"][0]["single"]["n"] == 2
 
 
@@ -216,13 +216,13 @@ def test_ablation_changes_one_choice_at_a_time(tmp_path):
 
 @pytest.mark.slow
 def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
-    results = ablation(tmp_path, "--study", "parts,noise,pictures", "--images", "2")
+    results = ablation(tmp_path, "--study", "parts,noise,images", "--images", "2")
     parts = {row["setting"]: row for row in results["parts"]}
     assert parts["true mask, no restoration"]["l1_patch"] != parts["true mask, restored"]["l1_patch"]
     assert parts["true mask, restored"]["clean_right"] == 1  # the subset is correct by construction
     assert len(results["noise"]) == 18
     assert 15 < results["pictures"]["psnr"] < 40
-    for name in ("noise.png", "pictures.png"):
+    for name in ("noise.png", "images.png"):
         assert Image.open(tmp_path / name).size[0] > 400
 
 

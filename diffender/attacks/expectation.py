@@ -13,7 +13,7 @@ Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> att
 
 
 class Victim(Protocol):
-    """What is attacked: logits of pictures in [0, 1], given the noise of one pass (None where nothing is random).
+    """What is attacked: logits of images in [0, 1], given the noise of one pass (None where nothing is random).
 
     A victim may also have `with_penalty(x, noise, patch) -> (logits, penalty (B,))`: what a gradient attack lowers
     besides its own loss, given where its pixels are.
@@ -28,7 +28,7 @@ class Attacked(NamedTuple):
     image: Tensor  # (B, 3, S, S) in [0, 1], multiples of 1/255
     mask: Tensor  # (B, 1, S, S) in {0, 1}, 1 = patched
     state: Tensor  # (B, ...): from where the same attack can go on, as its `init`
-    queries: Tensor  # (B,): how often the victim saw each picture
+    queries: Tensor  # (B,): how often the victim saw each image
     trace: Tensor  # (B, steps): the loss along the way
     fooled: Tensor  # (B, steps): the share of each step's samples that the victim misread
 
@@ -38,8 +38,8 @@ class Sample(NamedTuple):
 
     value: Tensor  # (B,): the attacker's loss, penalty included
     fooled: Tensor  # (B,) in {0, 1}
-    gradient: Tensor  # (B, 3, S, S): of the value, to the attacked picture
-    mask: Tensor  # (B, 1, S, S): where that picture is patched
+    gradient: Tensor  # (B, 3, S, S): of the value, to the attacked image
+    mask: Tensor  # (B, 1, S, S): where that image is patched
 
 
 def no_loss(logits: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class Task(NamedTuple):
 def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample]:
     """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side: the same either way.
 
-    `draw(k)` gives the k-th attacked pictures (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
-    Losses are summed, so that a picture's gradient knows no batch. Drawn as they are needed: with batch = 1 memory
+    `draw(k)` gives the k-th attacked images (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
+    Losses are summed, so that an image's gradient knows no batch. Drawn as they are needed: with batch = 1 memory
     does not grow with `eot`.
     """
     b = len(task.y)
@@ -134,7 +134,7 @@ class Course:
 
 
 def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
-    """How good attacked pictures are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
+    """How good attacked images are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
     them side by side; the same purpose compares all on the same."""
     values, fooled, n = [], [], judgements(task, eot)
     for start in range(0, n, batch):
@@ -162,7 +162,7 @@ def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1) -> Attacked:
-    """Each picture's best attempt on noise that none has seen; queries are those of all attempts."""
+    """Each image's best attempt on noise that none has seen; queries are those of all attempts."""
     if len(attempts) == 1:
         return attempts[0]
     winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)

@@ -33,7 +33,7 @@ class Fixed(Attack):
         yield Attacked(image, mask, patch, torch.zeros(len(x)).long(), *(x.new_zeros(len(x), 0),) * 2)
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
-        """The patch (3, s, s) for picture x (3, S, S) of class y."""
+        """The patch (3, s, s) for image x (3, S, S) of class y."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class Crop(Fixed):
 @dataclass(frozen=True)
 class Ready(Fixed):
     """A patch out of a safetensors file with `patches` (N, 3, s, s) in [0, 1] and `targets` (N,), as ImageNet-Patch
-    (Pintor et al. 2023) is stored: a random one that aims at another class than the picture's."""
+    (Pintor et al. 2023) is stored: a random one that aims at another class than the image's."""
 
     file: str | None = None
 

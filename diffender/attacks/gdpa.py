@@ -1,8 +1,8 @@
 """GDPA: pattern and place of the patch are optimised together (Li & Ji 2021), in three modes of one placement operator.
 
-direct     free pattern and place for each picture: the strongest
-generator  the authors' network, trained anew for each picture: a reparametrisation
-amortised  that network trained beforehand by `python -m diffender.pretrain`, one forward pass a picture
+direct     free pattern and place for each image: the strongest
+generator  the authors' network, trained anew for each image: a reparametrisation
+amortised  that network trained beforehand by `python -m diffender.pretrain`, one forward pass an image
 """
 
 import math
@@ -34,7 +34,7 @@ def bound(size: int, side: int) -> float:
 def place(pattern: Tensor, theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Pattern (B, 3, s, s) on an empty canvas (B, 3, S, S), and how much it covers there (B, 1, S, S).
 
-    theta (B, 2), (x, y) in units of half the picture less half a pixel: (0, 0) is the centre, positive values lead left
+    theta (B, 2), (x, y) in units of half the image less half a pixel: (0, 0) is the centre, positive values lead left
     and up, as affine_grid has it. The pattern is interpolated once: its border is not darkened by its own mask.
     """
     b, _, side, _ = pattern.shape
@@ -60,9 +60,9 @@ def to_theta(corner: Tensor, size: int, side: int) -> Tensor:
 
 
 class PatchGenerator(nn.Module):
-    """The authors' network: a picture (B, 3, S, S) to a pattern (B, 3, s, s) in [0, 1] and theta (B, 2) in the bound.
+    """The authors' network: an image (B, 3, S, S) to a pattern (B, 3, s, s) in [0, 1] and theta (B, 2) in the bound.
 
-    Instance instead of batch normalisation, since it sees one picture at a time; the pattern is squashed instead of
+    Instance instead of batch normalisation, since it sees one image at a time; the pattern is squashed instead of
     clamped, which would leave most pixels without gradient; beta follows the feature count, the learning rate and the
     features' size, so that a step moves the patch as far as theirs (beta 3000 at 802,816 features and lr 5e-4).
     """
@@ -99,7 +99,7 @@ class PatchGenerator(nn.Module):
         self.register_buffer("beta", torch.tensor(3000 * features / 802816 * lr / 5e-4))
 
     def calibrate(self, x: Tensor) -> None:
-        """Scale beta by the mean feature of pictures x (B, 3, S, S); the authors' lies about 2."""
+        """Scale beta by the mean feature of images x (B, 3, S, S); the authors' lies about 2."""
         self.beta *= self.encode(x).detach().abs().mean() / 2
 
     def encode(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
     header = check_generator(Path(path))
     if (header.get("size"), header.get("side")) != (size, side):
         raise InputError(
-            f"{path} makes patches of side {header.get('side')} for pictures of side {header.get('size')}; wanted are "
+            f"{path} makes patches of side {header.get('side')} for images of side {header.get('size')}; wanted are "
             f"{side} and {size}: python -m diffender.pretrain gdpa trains one"
         )
     net = PatchGenerator(size, side, Generator(), header["width"])
@@ -156,7 +156,7 @@ class Free(nn.Module):
 
 
 class PerPicture(nn.Module):
-    """One network a picture of x (B, 3, S, S): a batch of pictures shares no weights."""
+    """One network an image of x (B, 3, S, S): a batch of images shares no weights."""
 
     def __init__(self, nets: Sequence[PatchGenerator], x: Tensor):
         super().__init__()
@@ -228,7 +228,7 @@ class GDPA(GradientAttack):
         return starts
 
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
-        """Top left corners (B, 2), best first for each picture: GRID x GRID places, by the lower of the losses with a
+        """Top left corners (B, 2), best first for each image: GRID x GRID places, by the lower of the losses with a
         grey patch and with `pattern` (ROA's exhaustive search, Wu et al. 2020)."""
         size, side = task.x.shape[-1], pattern.shape[-1]
         line = torch.linspace(0, size - side, GRID).round().long().tolist()
@@ -301,7 +301,7 @@ def drawn(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:
 
 
 def join(pattern: Tensor, theta: Tensor) -> Tensor:
-    """Pattern (B, 3, s, s) and theta (B, 2) as one row a picture."""
+    """Pattern (B, 3, s, s) and theta (B, 2) as one row an image."""
     return torch.cat([pattern.flatten(1), theta], dim=1)
 
 

@@ -10,7 +10,7 @@ from diffender.noise import generator
 
 
 def patch_side(size: int, area: float) -> int:
-    """Side of a square patch that covers a share `area` of an S x S picture."""
+    """Side of a square patch that covers a share `area` of an S x S image."""
     return round(size * math.sqrt(area))
 
 
@@ -53,7 +53,7 @@ def to_8bit(x: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """z_y - max_{j != y} z_j for each picture, (B,): negative where it is fooled."""
+    """z_y - max_{j != y} z_j for each image, (B,): negative where it is fooled."""
     return logit(logits, y) - logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
 
 
@@ -63,12 +63,12 @@ def logit(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """CE(z, t) for each picture, (B,): small where it is taken for t."""
+    """CE(z, t) for each image, (B,): small where it is taken for t."""
     return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
 def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): pictures like x and masks (B, 1, S, S)."""
+    """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): images like x and masks (B, 1, S, S)."""
     image, mask, side = x.clone(), torch.zeros_like(x[:, :1]), pattern.shape[-1]
     for b, (top, left) in enumerate(corner.tolist()):
         image[b, :, top : top + side, left : left + side] = pattern[b]

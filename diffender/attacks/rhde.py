@@ -75,7 +75,7 @@ class RHDE(Attack):
 
 
 class Search:
-    """The search on one picture."""
+    """The search on one image."""
 
     def __init__(self, cfg: RHDE, task: Task):
         self.cfg, self.task, self.y = cfg, task, int(task.y)
@@ -85,7 +85,7 @@ class Search:
         self.visited: set[tuple[int, int, int]] = set()  # sticker, top, left
 
     def paste(self, genes: Tensor, sticker: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates as 8-bit pictures (N, 3, S, S) and where they differ from the picture, (N, 1, S, S)."""
+        """Candidates as 8-bit images (N, 3, S, S) and where they differ from the image, (N, 1, S, S)."""
         x, size = self.task.x, self.task.x.shape[-1]
         images, masks = (x.repeat(len(genes), 1, 1, 1), x.new_zeros(len(genes), 1, size, size))
         low, high = self.cfg.opacity

@@ -118,7 +118,7 @@ def draw(name: str) -> Tensor:
 
 
 def side_for(name: str, size: int, area: float) -> int:
-    """Side of the square in which this decal covers a share `area` of an S x S picture, by its opacity."""
+    """Side of the square in which this decal covers a share `area` of an S x S image, by its opacity."""
     return min(size, round(size * (area / draw(name)[3].mean().item()) ** 0.5))
 
 

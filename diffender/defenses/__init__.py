@@ -24,7 +24,7 @@ from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, nearest
 
-Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # pictures to purified ones, and to their masks
+Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Diffusing(Protocol):
 
 
 class Purifier(nn.Module):
-    """A function of pictures with DIFFender's signature and its two extreme backward passes.
+    """A function of images with DIFFender's signature and its two extreme backward passes.
 
     bpda is the identity; anything else (`auto`) differentiates what is differentiable and goes straight through
     what is not, as each defence's own file says.

@@ -1,4 +1,4 @@
-"""DiffPure (Nie et al. 2022) on our own diffusion model: noise the picture to t*, then denoise it all the way.
+"""DiffPure (Nie et al. 2022) on our own diffusion model: noise the image to t*, then denoise it all the way.
 
 With the UNet and VAE of DIFFender, so that a comparison is one of methods. The original diffuses pixels of 256 x 256
 with another schedule: its t* = 0.15 has the noise level of 0.18 here.
@@ -38,7 +38,7 @@ class DiffPure:
         return torch.stack(drawn).to(self.model.alphas_cumprod)
 
     def __call__(self, x: Tensor, noise: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [0, 1]; the same noise gives the same picture."""
+        """x (B, 3, H, W) in [0, 1]; the same noise gives the same image."""
         size = (self.model.cfg.image_size,) * 2
         z = self.model.encode(resize(x, size), noise[:, 0])
         if self.t_star > 0:

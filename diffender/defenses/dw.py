@@ -19,7 +19,7 @@ from diffender.ops import dilate, gaussian_blur
 @dataclass(frozen=True)
 class DW:
     network: Classifier  # whose saliency it is: `guided(classifier)`, or the classifier where it has no ReLUs
-    sigma: float = 4.0  # of the blur, for pictures of side 224, as the two below
+    sigma: float = 4.0  # of the blur, for images of side 224, as the two below
     erosion: int = 7
     dilation: int = 13
     quantile: float = 0.95
@@ -42,7 +42,7 @@ class DW:
 
 
 def erode(x: Tensor, kernel: int) -> Tensor:
-    """Erosion of (B, C, H, W) in [0, 1] by a square; what lies outside the picture erodes nothing."""
+    """Erosion of (B, C, H, W) in [0, 1] by a square; what lies outside the image erodes nothing."""
     return 1 - dilate(1 - x, kernel)
 
 

@@ -12,7 +12,7 @@ from diffender.utils.errors import InputError
 
 
 def clip_norm(f: Tensor, alpha: float, dim: int = 1) -> Tensor:
-    """Features f with channels along `dim`: norms over channels capped at alpha times the picture's mean norm.
+    """Features f with channels along `dim`: norms over channels capped at alpha times the image's mean norm.
 
     The direction stays. The cap follows the features, gradient included.
     """
@@ -45,9 +45,9 @@ def fnc(classifier: Classifier, alpha: float = 1.1) -> Classifier:
 
 
 def reestimate_statistics(classifier: Classifier, batches: Iterable[Tensor]) -> None:
-    """BatchNorm's running means and variances from clean pictures (B, 3, S, S) in [0, 1]: clipping shifts them.
+    """BatchNorm's running means and variances from clean images (B, 3, S, S) in [0, 1]: clipping shifts them.
 
-    The original passes over ImageNet once. Some 1000 pictures at least: a hundred do harm. Never evaluated ones.
+    The original passes over ImageNet once. Some 1000 images at least: a hundred do harm. Never evaluated ones.
     """
     norms = [m for m in classifier.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms:

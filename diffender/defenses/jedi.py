@@ -22,9 +22,9 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
 from diffender.weights.loading import EMBEDDED
 
-WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for pictures up to 800 pixels; MATLAB's ranges include both ends
+WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for images up to 800 pixels; MATLAB's ranges include both ends
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
-OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # mean and deviation of a window's entropy in clean pictures, bits
+OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # mean and deviation of a window's entropy in clean images, bits
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
 WEIGHTS = EMBEDDED / "jedi.safetensors"
@@ -50,7 +50,7 @@ class Jedi:
     autoencoder: Autoencoder | None  # completes masks; none: they stay as they were found
     clean_mean: tuple[float, ...]
     clean_std: tuple[float, ...]
-    min_area: float  # of connected regions, as a share of the picture
+    min_area: float  # of connected regions, as a share of the image
     threshold: float  # of the autoencoder's output
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
 
 
 def thresholds(mean: Tensor, i: int, clean_mean: tuple[float, ...], clean_std: tuple[float, ...]) -> Tensor:
-    """Of scale i, for pictures whose windows have this mean entropy (B,)."""
+    """Of scale i, for images whose windows have this mean entropy (B,)."""
     pm, ps, cm, cs = PATCH_MEAN[i], PATCH_STD[i], clean_mean[i], clean_std[i]
     return pm + 1.5 * ps - 2 * ps * (pm - cm) / pm + ps * (mean - cm) / cs
 
@@ -106,7 +106,7 @@ def suspicious(x: Tensor, clean_mean: tuple[float, ...], clean_std: tuple[float,
 
 
 def without_small(mask: Tensor, min_area: float) -> Tensor:
-    """Mask (B, 1, H, W) in {0, 1} without its 8-connected regions below a share of the picture."""
+    """Mask (B, 1, H, W) in {0, 1} without its 8-connected regions below a share of the image."""
     pixels = mask[0].numel()
     own = torch.arange(1, pixels + 1, device=mask.device, dtype=torch.float64).view(1, *mask.shape[1:])
     labels, before = own * mask, None

@@ -36,7 +36,7 @@ class LGS:
 
 
 def gradient_magnitude(x: Tensor) -> Tensor:
-    """Forward differences of the luma of x (B, 3, H, W), scaled to [0, 1] in each picture, (B, 1, H, W)."""
+    """Forward differences of the luma of x (B, 3, H, W), scaled to [0, 1] in each image, (B, 1, H, W)."""
     luma = (x * torch.tensor(LUMA).to(x)[:, None, None]).sum(dim=1, keepdim=True)
     dx = F.pad(luma[..., :, 1:] - luma[..., :, :-1], (0, 1))
     dy = F.pad(luma[..., 1:, :] - luma[..., :-1, :], (0, 0, 0, 1))

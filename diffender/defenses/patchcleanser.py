@@ -27,7 +27,7 @@ class PatchCleanser:
         return [(top, left, side) for top in starts for left in starts]
 
     def predict(self, x: Tensor, pairs: list[tuple[int, int]]) -> list[int]:
-        """The classes of one picture (3, S, S) under pairs of masks; a pair of the same is a single mask."""
+        """The classes of one image (3, S, S) under pairs of masks; a pair of the same is a single mask."""
         windows, classes = self.windows(x.shape[-1]), []
         for start in range(0, len(pairs), self.batch_size):
             part = pairs[start : start + self.batch_size]
@@ -39,7 +39,7 @@ class PatchCleanser:
         return classes
 
     def __call__(self, x: Tensor) -> int:
-        """The class of one picture (3, S, S): the one all first masks agree on, else a dissenter that a second round
+        """The class of one image (3, S, S): the one all first masks agree on, else a dissenter that a second round
         confirms, else the majority."""
         n = len(self.windows(x.shape[-1]))
         first = self.predict(x, [(i, i) for i in range(n)])

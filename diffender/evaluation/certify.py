@@ -13,12 +13,12 @@ from diffender.utils.options import option, parse, run
 @dataclass(frozen=True)
 class Options:
     data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
-    images: int = option(6, "number of pictures, of those the classifier gets right", low=1)
-    area: float = option(0.05, "share of the picture that the patch to withstand covers", low=0.0005, high=0.5)
+    images: int = option(6, "number of images, of those the classifier gets right", low=1)
+    area: float = option(0.05, "share of the image that the patch to withstand covers", low=0.0005, high=0.5)
     masks: int = option(6, "of the first round, an axis", low=1)
     classifier: str = option("efficientnet_lite0", "a name of diffender.classifiers.imagenet, or timm:TAG")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    seed: int = option(0, "of the choice of pictures", low=0)
+    seed: int = option(0, "of the choice of images", low=0)
     out: str = option("runs/patchcleanser", "folder for records, results and table; a run there is resumed")
 
 
@@ -57,8 +57,8 @@ def main() -> None:
         low, high = wilson(k, n)
         results[name] = {"k": k, "n": n, "low": low, "high": high}
         rows.append((name, f"{100 * k / n:.1f} % ({k}/{n}; {100 * low:.0f}-{100 * high:.0f})"))
-    text = table(("PatchCleanser, clean pictures", f"patches of {100 * opts.area:g} %, {opts.masks}² masks"), rows) + (
-        f"\n`{results['command']}`: {len(records)} pictures, {opts.classifier}, seed {opts.seed}, "
+    text = table(("PatchCleanser, clean images", f"patches of {100 * opts.area:g} %, {opts.masks}² masks"), rows) + (
+        f"\n`{results['command']}`: {len(records)} images, {opts.classifier}, seed {opts.seed}, "
         f"{sum(r['seconds'] for r in records):.0f} s on {machine(batch.x.device)}, "
         f"{time.strftime('%Y-%m-%d')}.\n"
     )

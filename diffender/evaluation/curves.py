@@ -1,4 +1,4 @@
-"""Curves of the report: accuracy over the threshold and over the patch's size; resumed picture by picture.
+"""Curves of the report: accuracy over the threshold and over the patch's size; resumed image by image.
 
 Over theta the run's own patches are judged: beside its own threshold they are those of an attacker who is mistaken
 about it. Over the size every patch is made anew, on the classifier alone and through the last of the run's gradients.
@@ -50,7 +50,7 @@ def draw_curves(
 
 
 def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Of the pictures that have each column."""
+    """Of the images that have each column."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [mean(v) for v in zip(*(row[name] for row in rows if name in row), strict=True)] for name in names}
 
@@ -72,7 +72,7 @@ def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
 
 
 def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
-    """The purified picture (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
+    """The purified image (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
     cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THETAS)
     size = x.shape[-2:]
     masks = [refine_mask(z_score, size, replace(cfg, theta=theta)) for theta in THETAS]

@@ -45,7 +45,7 @@ def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) 
 
 
 def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size: int) -> Footprint:
-    """Of a model and of a classifier network for pictures of `size`; counted without computing anything."""
+    """Of a model and of a classifier network for images of `size`; counted without computing anything."""
     with torch.device("meta"):
         model = LatentDiffusion(cfg).requires_grad_(False)
         z = torch.empty(1, *cfg.latent_shape, requires_grad=True)
@@ -65,7 +65,7 @@ def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size:
 
 
 def peak_bytes(one: Footprint, pictures: int, draws: int, micro_batch: int | None) -> int:
-    """Above what the process holds already, for a full gradient of so many pictures side by side.
+    """Above what the process holds already, for a full gradient of so many images side by side.
 
     Networks are recomputed one after the other in the backward pass, so the largest counts, beside the classifier.
     Steps of the sampler and samples of EOT do not enter.
@@ -109,7 +109,7 @@ def fit_micro_batch(one: Footprint, pictures: int, draws: int, held: int, allowe
             return micro_batch
     need = (held + peak_bytes(one, 1, draws, 1)) / GIB
     raise InputError(
-        f"--max-memory {allowed / GIB:.1f} GiB is too little for {pictures} pictures side by side; one takes about "
+        f"--max-memory {allowed / GIB:.1f} GiB is too little for {pictures} images side by side; one takes about "
         f"{need:.1f} GiB: lower --batch-size or raise --max-memory"
     )
 

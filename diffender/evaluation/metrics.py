@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MaskScores(NamedTuple):
-    """Of each picture, (B,): recall is the covered share of the patch, precision the patched share of the mask."""
+    """Of each image, (B,): recall is the covered share of the patch, precision the patched share of the mask."""
 
     recall: Tensor
     precision: Tensor

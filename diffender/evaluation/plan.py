@@ -31,7 +31,7 @@ COSTLY = ("surrogate", "full", "full+loc")
 PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
 COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
 # forward passes
-PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer pictures and steps
+PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer images and steps
     "smoke": {
         "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
         "trust_images": 1, "queries": 20, "queries_undefended": 50, "curves": "off",
@@ -199,7 +199,7 @@ def share(shard: str) -> tuple[int, int]:
 
 
 def mine(opts: Options, count: int) -> list[int]:
-    """Of so many pictures, those of this shard."""
+    """Of so many images, those of this shard."""
     shard, shards = share(opts.shard)
     return list(range(shard, count, shards))
 
@@ -209,7 +209,7 @@ def default_name(opts: Options) -> str:
 
 
 def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
-    """Batches of pictures, and whether they get the costly gradients."""
+    """Batches of images, and whether they get the costly gradients."""
     limit = float("inf") if opts.images_full is None else opts.images_full
     groups = [([i for i in todo if i < limit], True), ([i for i in todo if i >= limit], False)]
     return [(g[i : i + opts.batch_size], costly) for g, costly in groups for i in range(0, len(g), opts.batch_size)]
@@ -293,7 +293,7 @@ class Forecast(NamedTuple):
     """What an experiment will cost, from one measured pass of its defence."""
 
     passes: float  # of attacks and verdicts
-    after: float  # of checks and curves, when all pictures are done
+    after: float  # of checks and curves, when all images are done
     seconds: float  # of a pass
     evaluations: int  # of a UNet in a pass, or what a pass is worth in them
     memory: str  # in words
@@ -304,7 +304,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
-    """For the pictures of `parts`, measured on x (1, 3, S, S)."""
+    """For the images of `parts`, measured on x (1, 3, S, S)."""
     from diffender.utils.progress import Progress
 
     noise = target.sample_noise(["estimate"], opts.seed, "estimate")
@@ -333,7 +333,7 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
         paper = replace(opts, **budget(opts, "paper"))
         whole = paper.images * costs(paper, True) * sum(f.seconds for f in forecasts)
         print(
-            f"left out against --preset paper ({paper.images} pictures, {paper.iters} steps, EOT {paper.eot}, "
+            f"left out against --preset paper ({paper.images} images, {paper.iters} steps, EOT {paper.eot}, "
             f"{paper.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
             f"about {duration(whole)} here"
         )
@@ -358,7 +358,7 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
 
 
 def costs(opts: Options, costly: bool) -> float:
-    """What a picture takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
+    """What an image takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
     total = float(opts.verdicts)
     for cls in attacks(opts).values():
         total += opts.verdicts
@@ -373,7 +373,7 @@ def costs(opts: Options, costly: bool) -> float:
 
 
 def curve_costs(opts: Options) -> float:
-    """What a picture takes for --curves, in forward passes of the defence."""
+    """What an image takes for --curves, in forward passes of the defence."""
     if opts.curves == "off":
         return 0
     columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))

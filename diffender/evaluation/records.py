@@ -9,7 +9,7 @@ from diffender.utils.files import one_line, place_for, write_json, write_text
 
 
 def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
-    """The records of all processes, one for each picture; a line that is being written is left out.
+    """The records of all processes, one for each image; a line that is being written is left out.
 
     Raises InputError for any other line that is not a record.
     """
@@ -23,7 +23,7 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
                 except (ValueError, TypeError, KeyError) as e:
                     raise InputError(
                         f"{path}, line {number} is damaged ({one_line(e)}); delete that line and run the same command "
-                        "with --name again: its picture is done anew"
+                        "with --name again: its image is done anew"
                     ) from e
     return list(records.values())
 

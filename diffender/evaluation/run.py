@@ -1,6 +1,6 @@
-"""One defence under attack in one folder: prepared, worked on picture by picture, resumed, finished.
+"""One defence under attack in one folder: prepared, worked on image by image, resumed, finished.
 
-A table is a list of experiments on the same pictures; they share the patches made on the undefended classifier.
+A table is a list of experiments on the same images; they share the patches made on the undefended classifier.
 """
 
 import sys
@@ -91,12 +91,12 @@ def pictures(opts: Options, target: Defended) -> Batch:
     tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
     batch = correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
     if len(batch.ids) < opts.images and not opts.quiet:
-        print(f"{len(batch.ids)} pictures instead of {opts.images}: all that the classifier reads right")
+        print(f"{len(batch.ids)} images instead of {opts.images}: all that the classifier reads right")
     return batch
 
 
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:
-    """Attack and judge what is not done yet; pictures outermost, so that experiments can share what they share.
+    """Attack and judge what is not done yet; images outermost, so that experiments can share what they share.
 
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
@@ -131,11 +131,11 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 def how_to_go_on(e: Experiment) -> str:
     """The command that resumes a run: its own, and the name that it was given."""
     named = any(a.startswith("--name") for a in sys.argv) or e.opts.table or e.opts.figure
-    return f"stopped between two pictures; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
+    return f"stopped between two images; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
 
 
 def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
-    """Of the pictures done so far, to the tracker."""
+    """Of the images done so far, to the tracker."""
     records = read_records(e.folder)
     rows = summarize(records)["rows"]
     log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
@@ -160,7 +160,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     found = {r["id"]: r for r in read_records(e.folder)}
     records = [found[i] for i in batch.ids if i in found]
     if len(records) < len(batch.ids):
-        print(f"{len(records)} of {len(batch.ids)} pictures are done; the shard that ends last writes the table")
+        print(f"{len(records)} of {len(batch.ids)} images are done; the shard that ends last writes the table")
         return None
     results = {
         "command": command(),
@@ -176,7 +176,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     if opts.trust != "off" and e.plans:
         n = min(opts.trust_images, len(batch.ids))
         if not opts.quiet:
-            print(f"checking the evaluation on {n} pictures (--trust {opts.trust})")
+            print(f"checking the evaluation on {n} images (--trust {opts.trust})")
         few = Task(e.target, batch.x[:n].to(e.device), batch.y[:n].to(e.device), batch.ids[:n], opts.seed)
         results["trust"] = trust_report(opts.trust, few, e.plans, records, results, e.folder)
     if opts.curves != "off":
@@ -191,7 +191,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 
 
 def resolved(opts: Options) -> dict:
-    """All that a picture's result depends on: what a resumed run must share. More pictures may join."""
+    """All that an image's result depends on: what a resumed run must share. More images may join."""
     found = settings(opts, *NO_MATTER)
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
     found["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")

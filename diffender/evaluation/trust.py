@@ -51,7 +51,7 @@ class Bench(NamedTuple):
         return self.task.victim
 
     def accuracy(self, x: Tensor, defense: Callable[[Tensor, Noise], Tensor] | None = None) -> float:
-        """Share of right answers over pictures and DRAWS purifications."""
+        """Share of right answers over images and DRAWS purifications."""
         noises = [self.task.noise("trust verdict", k) for k in range(DRAWS)]
         if defense is None:
             images = (out.image for out in passes(self.target.defense, x, noises))
@@ -194,7 +194,7 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
 
 
 def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
-    """|FD - <g, d>| / |FD| of the first picture's margin along the sign of its gradient in the patch, for a soft mask
+    """|FD - <g, d>| / |FD| of the first image's margin along the sign of its gradient in the patch, for a soft mask
     and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
     b, soft = bench.task, Backward(mode="full", ste="soft", ste_k=2.0)
     victim = Defended(bench.target.defense, bench.target.classifier, soft)

@@ -43,7 +43,7 @@ def read(logits: Tensor) -> Reading:
 
 
 class Verdict(NamedTuple):
-    """Whether a picture is read right after purifications with fresh noise: in [0, 1] each."""
+    """Whether an image is read right after purifications with fresh noise: in [0, 1] each."""
 
     single: float  # by the first
     average: float  # share of all
@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(seen: Sequence[int], label: int) -> Verdict:
-    """From the classes seen in N purifications of one picture. The vote takes the first 9, or the most odd below."""
+    """From the classes seen in N purifications of one image. The vote takes the first 9, or the most odd below."""
     votes = seen[: min(VOTES, len(seen) - (len(seen) + 1) % 2)]
     right = [c == label for c in seen]
     top = Counter(votes).most_common(1)[0][0]
@@ -153,7 +153,7 @@ def craft(plan: Plan, task: Task, on_step: Callable, bases: dict) -> Iterator[tu
 
 
 def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[Tensor, Tensor]:
-    """Attacked pictures and masks as they come back from 8-bit files."""
+    """Attacked images and masks as they come back from 8-bit files."""
     for b, name in enumerate(names):
         save_png(made.image[b], folder / f"{name}.png")
         save_png(made.mask[b], folder / f"{name}_mask.png")
@@ -166,7 +166,7 @@ def file_names(ids: Sequence[str]) -> list[str]:
 
 
 def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The attacked pictures (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names."""
+    """The attacked images (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names."""
     image = torch.stack([load_png(folder / f"{name}.png") for name in names])
     mask = torch.stack([load_png(folder / f"{name}_mask.png")[:1] for name in names])
     return image, mask
@@ -180,7 +180,7 @@ def thin(trace: Sequence[float], points: int = 20) -> list[float]:
 
 
 def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
-    """How well each picture's mask and difference map fit the true mask (B, 1, H, W), as far as there are any."""
+    """How well each image's mask and difference map fit the true mask (B, 1, H, W), as far as there are any."""
     scores = {} if out.mask is None else mask_scores(out.mask, truth)._asdict()
     if out.heatmap is not None:
         scores["auc"] = map_auc(out.heatmap, truth)
@@ -193,7 +193,7 @@ def strongest(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
-    """Verdicts by attack/gradient and picture; the costly gradients may see fewer pictures."""
+    """Verdicts by attack/gradient and image; the costly gradients may see fewer images."""
     found: dict[str, dict[str, Verdict]] = {}
     for r in records:
         for variant, a in r["attacks"].items():
@@ -202,12 +202,12 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
 
 
 def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
-    """Of each picture, under the strongest of its patches in these variants."""
+    """Of each image, under the strongest of its patches in these variants."""
     return [strongest([judged[v][i] for v in variants if i in judged[v]]) for i in ids]
 
 
 def proportion(values: Sequence[float]) -> dict:
-    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial a picture, a wide one."""
+    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial an image, a wide one."""
     low, high = wilson(sum(values), len(values))
     return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
 
@@ -218,10 +218,10 @@ def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[V
 
 
 def summarize(records: Sequence[dict]) -> dict:
-    """Rows of the table: clean, every variant, and the strongest on each picture, of each attack and of all; and mean
+    """Rows of the table: clean, every variant, and the strongest on each image, of each attack and of all; and mean
     mask scores.
 
-    The strongest takes the minimum over variants picture by picture, not the lowest row: for each verdict, a picture
+    The strongest takes the minimum over variants image by image, not the lowest row: for each verdict, an image
     counts as right only as far as under every patch that was made for it.
     """
     label = {r["id"]: r["label"] for r in records}
@@ -242,7 +242,7 @@ def summarize(records: Sequence[dict]) -> dict:
         rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
         base = judged[f"{name}/transfer"]
         if kind != "transfer":
-            same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer pictures
+            same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer images
             rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
             rows[-1]["transfer"] = mean(a.average for a, _ in same)
         columns = next(iter(found.values()))["masks"]
@@ -258,6 +258,6 @@ def summarize(records: Sequence[dict]) -> dict:
         worst = strongest_of(judged, mine, list(label))
         seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
         alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
-        rows.append(row(f"{title} on each picture", "", alone, worst))
+        rows.append(row(f"{title} on each image", "", alone, worst))
     masked = [r["masked"] for r in records if r["masked"] is not None]
     return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

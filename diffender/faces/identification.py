@@ -1,6 +1,6 @@
-"""Faces: who is on which picture, and closed-set identification as the paper's Table 6 needs it.
+"""Faces: who is on which image, and closed-set identification as the paper's Table 6 needs it.
 
-One picture a person is the probe, the others make the person's prototype; `fold` chooses which one. A recogniser never
+One image a person is the probe, the others make the person's prototype; `fold` chooses which one. A recogniser never
 sees a probe in its gallery. Whether its weights are as good as published shows in verification:
 python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
 """
@@ -43,7 +43,7 @@ class Faces(NamedTuple):
 
 
 def list_faces(data: str) -> list[tuple[str, Path]]:
-    """(person, path) for each picture: a csv of file and identity, or a folder of a folder for each person, as LFW."""
+    """(person, path) for each image: a csv of file and identity, or a folder of a folder for each person, as LFW."""
     path = Path(data)
     if path.is_file() and path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as f:
@@ -59,22 +59,22 @@ def list_faces(data: str) -> list[tuple[str, Path]]:
 
 
 def split_faces(faces: Sequence[tuple[str, Path]], fold: int = 0) -> Faces:
-    """People with two pictures or more: the fold-th of each is the probe, the others are the gallery.
+    """People with two images or more: the fold-th of each is the probe, the others are the gallery.
 
-    A person with fewer pictures than that is in the gallery alone: known, but not asked for.
+    A person with fewer images than that is in the gallery alone: known, but not asked for.
     """
     of = defaultdict(list)
     for person, path in faces:
         of[person].append(path)
     names = sorted(person for person, paths in of.items() if len(paths) > 1)
     if len(names) < 2:
-        raise InputError(f"{len(names)} people have two pictures or more; identification needs two such people")
+        raise InputError(f"{len(names)} people have two images or more; identification needs two such people")
     probes, gallery = [], []
     for label, person in enumerate(names):
         for i, path in enumerate(sorted(of[person], key=lambda p: natural(p.name))):
             (probes if i == fold else gallery).append(Item(f"{person}/{path.stem}", path, label))
     if not probes:
-        raise InputError(f"--fold {fold}: nobody has so many pictures; the largest is {max(map(len, of.values())) - 1}")
+        raise InputError(f"--fold {fold}: nobody has so many images; the largest is {max(map(len, of.values())) - 1}")
     return Faces(probes, gallery, names)
 
 
@@ -103,7 +103,7 @@ def load_recognizer(name: str, weights: str | None) -> nn.Module:
 
 
 def identify(name: str, weights: str | None, faces: Faces) -> Classifier:
-    """A classifier of pictures in [0, 1] into the people of `faces`, from a recogniser and their gallery."""
+    """A classifier of images in [0, 1] into the people of `faces`, from a recogniser and their gallery."""
     cfg = RECOGNIZERS[name]
     net = load_recognizer(name, weights)
     embed = Classifier(net, cfg)  # normalises, as it does for logits

@@ -1,4 +1,4 @@
-"""Face recognisers, pictures to embeddings, and the head that makes a classifier of one: cosine to a gallery.
+"""Face recognisers, images to embeddings, and the head that makes a classifier of one: cosine to a gallery.
 
 InceptionResnetV1 (FaceNet, Szegedy et al. 2017 and Schroff et al. 2015) has the key names of the published
 `20180402-114759-vggface2.pt`; MobileFaceNet (Chen et al. 2018) those of its common PyTorch files.
@@ -79,7 +79,7 @@ class Mixed7a(nn.Module):
 
 
 class InceptionResnetV1(nn.Module):
-    """FaceNet: pictures (B, 3, 160, 160), normalised, to unit embeddings (B, 512)."""
+    """FaceNet: images (B, 3, 160, 160), normalised, to unit embeddings (B, 512)."""
 
     def __init__(self, classes: int | None = None):
         super().__init__()
@@ -154,9 +154,9 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Pictures (B, 3, 112, 112), normalised, to unit embeddings (B, 128); inside they are 112 x 96, as it was trained.
+    """Images (B, 3, 112, 112), normalised, to unit embeddings (B, 128); inside they are 112 x 96, as it was trained.
 
-    Pictures here are square: aligned faces of 6:7 are stretched to that on reading, and brought back here.
+    Images here are square: aligned faces of 6:7 are stretched to that on reading, and brought back here.
     """
 
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))  # expand, width, n, stride

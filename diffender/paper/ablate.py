@@ -21,7 +21,7 @@ class Options(TargetOptions):
     study: str = option("choices", "choices, parts, noise, pictures, or several with commas between")
     images: int = option(16, "number of photographs", low=1)
     attack: str = option("advp", "made on the classifier alone", choices=("advp", "lavan"))
-    area: float | None = option(None, "share of the picture (default: advp 0.05, lavan 0.02)", low=0.0005, high=0.9)
+    area: float | None = option(None, "share of the image (default: advp 0.05, lavan 0.02)", low=0.0005, high=0.9)
     shape: str = option("square", "shape of the patch", choices=("square", "circle"))
     targeted: bool | None = option(
         None, "aim at a random class (default: lavan), or just away from the true one (advp)"

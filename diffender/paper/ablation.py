@@ -141,7 +141,7 @@ def slices(opts: Options, batch: Batch) -> list[slice]:
 
 
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
-    """Of pictures (B, 3, S, S) with labels (B,), those that the classifier gets right: (B,) in {0, 1}."""
+    """Of images (B, 3, S, S) with labels (B,), those that the classifier gets right: (B,) in {0, 1}."""
     return torch.cat([(classifier(part).argmax(dim=1)) for part in x.split(size)]).eq(y).float()
 
 
@@ -192,7 +192,7 @@ def map_columns(found: Localized, mask: Tensor) -> dict[str, Tensor]:
 def show(
     opts: Options, defense: DIFFender, classifier: Classifier, batch: Batch, attacked: Attacked, first: int = 8
 ) -> dict[str, float]:
-    """What the VAE keeps of the clean photographs; and a picture of the first ones, `pictures.png`."""
+    """What the VAE keeps of the clean photographs; and an image of the first ones, `images.png`."""
     vae = defense.model.vae
     parts = [batch.x[rows] for rows in slices(opts, batch)]
     recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
@@ -210,7 +210,7 @@ def show(
         out.mask.expand_as(x),
         out.image,
     ]
-    save_image(torch.cat(stages), Path(opts.out) / "pictures.png", nrow=len(x))
+    save_image(torch.cat(stages), Path(opts.out) / "images.png", nrow=len(x))
     right = is_right(classifier, recon, batch.y, opts.batch_size)
     return {"psnr": psnr.mean().item(), "round_trip_right": right.mean().item()}
 

@@ -28,7 +28,7 @@ class Control(NamedTuple):
 
 
 def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batch, seed: int) -> Iterator[Control]:
-    """Each kind of mask with each fill, on the attacked pictures of a run in `folder`; target is DIFFender."""
+    """Each kind of mask with each fill, on the attacked images of a run in `folder`; target is DIFFender."""
     x, ids = batch.x.to(target.classifier.mean), batch.ids
     attacked = {name: load_attacked(folder / "adv" / name / "transfer", file_names(ids)) for name in attacks}
     attacked = {name: (image.to(x), mask.to(x)) for name, (image, mask) in attacked.items()}
@@ -49,14 +49,14 @@ def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batc
 
 
 def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
-    """Each mask (1, H, W) rolled around the picture by a random way: same shape, another place."""
+    """Each mask (1, H, W) rolled around the image by a random way: same shape, another place."""
     size = mask.shape[-1]
     ways = [torch.randint(size, (2,), generator=generator(seed, i, "random mask")).tolist() for i in ids]
     return torch.stack([m.roll(way, dims=(1, 2)) for m, way in zip(mask, ways, strict=True)])
 
 
 def classes(target: Defended, fill: str, x: Tensor, mask: Tensor, ids: Sequence[str], seed: int) -> list[int]:
-    """What the classifier sees in pictures (B, 3, S, S) whose mask is filled."""
+    """What the classifier sees in images (B, 3, S, S) whose mask is filled."""
     if fill == "diffusion":
         filled = composite(x, target.defense.restore(x, mask, target.sample_noise(ids, seed, "verdict")), mask)
     else:

@@ -1,4 +1,4 @@
-"""The paper's Figures 1, 3, 4, 5, 8 and 9 from our own pictures: python evaluate.py --figure 5.
+"""The paper's Figures 1, 3, 4, 5, 8 and 9 from our own images: python evaluate.py --figure 5.
 
 All but Figure 8 show patches of AdvP made on the undefended classifier; Figure 8 runs the adaptive attacks of the
 chosen budget for each theta. PNG files and the numbers behind them go to runs/figure<N>-<preset>/.
@@ -33,10 +33,10 @@ from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
 from diffender.utils.options import pick
 
-SHOWN = 6  # pictures of a figure
+SHOWN = 6  # images of a figure
 RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3
 THETAS = (1.5, 2.0, 2.5)  # of Fig. 8
-IN_FIGURE_5 = ("jpeg", "smoothing", "dw", "lgs", "diffpure", "jedi", "diffender")  # FNC changes no picture
+IN_FIGURE_5 = ("jpeg", "smoothing", "dw", "lgs", "diffpure", "jedi", "diffender")  # FNC changes no image
 
 
 class Scene(NamedTuple):
@@ -50,7 +50,7 @@ class Scene(NamedTuple):
 
 
 def run_figure(number: int, opts: Options) -> str:
-    """Draw a figure; says where it is. Raises InputError for pictures and weights that are not there."""
+    """Draw a figure; says where it is. Raises InputError for images and weights that are not there."""
     folder = Path("runs") / f"figure{number}-{opts.preset}"
     if number == 8:
         text = figure_8(opts, folder)
@@ -68,7 +68,7 @@ def run_figure(number: int, opts: Options) -> str:
 
 
 def scene(opts: Options, most: int | None) -> Scene:
-    """Pictures with AdvP's patches made on the undefended classifier."""
+    """Images with AdvP's patches made on the undefended classifier."""
     opts = fill(opts)
     target = build_target(opts)
     batch = pictures(opts if most is None else replace(opts, images=min(most, opts.images)), target)
@@ -81,7 +81,7 @@ def scene(opts: Options, most: int | None) -> Scene:
 
 
 def draw(columns: dict[str, Tensor], path: Path) -> None:
-    """Columns of pictures (B, 1 or 3, S, S) under their titles; a row a picture."""
+    """Columns of images (B, 1 or 3, S, S) under their titles; a row an image."""
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * rows + 0.2), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
@@ -95,7 +95,7 @@ def draw(columns: dict[str, Tensor], path: Path) -> None:
 
 
 def figure_1(s: Scene, folder: Path) -> str:
-    """Two one-step predictions of the same noised picture, where they differ, and the mask."""
+    """Two one-step predictions of the same noised image, where they differ, and the mask."""
     d, cfg = s.target.defense, s.target.defense.cfg
     model, noise = d.model, s.noise()
     t = noise_timestep(cfg.noise_ratio)
@@ -122,7 +122,7 @@ def heat(heatmap: Tensor, like: Tensor) -> Tensor:
 
 
 def figure_3(s: Scene, folder: Path) -> str:
-    """Denoising the whole picture: small ratios keep the patch, large ones lose the picture."""
+    """Denoising the whole image: small ratios keep the patch, large ones lose the image."""
     columns, rows = {"attacked": s.made.image}, []
     for ratio in RATIOS:
         defended = build(f"diffpure:t_star={ratio}", s.target)
@@ -136,7 +136,7 @@ def figure_3(s: Scene, folder: Path) -> str:
 
 
 def figure_4(s: Scene, folder: Path) -> str:
-    """The difference map inside and outside of the patch, a point a picture."""
+    """The difference map inside and outside of the patch, a point an image."""
     found = s.target.defense.localize(s.made.image, s.noise())
     means = map_columns(found, s.made.mask)
     outer, inner = means["outside"].tolist(), means["inside"].tolist()
@@ -149,11 +149,11 @@ def figure_4(s: Scene, folder: Path) -> str:
     save_figure(figure, folder / "figure.png")
     write_json(folder / "points.json", {"ids": s.batch.ids, "inside": inner, "outside": outer})
     above = sum(i > o for i, o in zip(inner, outer, strict=True))
-    return f"Fig. 4: the difference is larger inside of the patch in {above} of {len(inner)} pictures.\n"
+    return f"Fig. 4: the difference is larger inside of the patch in {above} of {len(inner)} images.\n"
 
 
 def figure_5(s: Scene, folder: Path) -> str:
-    """What each defence makes of the attacked picture."""
+    """What each defence makes of the attacked image."""
     columns, rows = {"attacked": s.made.image}, []
     for name in IN_FIGURE_5:
         defended = build(name, s.target)
@@ -168,7 +168,7 @@ def figure_9(s: Scene, folder: Path) -> str:
     out = s.target.defense(s.made.image, s.noise())
     draw({"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}, folder / "figure.png")
     right = s.target.classifier(out.image).argmax(dim=1).eq(s.batch.y).sum()
-    return f"Fig. 9: {right} of {len(out.image)} restored pictures are read right.\n"
+    return f"Fig. 9: {right} of {len(out.image)} restored images are read right.\n"
 
 
 def figure_8(opts: Options, folder: Path) -> str:
@@ -192,7 +192,7 @@ def figure_8(opts: Options, folder: Path) -> str:
     ]
     text = table(("theta", *columns), cells)
     quoted = "; ".join(f"theta {t}: clean {n['clean']}, AdvP {n['advp']}" for t, n in FIGURE_8.items())
-    return f"{text}\n{len(lines[0].verdicts['clean'])} pictures. The paper, quoted (Inception-v3): {quoted}.\n"
+    return f"{text}\n{len(lines[0].verdicts['clean'])} images. The paper, quoted (Inception-v3): {quoted}.\n"
 
 
 FIGURES: dict[int, Callable[[Scene, Path], str]] = {1: figure_1, 3: figure_3, 4: figure_4, 5: figure_5, 9: figure_9}

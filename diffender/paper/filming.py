@@ -62,7 +62,7 @@ def shots(task: Task, made: Attacked, poses: tuple[Pose, ...], jitters: int) -> 
 
 
 def film(e: Experiment, batch: Batch) -> None:
-    """Attack and film each picture that is not done; a record each."""
+    """Attack and film each image that is not done; a record each."""
     opts, classifier = e.opts, e.target.classifier
     digital = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
     over_poses = replace(digital, eot=max(opts.eot, 4))
@@ -126,7 +126,7 @@ def run_film(e: Experiment, batch: Batch) -> str:
         e,
         batch.ids,
         (
-            f"pictures, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
+            f"images, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
             f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
         ),
     )

@@ -1,6 +1,6 @@
 """The physical test (paper Sec. 4.5, Table 7) done digitally: a printed patch on a flat scene before a pinhole camera.
 
-The picture is a poster; the camera turns around it by yaw and pitch, or steps back. Every frame has a print, a pose a
+The image is a poster; the camera turns around it by yaw and pitch, or steps back. Every frame has a print, a pose a
 little off, exposure, colour, blur, sensor noise and JPEG of its own. Everything is a function of drawn parameters, so
 an attack can be made over the same distribution (`Filmed`), and a frame of the clean scene has the same ones.
 """
@@ -19,7 +19,7 @@ from diffender.ops import gaussian_blur
 class Pose(NamedTuple):
     yaw: float = 0.0  # degrees
     pitch: float = 0.0
-    distance: float = 1.0  # 1: the picture as it is; 2: half as large
+    distance: float = 1.0  # 1: the image as it is; 2: half as large
 
 
 CONFIGURATIONS = {  # of Table 7; signs and distances are averaged
@@ -32,13 +32,13 @@ CONFIGURATIONS = {  # of Table 7; signs and distances are averaged
 
 
 class Frame(NamedTuple):
-    """What one frame draws, a row a picture; angles in degrees."""
+    """What one frame draws, a row an image; angles in degrees."""
 
     pose: Tensor  # (B, 3): yaw, pitch, distance
     gain: Tensor  # (B, 3): exposure and white balance
     bias: Tensor  # (B, 1)
     gamma: Tensor  # (B, 1)
-    blur: Tensor  # (B, 1): sigma in pixels of a 299-pixel picture
+    blur: Tensor  # (B, 1): sigma in pixels of a 299-pixel image
     grain: Tensor  # (B, 1): standard deviation of the sensor's noise
     ink: Tensor  # (B, 1): how much colour the print loses
     noise: Tensor  # (B, 3, S, S): standard normal
@@ -66,7 +66,7 @@ def matrix(rows: list[list[Tensor]]) -> Tensor:
 
 
 def warp(x: Tensor, h: Tensor, beyond: str = "reflection") -> Tensor:
-    """Pictures x (B, C, S, S) as the camera sees them through h (B, 3, 3); beyond their border they are mirrored."""
+    """Images x (B, C, S, S) as the camera sees them through h (B, 3, 3); beyond their border they are mirrored."""
     size = x.shape[-1]
     line = torch.arange(size).to(x)
     v, u = torch.meshgrid(line, line, indexing="ij")
@@ -108,7 +108,7 @@ def print_patch(x: Tensor, mask: Tensor, ink: Tensor) -> Tensor:
 
 
 def photograph(x: Tensor, scene: Tensor, frame: Frame) -> Tensor:
-    """A frame of pictures x (B, 3, S, S) in [0, 1]; differentiable. Beyond them the clean scene (B or 1, 3, S, S) is
+    """A frame of images x (B, 3, S, S) in [0, 1]; differentiable. Beyond them the clean scene (B or 1, 3, S, S) is
     mirrored: no patch is seen twice."""
     size = x.shape[-1]
     x = blur(x, [0.5 * max(d * d - 1, 0) ** 0.5 for d in frame.pose[:, 2].tolist()])  # a pixel sees more from afar
@@ -122,7 +122,7 @@ def photograph(x: Tensor, scene: Tensor, frame: Frame) -> Tensor:
 
 
 def blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Each picture of x (B, C, S, S) by its own sigma in pixels."""
+    """Each image of x (B, C, S, S) by its own sigma in pixels."""
     rows = zip(x.split(1), sigmas, strict=True)
     return torch.cat([gaussian_blur(row, 9, sigma) if sigma > 0.1 else row for row, sigma in rows])
 

@@ -1,8 +1,8 @@
 """The paper's tables, a command each: python evaluate.py --table 1 [--preset smoke|laptop|paper].
 
-A table is a list of experiments on the same pictures. Each lives in a folder of its own, named by its settings, so it
+A table is a list of experiments on the same images. Each lives in a folder of its own, named by its settings, so it
 resumes, and tables share those that they have in common. A cell is the share of right answers under the strongest of
-the patches made for each picture, first purification; the csv has all verdicts.
+the patches made for each image, first purification; the csv has all verdicts.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def columns(number: int) -> tuple[str, ...]:
 class Line(NamedTuple):
     classifier: str
     key: str  # of NAMES
-    verdicts: dict[str, list[Verdict]]  # by column: of each picture, under the strongest of its patches
+    verdicts: dict[str, list[Verdict]]  # by column: of each image, under the strongest of its patches
 
 
 def run_table(number: int, opts: Options) -> str:
@@ -159,7 +159,7 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
 
 
 def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> list[Line]:
-    """Lines of the undefended classifier, of controls if wanted, and of each row, on the same pictures; none while
+    """Lines of the undefended classifier, of controls if wanted, and of each row, on the same images; none while
     other shards are at work. The last row is DIFFender."""
     model = open_model(opts, pick_device(opts.device))  # once for all
     experiments = [prepare(named(fill(replace(opts, **row.changes, name="tables")), row.key), model) for row in rows]
@@ -186,7 +186,7 @@ def named(opts: Options, key: str) -> Options:
 
 
 def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
-    """Of each picture, verdict by verdict, under the strongest of the patches that each attack made for it."""
+    """Of each image, verdict by verdict, under the strongest of the patches that each attack made for it."""
     records = {r["id"]: r for r in read_records(experiment.folder)}
     found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
     judged = by_variant([records[i] for i in ids])
@@ -253,10 +253,10 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     return (
         f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
-        f"picture; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} pictures, "
+        f"image; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} images, "
         f"{describe(full)}, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}. "
         f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data {opts.data} "
-        f"(theirs 512 pictures of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
+        f"(theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
         f"{opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps).\n"
     )
 

@@ -10,10 +10,10 @@ On one H100, in 20 minutes, from one file that is carried there:
     python -m diffender.pretrain vae  --data photos.safetensors --steps 100000 --minutes 8 --batch 64 --workers 14
     python -m diffender.pretrain unet --data photos.safetensors --steps 100000 --minutes 12 --batch 256 --workers 14
 
-A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with a picture
-and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many pictures once and
+A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
+and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and
 trains on them, as a CPU can; without, every sample is new. `decoder` trains the VAE's decoder on, alone, on whole
-pictures: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
+images: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
 `unet` train a whole model on, from its first step.
 The other stages take options of their own (`python -m diffender.pretrain jedi --help`):
 
@@ -46,8 +46,8 @@ class Jedi:
 @dataclass(frozen=True)
 class Beforehand(TargetOptions):
     through: str = option("classifier", "the classifier alone, or the defence", choices=("classifier", "defence"))
-    images: int = option(500, "number of pictures, none of which may be attacked later", low=1)
-    area: float = option(0.05, "share of the picture", low=0.0005, high=0.9)
+    images: int = option(500, "number of images, none of which may be attacked later", low=1)
+    area: float = option(0.05, "share of the image", low=0.0005, high=0.9)
     target: int = option(859, "class that the universal patch aims at (the original's toaster)", low=0, high=999)
     updates: int = option(1000, "steps of Adam", low=1)
     eot: int = option(1, "noise samples averaged in a step", low=1)
@@ -77,7 +77,7 @@ def train(argv: list[str]) -> None:
     parser.add_argument(
         "--focus", type=float, default=0.35, help="share of a unet batch trained as localisation uses it"
     )
-    parser.add_argument("--samples", type=int, default=0, help="encode so many pictures once; 0: a new one each time")
+    parser.add_argument("--samples", type=int, default=0, help="encode so many images once; 0: a new one each time")
     args = parser.parse_args(argv)
     # Imported after the options are known to be good: torch takes seconds.
     import torch

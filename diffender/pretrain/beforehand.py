@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot: int) -> tuple[Tensor, float]:
-    """Over fresh noise: of the loss to attacked pictures (B, 3, S, S); and the mean loss."""
+    """Over fresh noise: of the loss to attacked images (B, 3, S, S); and the mean loss."""
     gradient, value = torch.zeros_like(attacked), 0.0
     for s in samples(task, lambda k: (attacked.detach(), covered.detach(), task.noise(f"attack {step}", k)), eot):
         gradient, value = (gradient + s.gradient / eot, value + s.value.mean().item() / eot)
@@ -38,7 +38,7 @@ def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot:
 
 
 def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
-    """`updates` times indices of `size` pictures, every picture once before any twice."""
+    """`updates` times indices of `size` images, every image once before any twice."""
     order: list[int] = []
     for epoch in range(updates):
         if len(order) < size:
@@ -50,7 +50,7 @@ def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
 def universal_patch(
     victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
 ) -> Tensor:
-    """One patch (3, s, s) in [0, 1] that leads pictures to `opts.target` wherever it is pasted (Brown et al. 2017)."""
+    """One patch (3, s, s) in [0, 1] that leads images to `opts.target` wherever it is pasted (Brown et al. 2017)."""
     side = patch_side(data.x.shape[-1], opts.area)
     w = torch.zeros(3, side, side, device=data.x.device, requires_grad=True)  # tanh: grey
     optimizer = torch.optim.Adam([w], lr=0.03)
@@ -73,7 +73,7 @@ def universal_patch(
 def train_generator(
     victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
 ) -> PatchGenerator:
-    """The authors' generator, trained to lower the margin over many pictures (Li & Ji 2021)."""
+    """The authors' generator, trained to lower the margin over many images (Li & Ji 2021)."""
     size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
     net = PatchGenerator(size, side, generator(opts.seed, "net"), opts.width).to(data.x.device)
     net.calibrate(data.x[: opts.batch_size])
@@ -113,4 +113,4 @@ def make(kind: str, opts: "Beforehand") -> None:
             net = train_generator(victim, data, opts, report)
             header |= {"size": data.x.shape[-1], "side": net.side, "width": opts.width}
             save_atomic(net.state_dict(), path, header)
-    print(f"written: {path}, from {len(data.ids)} pictures")
+    print(f"written: {path}, from {len(data.ids)} images")

@@ -1,6 +1,6 @@
 """What the embedded model is trained on: captioned photographs, pasted stand-ins for patches, and inpainting masks.
 
-The photographs' captions teach no word for what the prompts of DIFFender ask about. So half of the pictures get a
+The photographs' captions teach no word for what the prompts of DIFFender ask about. So half of the images get a
 region pasted in (noise, a crop of another photograph, a flat colour) and say so in their caption; the others say that
 they are clean. No patch that was optimised against a classifier ever enters.
 """
@@ -91,7 +91,7 @@ def uniform(low: float, high: float, g: Generator) -> float:
 
 
 def random_crop(image: Tensor, size: int, scale: tuple[float, float], g: Generator) -> Tensor:
-    """A random square of the uint8 picture, `scale` of its short side, resized and perhaps flipped: float in [0, 1]."""
+    """A random square of the uint8 image, `scale` of its short side, resized and perhaps flipped: float in [0, 1]."""
     side = min(min(image.shape[1:]), max(size // 4, round(min(image.shape[1:]) * uniform(*scale, g))))
     top, left = (randint(0, n - side, g) for n in image.shape[1:])
     crop = image[:, top : top + side, left : left + side].float() / 255
@@ -142,7 +142,7 @@ def random_content(photos: Photos, size: int, g: Generator) -> tuple[Tensor, str
 
 
 def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Sample:
-    """One picture of the UNet's training set: half with a pasted region, captioned; a mask to inpaint.
+    """One image of the UNet's training set: half with a pasted region, captioned; a mask to inpaint.
 
     A quarter of the masks cover everything, and no mask says anything about where the paste is.
     """
@@ -173,7 +173,7 @@ class Crops(Dataset):
 
 
 class Samples(Dataset):
-    """The UNet's training set: pictures, masks and the tokens of their captions, the n-th always the same."""
+    """The UNet's training set: images, masks and the tokens of their captions, the n-th always the same."""
 
     def __init__(self, photos: Photos, size: int, tokenize: Callable[[list[str]], Tensor], seed: int):
         self.photos, self.size, self.tokenize, self.seed = photos, size, tokenize, seed

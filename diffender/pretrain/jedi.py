@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def draw_mask(g: Generator) -> Tensor:
-    """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of a picture, somewhere, (64, 64) in {0, 1}."""
+    """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of an image, somewhere, (64, 64) in {0, 1}."""
     kind, (u, v, w, a) = (int(torch.randint(3, (), generator=g)), torch.rand(4, generator=g).tolist())
     area, ratio = (0.01 + 0.09 * a) * SIDE**2, 1 if kind == 0 else 0.7 * 2**w
     if kind == 2:
@@ -57,7 +57,7 @@ def train_jedi(opts: "Jedi") -> None:
 
 
 def clean_statistics(opts: "Jedi") -> tuple[list[float], list[float]]:
-    """Over pictures, of their mean window entropy in each scale."""
+    """Over images, of their mean window entropy in each scale."""
     items = list_items(opts.data)
     order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
     cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))

@@ -44,7 +44,7 @@ def train_vae(args: argparse.Namespace) -> None:
     classifier = load_classifier("efficientnet_lite0").to(args.device)
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     trainer = Trainer(args.stage, vae, args)
-    scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole picture at 224 px
+    scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole image at 224 px
     crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
     for g, x in zip(trainer.steps(), crops, strict=False):
         x = x.to(args.device)
@@ -108,7 +108,7 @@ def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
     return torch.stack(crops)
 
 
-Encoded = dict[str, Tensor]  # posteriors of pictures and masked pictures, masks on the latent grid, tokens
+Encoded = dict[str, Tensor]  # posteriors of images and masked images, masks on the latent grid, tokens
 
 
 def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor) -> Encoded:
@@ -183,7 +183,7 @@ def train_unet(args: argparse.Namespace) -> None:
     for g, batch in zip(trainer.steps(), source, strict=False):
         z0 = sample_latents(batch["image"], scale_factor, g)
         conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
-        # Only clean pictures lose their caption: without words the model expects photographs, as Stable Diffusion does.
+        # Only clean images lose their caption: without words the model expects photographs, as Stable Diffusion does.
         dropped = (torch.rand(len(z0), generator=g) < 0.3).to(args.device) & (batch["tokens"] == clean).any(dim=1)
         tokens = torch.where(dropped[:, None], empty, batch["tokens"])
         t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g).to(args.device)

@@ -1,7 +1,7 @@
 """From the records of a run to what people read.
 
     python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
-    python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
+    python -m diffender.report compare runs/A runs/B          # two runs, image by image
     python -m diffender.report page runs/NAME                 # write report.html there anew
 
 Torch is imported inside the functions: tables need none.
@@ -38,17 +38,17 @@ def fill(document: str, results: Path) -> str:
 
 
 def compare(a: Path, b: Path) -> str:
-    """Two runs on the pictures and attacks that they share: who is right where the other is not, by the first
-    purification of each; McNemar's exact p. `strongest` counts a picture under all shared attacks.
+    """Two runs on the images and attacks that they share: who is right where the other is not, by the first
+    purification of each; McNemar's exact p. `strongest` counts an image under all shared attacks.
 
-    Raises InputError where they share no pictures.
+    Raises InputError where they share no images.
     """
     from diffender.evaluation.metrics import mcnemar
 
     left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
     ids = [i for i in left if i in right]
     if not ids:
-        raise InputError(f"{a} and {b} share no pictures; compare runs of evaluate.py on the same --data and --seed")
+        raise InputError(f"{a} and {b} share no images; compare runs of evaluate.py on the same --data and --seed")
     variants = list(left[ids[0]]["attacks"])
     shared = [v for v in variants if all(v in run[i]["attacks"] for run in (left, right) for i in ids)]
 
@@ -62,7 +62,7 @@ def compare(a: Path, b: Path) -> str:
         first, second = (sum(column) for column in zip(*pairs, strict=True))
         only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
         rows.append((name, *map(str, (first, second, *only)), f"{mcnemar(pairs):.2g}"))
-    head = (f"{len(ids)} pictures", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
+    head = (f"{len(ids)} images", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
     return table(head, rows)
 
 

@@ -1,8 +1,8 @@
-"""A run as one page that needs no network and no server: verdict, table, checks, curves, every picture.
+"""A run as one page that needs no network and no server: verdict, table, checks, curves, every image.
 
     python -m diffender.report page runs/NAME     write report.html there anew
 
-Pictures are inlined, reduced to 224 pixels; cards that are out of sight are not laid out, so that hundreds stay light.
+Images are inlined, reduced to 224 pixels; cards that are out of sight are not laid out, so that hundreds stay light.
 """
 
 import base64
@@ -17,14 +17,14 @@ from PIL import Image
 from diffender.report.tables import accuracies, counted
 from diffender.utils.images import STAGES
 
-WIDTH = 224  # of a picture on the page
+WIDTH = 224  # of an image on the page
 CURVE = (420, 190)  # of a chart
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
 GREY = "#64748b"  # without a patch, or without a defence
 
 STYLE = Path(__file__).with_suffix(".css")
 
-# The slider shows the card's own pictures again, which are inlined once.
+# The slider shows the card's own images again, which are inlined once.
 SCRIPT = """
 document.querySelectorAll('.slide').forEach(slide => {
   slide.querySelectorAll('img').forEach(i => { i.src = slide.closest('.card').querySelector('.' + i.alt + ' img').src })
@@ -36,7 +36,7 @@ document.querySelectorAll('.slide').forEach(slide => {
 
 
 def inline(path: Path) -> str:
-    """A picture as a data URI: photographs as JPEG, maps and masks as PNG in grey."""
+    """An image as a data URI: photographs as JPEG, maps and masks as PNG in grey."""
     with Image.open(path) as image:
         grey = image.mode in ("L", "1")
         image = image.convert("L" if grey else "RGB")
@@ -99,7 +99,7 @@ def chart(
 
 
 def along_steps(records: Sequence[dict], what: str) -> dict[str, list[float]]:
-    """`loss` or `fooled` of each attack along its steps, mean over pictures."""
+    """`loss` or `fooled` of each attack along its steps, mean over images."""
     found: dict[str, list[list[float]]] = {}
     for record in records:
         for variant, attack in record["attacks"].items():
@@ -115,11 +115,11 @@ def charts(results: dict, records: Sequence[dict]) -> str:
     right = {name: [100 - 100 * v for v in values] for name, values in along_steps(records, "fooled").items()}
     drawn = [
         chart("accuracy that the attack saw, in per cent", right, steps, span=percent, colours=colours),
-        chart("attacker's loss, mean over pictures", loss, steps, colours=colours),
+        chart("attacker's loss, mean over images", loss, steps, colours=colours),
     ]
     titles = {
         "theta": ("accuracy of these patches at other thresholds, in per cent", "theta"),
-        "area": ("accuracy under patches of other sizes, made anew, in per cent", "share of the picture"),
+        "area": ("accuracy under patches of other sizes, made anew, in per cent", "share of the image"),
     }
     for axis, (title, label) in titles.items():
         columns = dict(results.get("curves", {}).get(axis, {}))
@@ -134,16 +134,16 @@ def headline(results: dict) -> str:
     last = results["rows"][-1]
     n = last["single"]["n"]
     if last["attack"] == "none":
-        return f"No attack. {results['defense']} leaves {counted(last['single'])} of {n} clean pictures right."
+        return f"No attack. {results['defense']} leaves {counted(last['single'])} of {n} clean images right."
     return (
-        f"Under the strongest patch made for each of {n} pictures, {results['defense']} leaves "
+        f"Under the strongest patch made for each of {n} images, {results['defense']} leaves "
         f"{counted(last['single'])} right, and the undefended classifier {counted(last['undefended'])}. Clean: "
         f"{counted(results['rows'][0]['single'])}. Other patches may do more harm: these are upper bounds."
     )
 
 
 def states(record: dict) -> list[str]:
-    """What a picture is filtered by."""
+    """What an image is filtered by."""
     attacks, label = record["attacks"].values(), record["label"]
     found = ["failed"] if any(a["defended"][0] != label for a in attacks) else []
     if any(a["undefended"] != label == a["defended"][0] for a in attacks):
@@ -164,7 +164,7 @@ def seen(
 
 
 def card(record: dict, folder: Path, names: Sequence[str]) -> str:
-    """One picture: its stages under the last attack, what is seen in each, all attacks in a line."""
+    """One image: its stages under the last attack, what is seen in each, all attacks in a line."""
     label, attacks = record["label"], record["attacks"]
     last = list(attacks.values())[-1] if attacks else record
     uris = {s: inline(f) for s in STAGES if (f := folder / f"{record['file']}_{s}.png").is_file()}
@@ -196,7 +196,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> str:
 
 
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
-    """The whole document; `folder` holds the pictures of the stages."""
+    """The whole document; `folder` holds the images of the stages."""
     top, lines = accuracies(results)
     head, *rows = [[escape(cell) for cell in line] for line in (top, *lines)]
     note = "<p class=soft>In per cent, with counts and Wilson intervals of 95 %.</p>"
@@ -216,7 +216,7 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
         for name, title in filters.items()
     )
     cards = "".join(card(r, folder, names) for r in records)
-    parts.append(f"<h2>Pictures</h2><fieldset><legend class=soft>show</legend>{radios}</fieldset>{cards}")
+    parts.append(f"<h2>Images</h2><fieldset><legend class=soft>show</legend>{radios}</fieldset>{cards}")
     settings = [[escape(k), f"<code>{escape(json.dumps(v))}</code>"] for k, v in config.items()]
     parts.append(
         f"<h2>Settings</h2><details><summary>all {len(settings)}</summary>{table(('', ''), settings)}</details>"

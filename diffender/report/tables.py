@@ -1,7 +1,7 @@
-"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of pictures.
+"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of images.
 
 python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
-python -m diffender.report compare runs/A runs/B          # two runs, picture by picture
+python -m diffender.report compare runs/A runs/B          # two runs, image by image
 
 Torch is imported inside the functions: tables need none.
 """
@@ -58,7 +58,7 @@ def markdown(results: dict) -> str:
     if results["masks"]:
         scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}
         scores = {c: title for c, title in scores.items() if all(c in m for m in results["masks"].values())}
-        head = ("masks, means over the pictures", "patched", *scores.values(), "passes", "seconds a picture")
+        head = ("masks, means over the images", "patched", *scores.values(), "passes", "seconds an image")
         rows = [
             (
                 name,
@@ -71,11 +71,11 @@ def markdown(results: dict) -> str:
         ]
         parts.append(table(head, rows))
     if results["masked_clean"] is not None:
-        parts.append(f"Masked share of clean pictures: {100 * results['masked_clean']:.1f} %.\n")
+        parts.append(f"Masked share of clean images: {100 * results['masked_clean']:.1f} %.\n")
     if results.get("trust"):
         parts.append(trust_table(results["trust"]))
     parts.append(
-        f"`{results['command']}`: {results['rows'][0]['single']['n']} pictures, {results['setting']}, seed "
+        f"`{results['command']}`: {results['rows'][0]['single']['n']} images, {results['setting']}, seed "
         f"{results['seed']}, {results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on "
         f"{results['machine']}, {results['date']}.\n"
     )

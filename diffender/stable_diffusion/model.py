@@ -25,11 +25,11 @@ class ModelConfig:
     unet: UNetConfig
     vae: VAEConfig
     text: TextConfig
-    image_size: int  # side of the square pictures the model was trained on, in pixels
+    image_size: int  # side of the square images the model was trained on, in pixels
 
     @property
     def multiple(self) -> int:
-        """Sides of pictures are multiples of it: of a latent, halved by each level of the UNet."""
+        """Sides of images are multiples of it: of a latent, halved by each level of the UNet."""
         return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
 
     @property
@@ -62,7 +62,7 @@ class LatentDiffusion(nn.Module):
     """eps(z_t, t, context | conditioning) with the ways into and out of latent space."""
 
     alphas_cumprod: Tensor
-    micro_batch: int | None = None  # at most so many pictures or latents go through a network at a time
+    micro_batch: int | None = None  # at most so many images or latents go through a network at a time
     keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
 
     def __init__(self, cfg: ModelConfig):
@@ -124,7 +124,7 @@ class LatentDiffusion(nn.Module):
         return self.eps(z_t, t, context, blank if self.locator is None else None, self.locator)
 
     def posterior(self, x: Tensor) -> Posterior:
-        """Of the unscaled latents of pictures (B, 3, H, W) in [0, 1]: what `latents` draws from, again and again."""
+        """Of the unscaled latents of images (B, 3, H, W) in [0, 1]: what `latents` draws from, again and again."""
         moments = self.run(lambda x: torch.cat(self.vae.posterior(x), dim=1), x)
         return Posterior(*moments.chunk(2, dim=1))
 
@@ -133,15 +133,15 @@ class LatentDiffusion(nn.Module):
         return self.vae.cfg.scale_factor * posterior.sample(noise)
 
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] to scaled latents, with noise (B, 4, h, w) for the posterior."""
+        """Images (B, 3, H, W) in [0, 1] to scaled latents, with noise (B, 4, h, w) for the posterior."""
         return self.latents(self.posterior(x), noise)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) to pictures; about [0, 1], not clamped."""
+        """Scaled latents (B, 4, h, w) to images; about [0, 1], not clamped."""
         return self.run(self.vae.decode, z)
 
     def masked_conditioning(self, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """What an inpainting UNet sees beside its latents: the mask and the latents of the picture without its inside.
+        """What an inpainting UNet sees beside its latents: the mask and the latents of the image without its inside.
 
         x (B, 3, H, W) in [0, 1]; mask (B, 1, H, W) in {0, 1}, 1 = repaint; noise (B, 4, h, w) for the posterior.
         The inside becomes mid grey. The mask goes to the latent grid by its nearest (upper left) pixel.
@@ -153,7 +153,7 @@ class LatentDiffusion(nn.Module):
     def blank_conditioning(self, size: tuple[int, int]) -> Tensor:
         """The conditioning "everything is masked", (1, 5, h, w): the UNet then denoises from the text alone.
 
-        The latents are the posterior mean of a grey picture of `size` (H, W): nothing here depends on the input.
+        The latents are the posterior mean of a grey image of `size` (H, W): nothing here depends on the input.
         """
         weight = self.vae.quant_conv.weight
         grey = torch.full((1, 3, *size), 0.5, dtype=weight.dtype, device=weight.device)

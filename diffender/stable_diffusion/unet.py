@@ -207,8 +207,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).
 
-        h and w must be multiples of 2 ** (levels - 1). With n contexts for each picture, context (n B, L, context_dim)
-        -> eps (n B, ...), row k B + b of both belongs to picture b, and what comes before the first text is computed
+        h and w must be multiples of 2 ** (levels - 1). With n contexts for each image, context (n B, L, context_dim)
+        -> eps (n B, ...), row k B + b of both belongs to image b, and what comes before the first text is computed
         once.
         """
         multiple = 2 ** (len(self.cfg.channel_mult) - 1)

@@ -21,7 +21,7 @@ class VAEConfig:
     num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
     z_channels: int = 4
     scale_factor: float = 0.18215
-    norm_groups: int = 32  # narrow networks want fewer: with one channel a group the colour of a picture is normed away
+    norm_groups: int = 32  # narrow networks want fewer: with one channel a group the colour of an image is normed away
 
     @property
     def factor(self) -> int:

@@ -22,10 +22,10 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 class NonFinite(InputError):
-    """NaN or infinity in `what`, for the pictures at `rows` of the batch."""
+    """NaN or infinity in `what`, for the images at `rows` of the batch."""
 
     def __init__(self, what: str, rows: list[int]):
-        super().__init__(f"NaN or infinity in the {what} of picture {', '.join(map(str, rows))} of the batch")
+        super().__init__(f"NaN or infinity in the {what} of image {', '.join(map(str, rows))} of the batch")
         self.what, self.rows = what, rows
 
 
@@ -38,7 +38,7 @@ def check_finite(what: str, x: Tensor) -> None:
 
 @contextmanager
 def named_images(image_ids: Sequence[str]) -> Iterator[None]:
-    """Turns a NonFinite of this batch into an error that names its pictures."""
+    """Turns a NonFinite of this batch into an error that names its images."""
     try:
         yield
     except NonFinite as e:

@@ -53,7 +53,7 @@ def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
-    """A row a picture: clean, attacked, difference map, mask, restored, with what the classifier sees in each."""
+    """A row an image: clean, attacked, difference map, mask, restored, with what the classifier sees in each."""
     from matplotlib.figure import Figure
 
     records = records[:rows]
