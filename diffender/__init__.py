@@ -19,6 +19,7 @@ _HOME = {
     "weights.prompts": ("contexts_for",),
     "classifiers.imagenet": ("load_classifier",),
     "attacks": ("ATTACKS", "AdvP", "GDPA", "LaVAN", "RHDE", "SparseRS"),
+    "attacks.expectation": ("Attacked", "Task"),
     "utils.errors": ("InputError",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
