@@ -24,7 +24,7 @@ def main() -> None:
         return
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    del sys.argv[1]
+    sys.argv = [f"diffender {name}", *sys.argv[2:]]  # what messages and records call the program
     import_module(COMMANDS[name][0]).main()
 
 

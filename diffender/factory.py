@@ -73,8 +73,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def command() -> str:
     """The command line of this process, as a user would type it again."""
+    if sys.argv[0].startswith("diffender "):
+        return " ".join(["python -m", *sys.argv])
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return " ".join(["python", f"-m {spec.name}" if spec else Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    return " ".join(["python", program, *sys.argv[1:]])
 
 
 def machine(device: torch.device) -> str:

@@ -161,5 +161,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+        program = Path(sys.argv[0])
+        name = program.parent.name if program.name == "__main__.py" else program.name
+        print(f"{name}: {told}", file=sys.stderr)
     sys.exit(code)
