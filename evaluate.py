@@ -31,7 +31,6 @@ def main() -> None:
         print(names())
         return
     # Imported after the options are known to be good: torch and timm take seconds.
-    from diffender.classifiers.imagenet import class_names
     from diffender.evaluation.memory import GIB, most_held_bytes
     from diffender.evaluation.records import read_records
     from diffender.evaluation.run import finish, pictures, prepare, resolved, work
@@ -58,7 +57,7 @@ def main() -> None:
         return
     wait()
     if is_first() and finish(experiment, batch) is not None:
-        results = write_report(experiment.folder, experiment.target.classifier.names or class_names())
+        results = write_report(experiment.folder, experiment.names)
         print(f"\n{markdown(results)}")
         if not opts.quiet:
             print(f"images and all else: {experiment.folder / 'report.html'}")

@@ -1,4 +1,4 @@
-"""A run's folder, its device, its machine. Results are appended image by image, so a killed run can go on."""
+"""From options to objects: the model, the classifier, the images, the device; and how this process was started."""
 
 import os
 import platform

@@ -13,6 +13,7 @@ import torch
 
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset
+from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.plan import (
     COSTLY,
@@ -73,6 +74,11 @@ class Experiment(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.target.classifier.mean.device
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, in order."""
+        return self.target.classifier.names or class_names()
 
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:

@@ -32,9 +32,7 @@ class Options(TargetOptions):
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    from diffender.paper.ablation import (
-        ablate,  # after the options are known to be good: torch takes seconds
-    )
+    from diffender.paper.ablation import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)
 

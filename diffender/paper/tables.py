@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.plan import Options, describe, fill
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, pictures, prepare, resolved, work
@@ -169,7 +168,7 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
         return []
     for e in experiments:
-        write_report(e.folder, e.target.classifier.names or class_names())
+        write_report(e.folder, e.names)
     lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
     beside = [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:

@@ -1,10 +1,4 @@
-"""From the records of a run to what people read: counts with intervals, a Markdown table, a grid of images.
-
-python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
-python -m diffender.report compare runs/A runs/B          # two runs, image by image
-
-Torch is imported inside the functions: tables need none.
-"""
+"""The tables of a run: counts with Wilson intervals, masks, checks, as Markdown."""
 
 from __future__ import annotations
 

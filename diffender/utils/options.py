@@ -42,6 +42,11 @@ def changed(cls: type, name: str, default: Any, help: str | None = None) -> Any:
     return field(default=default, metadata={**given.metadata, "help": help or given.metadata["help"]})
 
 
+def allowed(low: float | None, high: float | None) -> str:
+    """A range in words."""
+    return f"at least {low}" if high is None else f"from {low} to {high}"
+
+
 def check_options(opts: Any) -> None:
     """Raises InputError for a value outside of its choices or its range."""
     for f in fields(opts):
@@ -50,8 +55,7 @@ def check_options(opts: Any) -> None:
         if choices and value is not None and value not in choices:
             raise InputError(f"unknown {f.name} {value!r}; choose one of {', '.join(choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not within(value, low, high):
-            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise InputError(f"{f.name} is {value}; allowed is {allowed}")
+            raise InputError(f"{f.name} is {value}; allowed is {allowed(low, high)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,8 +97,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     for f in fields(cls):
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):
-            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed}")
+            parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed(low, high)}")
     return cls(**vars(args))
 
 

@@ -1,9 +1,4 @@
-"""Models from files: the embedded one, and official checkpoints in every layout they are published in.
-
-python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
-python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
-python -m diffender.weights inspect PATH             what a file or folder holds
-"""
+"""Models from files: the embedded one, and official checkpoints in every layout they are published in."""
 
 import json
 from collections import Counter
