@@ -122,6 +122,19 @@ def test_sizes_that_do_not_fit_say_so():
             vae.posterior(torch.empty(1, 3, 31, 32))
 
 
+def test_a_vae_on_squares_of_pixels_has_the_same_latents_and_sees_each_pixel_once():
+    cfg = VAEConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, patch=4)
+    vae = AutoencoderKL(cfg)
+    assert cfg.factor == 8
+    assert vae.encoder.conv_in.weight.shape == (8, 48, 3, 3)
+    x = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = vae.encode(x)
+    assert z.shape == (1, 4, 4, 8)
+    assert vae.decode(z).shape == x.shape
+    (gradient,) = torch.autograd.grad(z.square().sum(), x)
+    assert gradient.ne(0).all()
+
+
 def test_tokens_are_those_of_the_published_tokenizers(model):
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert model.text.tokenize(["a photo of a cat"])[0].tolist() == cat + [49407] * 70

@@ -22,11 +22,12 @@ class VAEConfig:
     z_channels: int = 4
     scale_factor: float = 0.18215
     norm_groups: int = 32  # narrow networks want fewer: with one channel a group the colour of an image is normed away
+    patch: int = 1  # side of the squares of pixels that the first layer takes, and the last gives, as channels
 
     @property
     def factor(self) -> int:
         """Pixels of the image to one latent, on a side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
 class Posterior(NamedTuple):
@@ -91,7 +92,8 @@ def middle(c: int, groups: int) -> nn.ModuleDict:
 class Encoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        self.patch = cfg.patch
+        self.conv_in = nn.Conv2d(3 * cfg.patch**2, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         c, last = cfg.ch, len(cfg.ch_mult) - 1
         for i, mult in enumerate(cfg.ch_mult):
@@ -108,7 +110,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for level in self.down:
             for layer in level.children():
                 h = layer(h)
@@ -120,6 +122,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
+        self.patch = cfg.patch
         c = cfg.ch * cfg.ch_mult[-1]
         self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
         self.mid = middle(c, cfg.norm_groups)
@@ -135,7 +138,7 @@ class Decoder(nn.Module):
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the last to run: numbered by resolution
         self.norm_out = norm(c, cfg.norm_groups)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, 3 * cfg.patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
@@ -144,7 +147,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for layer in level.children():
                 h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
 class AutoencoderKL(nn.Module):
