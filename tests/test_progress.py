@@ -27,7 +27,7 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, c
         assert theta[name][own] == rows[name]["single"]["accuracy"], "the same images, noise and threshold"
     assert len(area["advp/undefended"]) == len(area["advp/bpda-mask"]) == 2
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
-    assert charts(results, records).count("<svg") == 4
+    assert len(charts(results, records)) == 4
     assert len((folder / "curves-all.jsonl").read_text().splitlines()) == 1
     monkeypatch.setattr(curves, "over_theta", None)  # what is there is not done again
     assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
