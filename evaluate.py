@@ -49,8 +49,9 @@ def main() -> None:
     experiment = prepare(opts)
     batch = pictures(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
-    if not opts.quiet:
-        print(f"{opts.prompt} prompts; {experiment.device}; {done} images done before; results in {experiment.folder}")
+    if not opts.run.quiet:
+        prompt, folder = opts.target.defense.prompt, experiment.folder
+        print(f"{prompt} prompts; {experiment.device}; {done} images done before; results in {folder}")
     work([experiment], batch)
     if opts.dry_run:
         print(json.dumps(resolved(opts), indent=1))
@@ -59,7 +60,7 @@ def main() -> None:
     if is_first() and finish(experiment, batch) is not None:
         results = write_report(experiment.folder, experiment.names)
         print(f"\n{markdown(results)}")
-        if not opts.quiet:
+        if not opts.run.quiet:
             print(f"images and all else: {experiment.folder / 'report.html'}")
             print(f"peak memory {most_held_bytes(experiment.device) / GIB:.1f} GiB")
 

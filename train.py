@@ -15,10 +15,10 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffender.config import DefenseOptions, ModelOptions, TuningConfig
-from diffender.utils.options import changed, option, parse, pick, run, settings
+from diffender.config import EMBEDDED, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
+from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
     from diffender.classifiers.dataset import Batch
@@ -27,8 +27,15 @@ if TYPE_CHECKING:
     from diffender.tuning import Shots, Tuning
 
 
+WHILE_TUNING = replace(EMBEDDED, draws=2, steps=3)
+
+
 @dataclass(frozen=True)
-class Options(TuningConfig, ModelOptions):
+class Options:
+    tuning: TuningConfig = part(TuningConfig())
+    model: ModelOptions = part(ModelOptions())
+    method: dict[str, Any] = given(WHILE_TUNING, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance")
+    run: RunOptions = part(RunOptions(), "device", "quiet")
     data: str = option(
         "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
     )
@@ -44,16 +51,14 @@ class Options(TuningConfig, ModelOptions):
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
     classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.classifiers.imagenet")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    noise_ratio: float = changed(DefenseOptions, "noise_ratio", 0.2)
-    draws: int = changed(DefenseOptions, "draws", 2, "Number of draws m in Eq. 2 while tuning.")
-    theta: float = changed(DefenseOptions, "theta", 2.5)
-    steps: int = changed(DefenseOptions, "steps", 3, "Sampler steps of restoration while tuning.")
-    sampler: str = changed(DefenseOptions, "sampler", "dpmpp")
-    guidance: float = changed(DefenseOptions, "guidance", 1.0)
     out: str = option("runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.")
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
     )
+
+    @property
+    def config(self) -> DIFFenderConfig:
+        return replace(WHILE_TUNING, **self.method)
 
 
 def main() -> None:
@@ -64,7 +69,6 @@ def main() -> None:
     from diffender.attacks import AdvP
     from diffender.attacks.expectation import Task
     from diffender.classifiers.imagenet import load_classifier
-    from diffender.config import DIFFenderConfig
     from diffender.evaluation.memory import footprint, keep_or_recompute
     from diffender.evaluation.workers import own_device, start
     from diffender.factory import open_model, pick_device, pick_dtype
@@ -82,43 +86,43 @@ def main() -> None:
     if unfinished(opts).is_file():
         read_unfinished(opts)  # one that cannot go on shows before any work
     rank, workers = start()
-    smallest = opts.shots % opts.batch_size or opts.batch_size  # batch
+    smallest = opts.shots % opts.tuning.batch_size or opts.tuning.batch_size  # batch
     if workers > smallest:
         raise InputError(
             f"{workers} processes share a batch of {smallest}: start at most {smallest}, or change --shots"
         )
-    opts = replace(opts, device=own_device(opts.device))
-    device = pick_device(opts.device)
+    opts = change(opts, device=own_device(opts.run.device))
+    device = pick_device(opts.run.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
     batch = photographs(opts, classifier)
-    model = open_model(opts, device)
+    model = open_model(opts.model, device)
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
-    with bar(attack.iters, "attacking the photographs", opts.quiet or rank > 0) as progress:
-        task = Task(Undefended(classifier), x, y, batch.ids, opts.seed)
+    with bar(attack.iters, "attacking the photographs", opts.run.quiet or rank > 0) as progress:
+        task = Task(Undefended(classifier), x, y, batch.ids, opts.tuning.seed)
         attacked = attack(task, callback=lambda _: progress.update())
     fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
-    if rank == 0 and not opts.quiet:
+    if rank == 0 and not opts.run.quiet:
         print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
 
-    prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.seed, "ctx")).to(device)
+    prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.tuning.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
-    if opts.keep is None:
-        one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, x.shape[-1])
-        evaluations = opts.steps * (1 if opts.guidance == 1 else 2)
-        model.keep = keep_or_recompute(one, opts.batch_size, opts.draws, evaluations, device)
-    defense = DIFFender(model, prompts(model), pick(DIFFenderConfig, opts))
+    if opts.model.keep is None:
+        one = footprint(model.cfg, pick_dtype(opts.model.dtype, device), classifier.net, x.shape[-1])
+        evaluations = opts.config.steps * (1 if opts.config.guidance == 1 else 2)
+        model.keep = keep_or_recompute(one, opts.tuning.batch_size, opts.config.draws, evaluations, device)
+    defense = DIFFender(model, prompts(model), opts.config)
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
-    tuning = Tuning(prompts, opts, math.ceil(opts.shots / opts.batch_size))
+    tuning = Tuning(prompts, opts.tuning, math.ceil(opts.shots / opts.tuning.batch_size))
     tune_and_save(opts, Defended(defense, classifier), tuning, every, rank, workers)
     if rank > 0:
         return
 
-    header = asdict(opts) | {"ids": batch.ids, "hashes": batch.hashes, "terms": tuning.best, "torch": torch.__version__}
-    save_prompts(prompts, path, header)
+    told = {"ids": batch.ids, "hashes": batch.hashes, "terms": tuning.best, "torch": torch.__version__}
+    save_prompts(prompts, path, flat(opts) | asdict(opts.config) | told)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
 
@@ -133,7 +137,7 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
             f"{opts.classifier} names no layers for the feature distance of Eq. 6; take another classifier"
         )
     wanted = opts.shots + opts.held_out
-    batch = correct_subset(list_items(opts.data), classifier, wanted, opts.seed)
+    batch = correct_subset(list_items(opts.data), classifier, wanted, opts.tuning.seed)
     if len(batch.ids) < wanted:
         raise InputError(
             f"--shots {opts.shots} and --held-out {opts.held_out} are {wanted} photographs; {opts.classifier} reads "
@@ -159,13 +163,13 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, every: Shots,
     if unfinished(opts).is_file():
         tuning.load_state_dict(read_unfinished(opts))
     shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
-    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.batch_size)]
+    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
     batches = [Share(every.part(rows), len(rows) / n) for rows, n in mine]
-    speaks = rank == 0 and not opts.quiet
-    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, asdict(opts))
-    progress = bar(opts.rounds, "tuning", not speaks, initial=tuning.rounds)
+    speaks = rank == 0 and not opts.run.quiet
+    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, flat(opts) | asdict(opts.config))
+    progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
-        for terms in tune(target, tuning, batches, every.part(held_out), opts, add_up):
+        for terms in tune(target, tuning, batches, every.part(held_out), opts.tuning, add_up):
             if rank == 0:
                 with whole(unfinished(opts)) as partial:
                     torch.save(tuning.state_dict() | {"settings": resolved(opts)}, partial)
@@ -185,7 +189,7 @@ def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
     from diffender.factory import model_hashes
 
-    return settings(opts, "out") | {"sha256": model_hashes(opts)}
+    return settings(opts, "out") | asdict(opts.config) | {"sha256": model_hashes(opts.model)}
 
 
 def read_unfinished(opts: Options) -> dict:
@@ -199,13 +203,13 @@ def read_unfinished(opts: Options) -> dict:
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
     try:
-        state = torch.load(path, map_location=opts.device if opts.device != "auto" else None, weights_only=True)
+        state = torch.load(path, map_location=opts.run.device if opts.run.device != "auto" else None, weights_only=True)
         theirs = state["settings"]
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
         raise InputError(f"{path} is damaged ({one_line(e)}); {advice}") from e
     mine = resolved(opts)
-    if changed := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
-        raise InputError(f"{path} holds a tuning with other settings ({', '.join(changed)}); {advice}")
+    if others := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
+        raise InputError(f"{path} holds a tuning with other settings ({', '.join(others)}); {advice}")
     return state
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 from common import DTYPES, in_turn, parser, report
@@ -21,10 +22,9 @@ from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import margin
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import load_classifier
-from diffender.config import GRADIENTS, Backward, DefenseOptions, DIFFenderConfig
+from diffender.config import EMBEDDED, GRADIENTS, Backward
 from diffender.evaluation.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes
 from diffender.pipeline import Defended, DIFFender
-from diffender.utils.options import pick
 from diffender.weights.loading import load_model
 from diffender.weights.prompts import contexts_for
 
@@ -32,10 +32,10 @@ from diffender.weights.prompts import contexts_for
 def build(args: argparse.Namespace, steps: int) -> Defended:
     tiny = args.model == "tiny"
     model = load_model(args.model, None if tiny else "random", getattr(torch, args.dtype)).to(args.device)
-    opts = DefenseOptions(guidance=args.guidance, sampler=args.sampler, draws=args.draws)
+    cfg = replace(EMBEDDED, guidance=args.guidance, sampler=args.sampler, draws=args.draws, steps=steps)
     with torch.no_grad():
         contexts = contexts_for("tuned" if tiny else "manual", model)
-    defense = DIFFender(model, contexts, pick(DIFFenderConfig, opts, steps=steps))
+    defense = DIFFender(model, contexts, cfg)
     return Defended(defense, load_classifier("efficientnet_lite0").to(args.device))
 
 

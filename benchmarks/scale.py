@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffender.evaluation.plan import Options, costs, fill
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.utils.options import change
 
 PICTURES = 50_000
 BUDGETS = {  # what an image is given
@@ -54,7 +55,7 @@ def main() -> None:
     print(f"a pass: {seconds:.3f} s ({given})")
     rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
-        opts = fill(Options(preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
+        opts = fill(change(Options(), preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
         passes = costs(opts, costly=True)
         figures["passes an image"][name] = passes
         days = PICTURES * passes * seconds / 86400

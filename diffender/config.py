@@ -3,10 +3,11 @@
 Each setting of the method stands here once, with its help and its range; command lines are made from these classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from diffender.utils.errors import InputError
-from diffender.utils.options import changed, check_options, option
+from diffender.utils.options import check_options, given, option, part
 
 GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
 STE = ("identity", "sigmoid", "none", "soft")
@@ -46,6 +47,10 @@ class DIFFenderConfig:
             raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
         if self.sampler == "dpmpp" and self.eta > 0:
             raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
+
+
+EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.5, steps=4, guidance=1.0, sampler="dpmpp")
+"""The settings that suit the embedded model (docs/choices.md)."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,7 @@ class ModelOptions:
     """Which diffusion model runs, and how: the flags that the scripts share."""
 
     model: str = option(
-        "auto",
-        "Name of the model. auto: the embedded model tiny, or what --weights holds.",
-        group="the model, and where it runs",
+        "auto", "Name of the model. auto: the embedded model tiny, or what --weights holds.", group="the model"
     )
     weights: str | None = option(
         None, "Checkpoint: a single file or a Hugging Face folder. random: random weights, to try a size."
@@ -120,14 +123,22 @@ class ModelOptions:
         "Keep activations for the backward pass instead of recomputing them. Same gradients, more memory "
         "(default: if they take at most a quarter of the free memory).",
     )
-    device: str = option("auto", "Device: auto, cpu, cuda, ...")
-    quiet: bool = option(False, "Print only results and errors.")
 
 
 @dataclass(frozen=True)
-class DefenseOptions(DIFFenderConfig, ModelOptions):
-    """The prompts and the method, with the settings that suit the embedded model (docs/choices.md)."""
+class RunOptions:
+    """What every command takes."""
 
+    device: str = option("auto", "Device: auto, cpu, cuda, ...", group="the run")
+    quiet: bool = option(False, "Print only results and errors.")
+    seed: int = option(0, "Seed of every random choice.", low=0)
+
+
+@dataclass(frozen=True)
+class DefenseOptions:
+    """The model, its prompts, and the settings of the method that are not to be those of EMBEDDED."""
+
+    model: ModelOptions = part(ModelOptions())
     prompt: str = option(
         "tuned",
         "Prompts of the defence: tuned, manual or empty.",
@@ -135,17 +146,18 @@ class DefenseOptions(DIFFenderConfig, ModelOptions):
         group="prompts",
     )
     prompts: str | None = option(None, "File of tuned prompts, written by train.py. None for the shipped ones.")
-    noise_ratio: float = changed(DIFFenderConfig, "noise_ratio", 0.2)
-    theta: float = changed(DIFFenderConfig, "theta", 2.5)
-    steps: int = changed(DIFFenderConfig, "steps", 4)
-    guidance: float = changed(DIFFenderConfig, "guidance", 1.0)
-    sampler: str = changed(DIFFenderConfig, "sampler", "dpmpp")
+    method: dict[str, Any] = given(EMBEDDED)
+
+    @property
+    def config(self) -> DIFFenderConfig:
+        return replace(EMBEDDED, **self.method)
 
 
 @dataclass(frozen=True)
-class TargetOptions(DefenseOptions):
-    """The classifier behind the defence, and the images."""
+class TargetOptions:
+    """A classifier behind the defence, and the images."""
 
+    defense: DefenseOptions = part(DefenseOptions())
     data: str = option(
         "samples",
         "Images: samples, a folder with a folder for each wnid, or a csv with the columns file and label "
@@ -162,5 +174,3 @@ class TargetOptions(DefenseOptions):
     classifier_weights: str | None = option(
         None, "Safetensors file of the classifier, in timm's names. None for the embedded ones."
     )
-    seed: int = option(0, "Seed of every random choice.", low=0)
-    batch_size: int = option(8, "Images per batch. Changes no result.", low=1)

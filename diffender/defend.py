@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffender.config import DefenseOptions
+from diffender.config import DefenseOptions, RunOptions
 from diffender.utils.errors import InputError
-from diffender.utils.options import option, parse, pick, run, settings
+from diffender.utils.options import option, parse, part, run, settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(DefenseOptions):
+class Options:
+    defense: DefenseOptions = part(DefenseOptions())
+    run: RunOptions = part(RunOptions())
     paths: tuple[str, ...] = option((), "images, and folders of images, searched through")
     out: str = option("defended", "folder for what comes out")
     classifier: str = option("none", "a name of diffender.classifiers.imagenet, timm:TAG, or none")
     classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for an embedded one")
-    seed: int = option(0, "of the noise, which also depends on the file's name", low=0)
 
 
 class Found(NamedTuple):
@@ -54,15 +55,11 @@ class Defender:
 
     def __init__(self, opts: Options | None = None):
         from diffender.classifiers.imagenet import class_names, load_classifier
-        from diffender.config import DIFFenderConfig
-        from diffender.factory import open_model, pick_device
-        from diffender.weights.prompts import SHIPPED, contexts_for
+        from diffender.factory import open_defense, pick_device
 
         self.opts = opts = opts or Options()
-        device = pick_device(opts.device)
-        self.model = open_model(opts, device)
-        self.contexts = contexts_for(opts.prompt, self.model, Path(opts.prompts or SHIPPED)).detach()
-        self.cfg = pick(DIFFenderConfig, opts)
+        device = pick_device(opts.run.device)
+        self.defense = open_defense(opts.defense, device)
         self.classifier: Classifier | None = None
         if opts.classifier != "none":
             self.classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
@@ -79,12 +76,12 @@ class Defender:
 
         started = time.monotonic()
         image = as_rgb(image)
-        x = (pil_to_tensor(image).float() / 255)[None].to(self.model.alphas_cumprod.device)
-        size = working_size(image.size, self.model.cfg)
+        x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
+        size = working_size(image.size, self.defense.model.cfg)
         if size not in self.defenses:
-            self.defenses[size] = DIFFender(self.model, self.contexts, self.cfg, size)
+            self.defenses[size] = DIFFender(self.defense.model, self.defense.contexts, self.defense.cfg, size)
         defense = self.defenses[size]
-        out = defense(x, defense.sample_noise([name], self.opts.seed, "defend"))
+        out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])
         restored, mask, heatmap = (
             to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
@@ -141,8 +138,8 @@ def resolved(opts: Options) -> dict:
     from diffender.utils.files import sha256
     from diffender.weights.prompts import SHIPPED
 
-    hashes: dict[str, object] = {"model": model_hashes(opts)}
-    files = {"classifier": opts.classifier_weights, "prompts": opts.prompts or SHIPPED}
+    hashes: dict[str, object] = {"model": model_hashes(opts.defense.model)}
+    files = {"classifier": opts.classifier_weights, "prompts": opts.defense.prompts or SHIPPED}
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
     return settings(opts, "paths", "out") | {"sha256": hashes}
 
@@ -162,7 +159,7 @@ def main() -> None:
     own = Path(opts.out) / "per_image.jsonl"
     done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
     with patient(f"stopped between two images; go on with: {command()}") as may_stop:
-        for name, file in bar(pictures, "defending", opts.quiet, unit=" pictures"):
+        for name, file in bar(pictures, "defending", opts.run.quiet, unit=" pictures"):
             try:
                 image, digest = open_image(file, upright=True), sha256(file)
                 if done.get(name, digest) != digest:

@@ -9,13 +9,12 @@ import torch
 
 from diffender.classifiers.dataset import Item, list_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
-from diffender.config import DIFFenderConfig, ModelOptions, TargetOptions
+from diffender.config import DefenseOptions, ModelOptions, TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.utils.options import pick
 from diffender.weights.loading import EMBEDDED, RANDOM, load_model
 from diffender.weights.prompts import SHIPPED, contexts_for
 from diffender.weights.reading import folder_files
@@ -41,13 +40,16 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     return model.to(device)
 
 
-def open_target(opts: TargetOptions, model: LatentDiffusion | None = None) -> Defended:
-    """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
-    device = pick_device(opts.device)
-    classifier = open_classifier(opts).to(device)
-    model = open_model(opts, device) if model is None else model
+def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
+    """The defence that the flags ask for, on its device; `model` where it is open already."""
+    model = open_model(opts.model, device) if model is None else model
     contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED)).detach()
-    return Defended(DIFFender(model, contexts, pick(DIFFenderConfig, opts)), classifier)
+    return DIFFender(model, contexts, opts.config)
+
+
+def open_target(opts: TargetOptions, device: torch.device, model: LatentDiffusion | None = None) -> Defended:
+    """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
+    return Defended(open_defense(opts.defense, device, model), open_classifier(opts).to(device))
 
 
 def open_classifier(opts: TargetOptions) -> Classifier:

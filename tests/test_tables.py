@@ -22,6 +22,7 @@ from diffender.paper.tables import NAMES, Line, as_csv, as_latex, columns, markd
 from diffender.pipeline import Defended, DIFFender
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
+from diffender.utils.options import change
 from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT, SHARED
 
@@ -53,7 +54,7 @@ def test_rows_are_those_of_the_paper(number):
     assert {row.key for row in rows} - {"resize", "vae"} == quoted - {"undefended"}
     for row in rows:
         assert row.key in NAMES
-        opts = fill(Options(**row.changes))
+        opts = fill(change(Options(), **row.changes))
         assert opts.defense in DEFENSES
         assert opts.grad == ("bpda-mask" if opts.defense == "diffender" else "bpda,auto")
     assert len(columns(number)) == len(next(iter(next(iter(QUOTED[number].values())).values())))
@@ -110,7 +111,7 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
         f"{c.path},{(c.label + 1) % 1000},far,{c.path}\n"
     )
     monkeypatch.chdir(tmp_path)
-    opts = Options(table=7, frames="frames.csv", draws=1, steps=1, preset="smoke")
+    opts = change(Options(), table=7, frames="frames.csv", draws=1, steps=1, preset="smoke")
     text = run_table(7, opts)
     assert text.splitlines()[0] == "| accuracy in per cent of frames | near | far |"
     (undefended,) = (line for line in text.splitlines() if "Undefended, patch as photographed" in line)

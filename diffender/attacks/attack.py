@@ -1,15 +1,16 @@
 """What every attack is: a frozen dataclass of its settings, called on a task."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin
 
+Made = TypeVar("Made", bound="Attack")
 Callback = Callable[[int], None]
 
 
@@ -21,8 +22,19 @@ class Attack:
     """
 
     access: ClassVar[str] = "none"
+    flags: ClassVar[dict[str, str]] = {}  # of a command line, where a flag and its field have different names
 
     area: float = 0.05  # share of the image that the patch covers
+
+    @classmethod
+    def reads(cls) -> dict[str, str]:
+        """The flags that this attack takes, and their fields."""
+        return {f.name: f.name for f in fields(cls) if f.name not in cls.flags.values()} | cls.flags
+
+    @classmethod
+    def from_flags(cls: type[Made], values: Mapping[str, Any]) -> Made:
+        """The attack that the flags ask for; None, and flags that it does not take, leave it its defaults."""
+        return cls(**{field: values[flag] for flag, field in cls.reads().items() if values.get(flag) is not None})
 
     def __call__(self, task: Task, init: Tensor | None = None, callback: Callback = lambda step: None) -> Attacked:
         """The best attempt for each image. Results depend on (seed, image id), not on the batch.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ class Crop(Fixed):
 class Ready(Fixed):
     """A patch out of a safetensors file with `patches` (N, 3, s, s) in [0, 1] and `targets` (N,), as ImageNet-Patch
     (Pintor et al. 2023) is stored: a random one that aims at another class than the image's."""
+
+    flags: ClassVar[dict[str, str]] = {"patch_file": "file"}
 
     file: str | None = None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,8 @@ class PerPicture(nn.Module):
 @dataclass(frozen=True)
 class GDPA(GradientAttack):
     """Adam on pattern and place; `restarts` are of direct mode, from the next best places."""
+
+    flags: ClassVar[dict[str, str]] = {"gdpa_mode": "mode", "generator": "weights"}
 
     mode: str = "direct"  # or generator, amortised
     objective: str = "margin"  # or ce, the authors'

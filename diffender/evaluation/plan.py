@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffender.config import Backward, TargetOptions
+from diffender.config import Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import changed, option, pick
+from diffender.utils.options import option, part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,13 +55,46 @@ def budgeted(name: str, help: str, group: str | None = None, choices: tuple[str,
 
 
 @dataclass(frozen=True)
-class Options(TargetOptions):
+class PatchOptions:
+    """What some attacks take and others do not; None leaves an attack its own default. See `Attack.flags`."""
+
+    area: float | None = option(
+        None,
+        "Share of the image that the patch covers (default: 0.05, lavan 0.02; the paper does not say).",
+        low=0.0005,
+        high=0.9,
+        group="the patch",
+    )
+    shape: str | None = option(
+        None, "Shape of the patch of advp and lavan (default: square).", choices=("square", "circle")
+    )
+    location: str | None = option(
+        None,
+        "Where the patch of advp and lavan lies: at one random place (fixed, the default), in a corner, or at a new "
+        "place for each EOT sample (eot).",
+        choices=("fixed", "corner", "eot"),
+    )
+    targeted: bool | None = option(
+        None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
+    )
+    gdpa_mode: str | None = option(
+        None, "Mode of gdpa (default: direct).", choices=("direct", "generator", "amortised")
+    )
+    generator: str | None = option(None, "File of the generator for amortised gdpa.")
+    sticker: str | None = option(None, "Sticker of rhde. None: the best three.")
+    patch_file: str | None = option(None, "Safetensors file with patches and targets, for --attack ready.")
+
+
+@dataclass(frozen=True)
+class Options:
+    target: TargetOptions = part(TargetOptions())
+    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.")
+    run: RunOptions = part(RunOptions())
+    batch_size: int = option(1, "Images per batch. Changes no result. A killed process loses one batch.", low=1)
     preset: str = option(
         "laptop", "Budget of all that is not given: smoke, laptop or paper.", choices=tuple(PRESETS), group="the budget"
     )
     images: int | None = budgeted("images", "Number of images, of those that the classifier gets right.")
-    batch_size: int = option(1, "Images per batch. Changes no result. A killed process loses one batch.", low=1)
-    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.")
     attack: str = option("advp", "Attacks, separated by commas; all: the paper's four; or none.", group="the attack")
     grad: str | None = option(
         None,
@@ -71,21 +104,6 @@ class Options(TargetOptions):
     images_full: int | None = option(
         None, "Number of images for the costly gradients surrogate, full and full+loc.", low=0
     )
-    area: float | None = option(
-        None,
-        "Share of the image that the patch covers (default: 0.05, lavan 0.02; the paper does not say).",
-        low=0.0005,
-        high=0.9,
-    )
-    shape: str = option("square", "Shape of the patch of advp and lavan.", choices=("square", "circle"))
-    location: str = option(
-        "fixed",
-        "Where the patch lies: at one random place, in a corner, or at a new place for each EOT sample.",
-        choices=("fixed", "corner", "eot"),
-    )
-    targeted: bool | None = option(
-        None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
-    )
     iters: int | None = budgeted("iters", "Steps of the adaptive attack; generations of rhde.")
     iters_undefended: int | None = budgeted("iters_undefended", "Steps of the attack on the classifier alone.")
     eot: int | None = budgeted("eot", "EOT samples in each step.")
@@ -94,17 +112,12 @@ class Options(TargetOptions):
     )
     restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
     ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))
-    ste_k: float = changed(Backward, "ste_k", 5.0)
-    evasion: float = changed(Backward, "evasion", 1.0)
-    decoy: float = changed(Backward, "decoy", 0.0)
-    gdpa_mode: str = option("direct", "Mode of gdpa.", choices=("direct", "generator", "amortised"))
-    generator: str | None = option(None, "File of the generator for amortised gdpa.")
-    sticker: str | None = option(None, "Sticker of rhde. None: the best three.")
+    backward: Backward = part(Backward(), "ste_k", "evasion", "decoy")
     queries: int | None = budgeted("queries", "Queries of rhde and sparse-rs to the defence, for each image.")
     queries_undefended: int | None = budgeted(
         "queries_undefended", "Queries of rhde and sparse-rs to the classifier alone, for each image."
     )
-    patch_file: str | None = option(None, "Safetensors file with patches and targets, for --attack ready.")
+    patch: PatchOptions = part(PatchOptions())
     verdicts: int | None = budgeted("verdicts", "Purifications that judge an image (paper: one).", group="the verdict")
     trust: str = option("quick", "Checks of the evaluation itself.", choices=("off", "quick", "full"))
     curves: str | None = budgeted(
@@ -114,7 +127,7 @@ class Options(TargetOptions):
     )
     trust_images: int | None = budgeted("trust_images", "Number of images for the checks.")
     table: int | None = option(
-        None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="the run"
+        None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="results"
     )
     figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
     folds: int = option(1, "Table 6: number of folds. In each, another image of every person is the probe.", low=1)
@@ -146,7 +159,8 @@ def fill(opts: Options) -> Options:
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
             f"{nearest(unknown[0], allowed)}"
         )
-    if not opts.composite and opts.restore and "bpda-mask" in kinds(opts) and opts.attack != "none":
+    cfg = opts.target.defense.config
+    if not cfg.composite and cfg.restore and "bpda-mask" in kinds(opts) and opts.attack != "none":
         raise InputError("--no-composite leaves --grad bpda-mask no way back: take bpda, surrogate, full or full+loc")
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
@@ -224,24 +238,26 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     fit the memory free."""
     from diffender.defenses import build
     from diffender.evaluation.memory import GIB, fit_micro_batch, footprint, held_bytes, keep_or_recompute
-    from diffender.factory import open_target, pick_dtype
+    from diffender.factory import open_target, pick_device, pick_dtype
 
-    target = open_target(opts, model)
+    target = open_target(opts.target, pick_device(opts.run.device), model)
     model, classifier = target.defense.model, target.classifier
     device = classifier.mean.device
-    one = footprint(model.cfg, pick_dtype(opts.dtype, device), classifier.net, classifier.cfg.size)
+    asked, draws = opts.target.defense.model, opts.target.defense.config.draws
+    one = footprint(model.cfg, pick_dtype(asked.dtype, device), classifier.net, classifier.cfg.size)
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
-        model.micro_batch = fit_micro_batch(one, widest, opts.draws, held_bytes(device), int(opts.max_memory * GIB))
-    elif opts.keep is None and opts.defense == "diffender":
-        model.keep = keep_or_recompute(one, rows, opts.draws, recorded_steps(opts), device)
+        model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
+    elif asked.keep is None and opts.defense == "diffender":
+        model.keep = keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 
 
 def recorded_steps(opts: Options) -> int:
     """UNet evaluations of restoration that the gradients asked for pass through."""
     through = set(kinds(opts)) & set(COSTLY)
-    return opts.steps * (1 if opts.guidance == 1 else 2) if through else 0
+    cfg = opts.target.defense.config
+    return cfg.steps * (1 if cfg.guidance == 1 else 2) if through else 0
 
 
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
@@ -249,23 +265,21 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
     from diffender.evaluation.verdicts import Plan
     from diffender.pipeline import Defended
 
-    renamed = {"mode": opts.gdpa_mode, "weights": opts.generator, "file": opts.patch_file}
+    given = vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts", "queries")}
+    eot = opts.eot if opts.patch.location == "eot" else 1
+    bare = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []
     for name, cls in attacks(opts).items():
-        own = {k: v for k, v in renamed.items() if k in cls.__dataclass_fields__}
-        bare = {"iters": opts.iters_undefended, "eot": 1 if opts.location != "eot" else opts.eot, "restarts": 1}
+        few = {"queries": opts.queries_undefended} if cls.access == "queries" else bare
+        base = cls.from_flags(given | few)
+        attack, adaptive = cls.from_flags(given), {}
         if cls.access == "queries":
-            bare = {"queries": opts.queries_undefended}
-            own |= {k: v for k, v in {"iters": opts.iters}.items() if k in cls.__dataclass_fields__}
-        base = pick(cls, opts, **own | {k: v for k, v in bare.items() if k in cls.__dataclass_fields__})
-        adaptive = {}
-        if cls.access == "queries":
-            adaptive["queries"] = (pick(cls, opts, **own), target)
+            adaptive["queries"] = (attack, target)
         elif cls.access == "gradient":
             for kind in kinds(opts):
                 if kind != "transfer":
-                    victim = Defended(target.defense, target.classifier, pick(Backward, opts, mode=kind))
-                    adaptive[kind] = (pick(cls, opts, **own), victim)
+                    backward = replace(opts.backward, mode=kind, ste=opts.ste)
+                    adaptive[kind] = (attack, Defended(target.defense, target.classifier, backward))
         plans.append(Plan(name, base, adaptive))
     return plans
 
@@ -307,7 +321,7 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[
     """For the images of `parts`, measured on x (1, 3, S, S)."""
     from diffender.utils.progress import Progress
 
-    noise = target.sample_noise(["estimate"], opts.seed, "estimate")
+    noise = target.sample_noise(["estimate"], opts.run.seed, "estimate")
     target(x, noise)
     with Progress(target.defense.model, 0, "", quiet=True) as progress:
         started = time.monotonic()
@@ -347,12 +361,15 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
     model = target.defense.model
     if model is None:
         return ""
-    one = footprint(model.cfg, pick_dtype(opts.dtype, x.device), target.classifier.net, x.shape[-1])
+    one = footprint(
+        model.cfg, pick_dtype(opts.target.defense.model.dtype, x.device), target.classifier.net, x.shape[-1]
+    )
+    draws = opts.target.defense.config.draws
     side_by_side = min(opts.batch_size, max((len(part) for part, _ in parts), default=1))
-    above = peak_bytes(one, side_by_side * opts.eot_batch, opts.draws, model.micro_batch)  # verdicts take less
+    above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # verdicts take less
     if model.keep:
         rows = side_by_side * min(opts.eot, opts.eot_batch)
-        above = max(above, kept_bytes(one, rows, opts.draws, recorded_steps(opts)))
+        above = max(above, kept_bytes(one, rows, draws, recorded_steps(opts)))
     peak = held_bytes(x.device) + above
     return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
 

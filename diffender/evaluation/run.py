@@ -6,6 +6,7 @@ A table is a list of experiments on the same images; they share the patches made
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ class Experiment(NamedTuple):
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
     attacks(opts)  # what does not exist shows before anything is loaded
-    open_items(opts)
+    open_items(opts.target)
     target = build_target(opts, model)
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
@@ -94,9 +95,10 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
 
 def pictures(opts: Options, target: Defended) -> Batch:
     """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
-    tuned_on = read_header(Path(opts.prompts or SHIPPED)).get("hashes", []) if opts.prompt == "tuned" else []
-    batch = correct_subset(open_items(opts), target.classifier, opts.images, opts.seed, frozenset(tuned_on))
-    if len(batch.ids) < opts.images and not opts.quiet:
+    asked = opts.target.defense
+    tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt == "tuned" else []
+    batch = correct_subset(open_items(opts.target), target.classifier, opts.images, opts.run.seed, frozenset(tuned_on))
+    if len(batch.ids) < opts.images and not opts.run.quiet:
         print(f"{len(batch.ids)} images instead of {opts.images}: all that the classifier reads right")
     return batch
 
@@ -116,14 +118,17 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     forecasts = [
         forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
     ]
-    if not opts.quiet:
+    if not opts.run.quiet:
         announce(opts, forecasts)
     if opts.dry_run:
         return
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
     total = sum(f.work for f in forecasts)
-    with patient(how_to_go_on(experiments[0])) as may_stop, Progress(model, total, opts.attack, opts.quiet) as progress:
+    with (
+        patient(how_to_go_on(experiments[0])) as may_stop,
+        Progress(model, total, opts.attack, opts.run.quiet) as progress,
+    ):
         for turn in zip(*left, strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
             for e, (part, costly), log in zip(experiments, turn, follow, strict=True):
@@ -151,7 +156,7 @@ def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progr
     ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
-        task = Task(Undefended(e.target.classifier), x, y, ids, e.opts.seed)
+        task = Task(Undefended(e.target.classifier), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         plans = [without(p, () if costly else COSTLY) for p in e.plans]
         records = evaluate_batch(task, judge, plans, e.folder, lambda n: progress.advance(n * PLAIN), bases)
@@ -173,7 +178,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
         "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
-        "seed": opts.seed,
+        "seed": opts.run.seed,
         "setting": describe(opts),
         "verdicts": opts.verdicts,
         "votes": min(VOTES, opts.verdicts - (opts.verdicts + 1) % 2),
@@ -181,14 +186,14 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     checked = time.monotonic()
     if opts.trust != "off" and e.plans:
         n = min(opts.trust_images, len(batch.ids))
-        if not opts.quiet:
+        if not opts.run.quiet:
             print(f"checking the evaluation on {n} images (--trust {opts.trust})")
-        few = Task(e.target, batch.x[:n].to(e.device), batch.y[:n].to(e.device), batch.ids[:n], opts.seed)
+        few = Task(e.target, batch.x[:n].to(e.device), batch.y[:n].to(e.device), batch.ids[:n], opts.run.seed)
         results["trust"] = trust_report(opts.trust, few, e.plans, records, results, e.folder)
     if opts.curves != "off":
         with patient(how_to_go_on(e)) as may_stop:
-            every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.seed)
-            progress = bar(records, "curves", opts.quiet, " images")
+            every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.run.seed)
+            progress = bar(records, "curves", opts.run.quiet, " images")
             results["curves"] = draw_curves(opts.curves, every, e.plans, progress, e.folder, may_stop)
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
@@ -198,12 +203,17 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 
 def resolved(opts: Options) -> dict:
     """All that an image's result depends on: what a resumed run must share. More images may join."""
-    found = settings(opts, *NO_MATTER)
+    asked = opts.target.defense
+    found = settings(opts, *NO_MATTER) | asdict(asked.config)
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
-    found["dtype"] = str(pick_dtype(opts.dtype, pick_device(opts.device))).removeprefix("torch.")
-    hashes = {"model": model_hashes(opts)}
-    files = {"classifier": opts.classifier_weights, "generator": opts.generator, "patches": opts.patch_file}
+    found["dtype"] = str(pick_dtype(asked.model.dtype, pick_device(opts.run.device))).removeprefix("torch.")
+    hashes = {"model": model_hashes(asked.model)}
+    files = {
+        "classifier": opts.target.classifier_weights,
+        "generator": opts.patch.generator,
+        "patches": opts.patch.patch_file,
+    }
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
-    if opts.prompt == "tuned":
-        hashes["prompts"] = sha256(Path(opts.prompts or SHIPPED))
+    if asked.prompt == "tuned":
+        hashes["prompts"] = sha256(Path(asked.prompts or SHIPPED))
     return found | {"torch": torch.__version__, "sha256": hashes}

@@ -8,7 +8,6 @@ context vectors, some 8 KiB. gloo carries all that on CPUs and GPUs alike.
 
 import atexit
 import os
-from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffender.evaluation.plan import Options, default_name, share
+from diffender.utils.options import change
 
 PATIENCE = timedelta(days=7)  # of the fastest worker for the slowest
 
@@ -44,7 +44,7 @@ def join(opts: Options) -> Options:
     name = [opts.name or default_name(opts)]
     dist.broadcast_object_list(name)
     shard = f"{shard * workers + rank}/{shards * workers}"
-    return replace(opts, shard=shard, name=name[0], device=own_device(opts.device))
+    return change(opts, shard=shard, name=name[0], device=own_device(opts.run.device))
 
 
 def is_first() -> bool:

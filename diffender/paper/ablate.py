@@ -12,12 +12,15 @@ reconstructed by the VAE, attacked, restored with the true mask and with the loc
 
 from dataclasses import dataclass
 
-from diffender.config import TargetOptions
-from diffender.utils.options import option, parse, run
+from diffender.config import RunOptions, TargetOptions
+from diffender.utils.options import option, parse, part, run
 
 
 @dataclass(frozen=True)
-class Options(TargetOptions):
+class Options:
+    target: TargetOptions = part(TargetOptions())
+    run: RunOptions = part(RunOptions())
+    batch_size: int = option(8, "Images per batch. Changes no result.", low=1)
     study: str = option("choices", "choices, parts, noise, pictures, or several with commas between")
     images: int = option(16, "number of photographs", low=1)
     attack: str = option("advp", "made on the classifier alone", choices=("advp", "lavan"))

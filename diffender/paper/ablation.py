@@ -13,11 +13,11 @@ from torchvision.utils import save_image
 
 from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.expectation import Attacked, Task
-from diffender.classifiers.dataset import Batch, correct_subset, list_items
-from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.classifiers.dataset import Batch, correct_subset
+from diffender.classifiers.imagenet import Classifier
 from diffender.config import DIFFenderConfig
 from diffender.evaluation.metrics import map_auc, mask_scores
-from diffender.factory import command, machine, model_hashes, open_model, pick_device
+from diffender.factory import command, machine, model_hashes, open_classifier, open_items, open_model, pick_device
 from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
@@ -26,7 +26,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, sha256, write_json, write_text
 from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
-from diffender.utils.options import pick
+from diffender.utils.options import flat
 from diffender.utils.progress import bar
 from diffender.weights.prompts import SHIPPED, contexts_for
 
@@ -89,15 +89,15 @@ def ablate(opts: Options) -> None:
     names = opts.study.split(",")
     if unknown := set(names) - {*STUDIES, "pictures"}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, pictures")
-    started = time.monotonic()
-    device = pick_device(opts.device)
-    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-    model = open_model(opts, device)
-    prompts = Path(opts.prompts or SHIPPED)
+    started, asked = time.monotonic(), opts.target.defense
+    device = pick_device(opts.run.device)
+    classifier = open_classifier(opts.target).to(device)
+    model = open_model(asked.model, device)
+    prompts = Path(asked.prompts or SHIPPED)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
-    batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed, tuned_on)
+    batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on)
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
-    attack = pick(ATTACKS[opts.attack], opts, eot=1)
+    attack = ATTACKS[opts.attack].from_flags(vars(opts) | {"eot": 1})
     attacked = attack_all(opts, attack, classifier, batch)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
     results = {
@@ -105,18 +105,18 @@ def ablate(opts: Options) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(device),
         "images": len(batch.ids),
-        "seed": opts.seed,
+        "seed": opts.run.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",
-        "options": asdict(opts),
-        "sha256": {"model": model_hashes(opts), "prompts": sha256(prompts)},
+        "options": flat(opts) | asdict(asked.config),
+        "sha256": {"model": model_hashes(asked.model), "prompts": sha256(prompts)},
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
-    base = pick(DIFFenderConfig, opts)
+    base = asked.config
     for name in names:
         if name == "pictures":
-            results[name] = show(opts, build(opts, model, opts.prompt, base), classifier, batch, attacked)
+            results[name] = show(opts, build(opts, model, asked.prompt, base), classifier, batch, attacked)
             continue
-        settings = bar(STUDIES[name](opts.prompt, base), name, opts.quiet)
+        settings = bar(STUDIES[name](asked.prompt, base), name, opts.run.quiet)
         results[name] = []
         for s in settings:
             target = Defended(build(opts, model, s.prompt, s.cfg), classifier)
@@ -131,8 +131,8 @@ def ablate(opts: Options) -> None:
 
 def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
     victim = Undefended(classifier)
-    parts = bar(slices(opts, batch), "attacking", opts.quiet)
-    done = [attack(Task(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.seed)) for rows in parts]
+    parts = bar(slices(opts, batch), "attacking", opts.run.quiet)
+    done = [attack(Task(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.run.seed)) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 
@@ -146,7 +146,7 @@ def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
 
 
 def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConfig) -> DIFFender:
-    contexts = contexts_for(prompt, model, Path(opts.prompts or SHIPPED))
+    contexts = contexts_for(prompt, model, Path(opts.target.defense.prompts or SHIPPED))
     return DIFFender(model, contexts.detach(), cfg)
 
 
@@ -158,7 +158,7 @@ def measure(
     columns: dict[str, list[Tensor]] = {}
     for rows in slices(opts, batch):
         x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
-        noise = defense.sample_noise(batch.ids[rows], opts.seed, "ablation")
+        noise = defense.sample_noise(batch.ids[rows], opts.run.seed, "ablation")
         found = defense.localize(image, noise)
         values = map_columns(found, mask)
         if study != "noise":
@@ -198,7 +198,7 @@ def show(
     recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
     psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
     x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]
-    noise = defense.sample_noise(batch.ids[:first], opts.seed, "ablation")
+    noise = defense.sample_noise(batch.ids[:first], opts.run.seed, "ablation")
     out = defense(image, noise)
     heat = torch.stack([stretch(h, x.shape[-2:]) for h in out.heatmap])
     stages = [

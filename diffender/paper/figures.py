@@ -6,7 +6,6 @@ chosen budget for each theta. PNG files and the numbers behind them go to runs/f
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sa
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
-from diffender.utils.options import pick
+from diffender.utils.options import change
 
 SHOWN = 6  # images of a figure
 RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3
@@ -46,7 +45,7 @@ class Scene(NamedTuple):
     made: Attacked
 
     def noise(self, defended: Defended | None = None) -> Tensor:
-        return (defended or self.target).sample_noise(self.batch.ids, self.opts.seed, "figure")
+        return (defended or self.target).sample_noise(self.batch.ids, self.opts.run.seed, "figure")
 
 
 def run_figure(number: int, opts: Options) -> str:
@@ -62,7 +61,8 @@ def run_figure(number: int, opts: Options) -> str:
         text = FIGURES[number](drawn, folder)
     if not text:
         return ""  # other shards are at work
-    text += f"\n`{command()}`, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}.\n"
+    where = machine(pick_device(opts.run.device))
+    text += f"\n`{command()}`, seed {opts.run.seed}, {where}, {time.strftime('%Y-%m-%d')}.\n"
     write_text(folder / "table.md", text)
     return text
 
@@ -71,12 +71,12 @@ def scene(opts: Options, most: int | None) -> Scene:
     """Images with AdvP's patches made on the undefended classifier."""
     opts = fill(opts)
     target = build_target(opts)
-    batch = pictures(opts if most is None else replace(opts, images=min(most, opts.images)), target)
+    batch = pictures(opts if most is None else change(opts, images=min(most, opts.images)), target)
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
-    attack = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
+    attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     return Scene(
-        opts, target, batch, attack(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.seed))
+        opts, target, batch, attack(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.run.seed))
     )
 
 
@@ -174,7 +174,7 @@ def figure_9(s: Scene, folder: Path) -> str:
 def figure_8(opts: Options, folder: Path) -> str:
     """Clean and robust accuracy over theta, under the adaptive attacks of this budget."""
     rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
-    lines = run_rows(rows, replace(opts, trust="off"))[1:]
+    lines = run_rows(rows, change(opts, trust="off"))[1:]
     if not lines:
         return ""
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,6 @@ from diffender.pipeline import Purified, Undefended
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_png
 from diffender.utils.markdown import table
-from diffender.utils.options import pick
 from diffender.utils.progress import bar
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
@@ -64,16 +63,16 @@ def shots(task: Task, made: Attacked, poses: tuple[Pose, ...], jitters: int) -> 
 def film(e: Experiment, batch: Batch) -> None:
     """Attack and film each image that is not done; a record each."""
     opts, classifier = e.opts, e.target.classifier
-    digital = pick(AdvP, opts, iters=opts.iters_undefended, eot=1, restarts=1)
+    digital = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     over_poses = replace(digital, eot=max(opts.eot, 4))
     done = {r["id"] for r in read_records(e.folder)}
-    for i in bar(mine(opts, len(batch.ids)), "filming", opts.quiet):
+    for i in bar(mine(opts, len(batch.ids)), "filming", opts.run.quiet):
         image_id = batch.ids[i]
         if image_id in done:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
-        noise = e.target.sample_noise([image_id], opts.seed, "verdict")
-        task = Task(Undefended(classifier), x, y, [image_id], opts.seed)
+        noise = e.target.sample_noise([image_id], opts.run.seed, "verdict")
+        task = Task(Undefended(classifier), x, y, [image_id], opts.run.seed)
         record = {"id": image_id, "label": int(y), "frames": {}}
         made_by = {"digital": digital(task), "eot": over_poses(task._replace(victim=Filmed(classifier, x)))}
         for patch, made in made_by.items():
@@ -90,17 +89,17 @@ def film(e: Experiment, batch: Batch) -> None:
 
 def judge_photographs(e: Experiment) -> list[str]:
     """A record for each photograph of the csv that is not done; returns their names."""
-    path = Path(e.opts.data)
+    path = Path(e.opts.target.data)
     items = csv_items(path)
     rows = read_csv(path, "file", "label", "configuration")
     done = {r["id"] for r in read_records(e.folder)}
-    for i in bar(mine(e.opts, len(items)), "photographs", e.opts.quiet):
+    for i in bar(mine(e.opts, len(items)), "photographs", e.opts.run.quiet):
         item, row = items[i], rows[i]
         if item.id in done:
             continue
         files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
         shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
-        out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.seed, "verdict"))
+        out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.run.seed, "verdict"))
         frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
         save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
         append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
@@ -126,8 +125,9 @@ def run_film(e: Experiment, batch: Batch) -> str:
         e,
         batch.ids,
         (
-            f"images, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.data} with {opts.classifier}, "
-            f"AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed its patches."
+            f"images, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.target.data} with "
+            f"{opts.target.classifier}, AdvP of {opts.iters_undefended} steps on the classifier alone; the paper "
+            "printed its patches."
         ),
     )
 
@@ -135,7 +135,7 @@ def run_film(e: Experiment, batch: Batch) -> str:
 def run_photographs(e: Experiment) -> str:
     """The same from photographs: the table has the csv's configurations."""
     ids = judge_photographs(e)
-    return write_table(e, ids, f"photographs of {e.opts.data}, {e.opts.classifier}.")
+    return write_table(e, ids, f"photographs of {e.opts.target.data}, {e.opts.target.classifier}.")
 
 
 def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
@@ -167,7 +167,7 @@ def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
     kept = mean(f["clean"] for frames in found.values() for f in frames)
     text = table(["accuracy in per cent of frames", *configurations], rows) + (
         f"\n`{command()}`: {len(records)} {what} The {100 * kept:.0f} % of frames that the classifier reads right when "
-        f"clean count. Seed {e.opts.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
+        f"clean count. Seed {e.opts.run.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(e.folder / "results.json", results)
     write_text(e.folder / "table.md", text)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +32,7 @@ from diffender.report.folder import write_report
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header, write_text
 from diffender.utils.markdown import table
+from diffender.utils.options import change
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -79,13 +79,13 @@ def rows_of(number: int, opts: Options) -> list[Row]:
 
 def baseline(name: str, opts: Options) -> Row:
     """FNC's statistics are estimated anew where enough photographs are named that are not evaluated."""
-    counts = name == "fnc" and opts.tuning_data != "samples" and opts.classifier not in RECOGNIZERS
+    counts = name == "fnc" and opts.tuning_data != "samples" and opts.target.classifier not in RECOGNIZERS
     return Row(name, {"defense": f"fnc:statistics={opts.tuning_data}" if counts else name, "grad": None})
 
 
 def retuned(opts: Options, without: str) -> str:
     """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
-    path = Path("runs") / "tables" / f"{opts.classifier}-{opts.preset}-without-{without}.safetensors"
+    path = Path("runs") / "tables" / f"{opts.target.classifier}-{opts.preset}-without-{without}.safetensors"
     there = path.is_file() and read_header(path).get("data") == opts.tuning_data
     if not there and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
@@ -100,7 +100,7 @@ def retuned(opts: Options, without: str) -> str:
                 "--data",
                 opts.tuning_data,
                 "--classifier",
-                opts.classifier,
+                opts.target.classifier,
                 *TUNING[opts.preset].split(),
             ]
         )
@@ -124,19 +124,21 @@ def run_table(number: int, opts: Options) -> str:
     """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
     folder = Path("runs") / f"table{number}-{opts.preset}"
     if number == 7:
-        own = fill(replace(opts, attack="none", trust="off", data=opts.frames or opts.data, name="tables"))
+        own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
         experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
         batch = None if opts.frames else pictures(own, experiment.target)
         open_run(experiment.folder, resolved(own), experiment.own)
         return run_film(experiment, batch) if batch else run_photographs(experiment)
-    if number == 6 and opts.classifier not in RECOGNIZERS:
+    if number == 6 and opts.target.classifier not in RECOGNIZERS:
         raise InputError(
             f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
             "--data with a folder for each person"
         )
-    parts = [(c, opts.fold) for c in TRANSFER_TO] if number == 5 else [(opts.classifier, opts.fold)]
+    parts = (
+        [(c, opts.target.fold) for c in TRANSFER_TO] if number == 5 else [(opts.target.classifier, opts.target.fold)]
+    )
     if number == 6:
-        parts = [(opts.classifier, fold) for fold in range(opts.folds)]
+        parts = [(opts.target.classifier, fold) for fold in range(opts.folds)]
     blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
     if not all(blocks):
         return ""
@@ -152,7 +154,7 @@ def run_table(number: int, opts: Options) -> str:
 def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
-    opts = replace(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
+    opts = change(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
     lines = run_rows(rows_of(number, opts), opts, controlled=number == 1)
     return lines[1:] if number in (2, 3, 4) else lines
 
@@ -160,8 +162,8 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
 def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> list[Line]:
     """Lines of the undefended classifier, of controls if wanted, and of each row, on the same images; none while
     other shards are at work. The last row is DIFFender."""
-    model = open_model(opts, pick_device(opts.device))  # once for all
-    experiments = [prepare(named(fill(replace(opts, **row.changes, name="tables")), row.key), model) for row in rows]
+    model = open_model(opts.target.defense.model, pick_device(opts.run.device))  # once for all
+    experiments = [prepare(named(fill(change(opts, **row.changes, name="tables")), row.key), model) for row in rows]
     batch = pictures(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
     wait()
@@ -169,19 +171,20 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
         return []
     for e in experiments:
         write_report(e.folder, e.names)
-    lines = [Line(opts.classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
-    beside = [Line(opts.classifier, "undefended", undefended(experiments[-1], batch.ids))]
+    classifier = opts.target.classifier
+    lines = [Line(classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         target, folder = experiments[-1].target, experiments[-1].folder
         columns = [plan.name for plan in experiments[-1].plans]
-        beside += [Line(opts.classifier, *c) for c in controls(target, folder, columns, batch, opts.seed)]
+        beside += [Line(classifier, *c) for c in controls(target, folder, columns, batch, opts.run.seed)]
     return [*beside, *lines]
 
 
 def named(opts: Options, key: str) -> Options:
     """With the folder of runs/tables/ where an experiment of these very settings lives."""
     digest = hashlib.sha256(json.dumps(resolved(opts), sort_keys=True).encode()).hexdigest()
-    return replace(opts, name=f"tables/{opts.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
+    return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
 
 def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
@@ -247,16 +250,18 @@ def best(lines: Sequence[Line], classifier: str, column: str) -> float:
 
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     """What was run, and how it departs from the paper."""
-    full = fill(replace(opts, attack="all"))
+    full, target = fill(change(opts, attack="all")), opts.target
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
+    where = machine(pick_device(opts.run.device))
     return (
         f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
         f"image; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} images, "
-        f"{describe(full)}, seed {opts.seed}, {machine(pick_device(opts.device))}, {time.strftime('%Y-%m-%d')}. "
-        f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data {opts.data} "
-        f"(theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
-        f"{opts.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 steps).\n"
+        f"{describe(full)}, seed {opts.run.seed}, {where}, {time.strftime('%Y-%m-%d')}. "
+        f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
+        f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
+        f"{target.defense.model.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 "
+        "steps).\n"
     )
 
 

@@ -27,8 +27,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffender.config import TargetOptions
-from diffender.utils.options import Parser, option, parse, run
+from diffender.config import RunOptions, TargetOptions
+from diffender.utils.options import Parser, option, parse, part, run
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Jedi:
 
 
 @dataclass(frozen=True)
-class Beforehand(TargetOptions):
+class Beforehand:
+    attacked: TargetOptions = part(TargetOptions())
+    run: RunOptions = part(RunOptions())
+    batch_size: int = option(8, "Images per batch.", low=1)
     through: str = option("classifier", "the classifier alone, or the defence", choices=("classifier", "defence"))
     images: int = option(500, "number of images, none of which may be attacked later", low=1)
     area: float = option(0.05, "share of the image", low=0.0005, high=0.9)

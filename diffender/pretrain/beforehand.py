@@ -18,8 +18,8 @@ from torch import Tensor
 from diffender.attacks.expectation import Task, Victim, samples
 from diffender.attacks.gdpa import PatchGenerator, place
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, patch_side
-from diffender.classifiers.dataset import Batch, correct_subset, list_items
-from diffender.factory import open_target
+from diffender.classifiers.dataset import Batch, correct_subset
+from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
 from diffender.pipeline import Undefended
 from diffender.utils.files import place_for, save_atomic
@@ -54,14 +54,14 @@ def universal_patch(
     side = patch_side(data.x.shape[-1], opts.area)
     w = torch.zeros(3, side, side, device=data.x.device, requires_grad=True)  # tanh: grey
     optimizer = torch.optim.Adam([w], lr=0.03)
-    for step, rows in enumerate(batches(data, opts.batch_size, opts.seed, opts.updates)):
+    for step, rows in enumerate(batches(data, opts.batch_size, opts.run.seed, opts.updates)):
         x, ids = data.x[rows], [data.ids[i] for i in rows]
         aim = torch.full((len(rows),), opts.target, device=x.device)
-        mask = masks_for(Task(victim, x, aim, ids, opts.seed), f"universal {step}", opts.area)
+        mask = masks_for(Task(victim, x, aim, ids, opts.run.seed), f"universal {step}", opts.area)
         patch = torch.zeros_like(x)
         patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
         attacked = apply_patch(x, patch, mask)
-        task = Task(victim, x, aim, ids, opts.seed, lambda z, aim=aim: cross_entropy(z, aim))
+        task = Task(victim, x, aim, ids, opts.run.seed, lambda z, aim=aim: cross_entropy(z, aim))
         gradient, value = mean_gradient(task, attacked, mask, step, opts.eot)
         optimizer.zero_grad()
         attacked.backward(gradient)
@@ -75,14 +75,14 @@ def train_generator(
 ) -> PatchGenerator:
     """The authors' generator, trained to lower the margin over many images (Li & Ji 2021)."""
     size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
-    net = PatchGenerator(size, side, generator(opts.seed, "net"), opts.width).to(data.x.device)
+    net = PatchGenerator(size, side, generator(opts.run.seed, "net"), opts.width).to(data.x.device)
     net.calibrate(data.x[: opts.batch_size])
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-4, betas=(0.5, 0.9))
-    for step, rows in enumerate(batches(data, opts.batch_size, opts.seed, opts.updates)):
+    for step, rows in enumerate(batches(data, opts.batch_size, opts.run.seed, opts.updates)):
         x, y, ids = data.x[rows], data.y[rows], [data.ids[i] for i in rows]
         canvas, covered = place(*net(x), size)
         attacked = x * (1 - covered) + canvas
-        task = Task(victim, x, y, ids, opts.seed, lambda z, y=y: margin(z, y))
+        task = Task(victim, x, y, ids, opts.run.seed, lambda z, y=y: margin(z, y))
         gradient, value = mean_gradient(task, attacked, covered, step, opts.eot)
         optimizer.zero_grad()
         attacked.backward(gradient)
@@ -94,13 +94,19 @@ def train_generator(
 def make(kind: str, opts: "Beforehand") -> None:
     """`kind`, universal or gdpa, to the file opts.out."""
     path = place_for(Path(opts.out))
-    target = open_target(opts)
+    target = open_target(opts.attacked, pick_device(opts.run.device))
     device = target.classifier.mean.device
-    data = correct_subset(list_items(opts.data), target.classifier, opts.images, opts.seed)
+    data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
     data = data._replace(x=data.x.to(device), y=data.y.to(device))
     victim = Undefended(target.classifier) if opts.through == "classifier" else target
-    header = {"kind": kind, "data": opts.data, "hashes": data.hashes, "through": opts.through, "updates": opts.updates}
-    with bar(opts.updates, kind, opts.quiet) as progress:
+    header = {
+        "kind": kind,
+        "data": opts.attacked.data,
+        "hashes": data.hashes,
+        "through": opts.through,
+        "updates": opts.updates,
+    }
+    with bar(opts.updates, kind, opts.run.quiet) as progress:
 
         def report(loss: float) -> None:
             progress.update()

@@ -1,4 +1,7 @@
-"""Command lines from dataclasses: one field, one flag. Bad input ends in one line and exit code 2."""
+"""Command lines from dataclasses: one field, one flag; the fields of a part are flags beside the others.
+
+Bad input ends in one line and exit code 2.
+"""
 
 import argparse
 import ctypes
@@ -7,10 +10,10 @@ import math
 import signal
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.interruption import Interrupted
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
-Fields = TypeVar("Fields", bound="DataclassInstance")
 
 
 def option(
@@ -36,10 +38,73 @@ def option(
     return field(default=default, metadata=given)
 
 
-def changed(cls: type, name: str, default: Any, help: str | None = None) -> Any:
-    """The option `name` of another class with another default: its range, its choices and, unless given, its help."""
-    given = next(f for f in fields(cls) if f.name == name)
-    return field(default=default, metadata={**given.metadata, "help": help or given.metadata["help"]})
+def part(default: Any, *only: str) -> Any:
+    """A field that is a dataclass of options itself. `only` names those of its fields that are flags; none: all."""
+    return field(default=default, metadata={"only": only})
+
+
+def given(defaults: Any, *only: str) -> Any:
+    """A field that is a dict of those options of a dataclass that are given; `defaults` holds the others. `only` names
+    those that are flags; none: all."""
+    return field(default_factory=dict, metadata={"defaults": defaults, "only": only})
+
+
+class Leaf(NamedTuple):
+    """One flag of a command."""
+
+    name: str
+    hint: Any
+    default: Any
+    metadata: Mapping[str, Any]
+    shown: Any  # the default in the help
+
+
+def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """The flags of a dataclass of options with these defaults, those of its parts included."""
+    hints = get_type_hints(type(opts))
+    for f in fields(opts):
+        default = getattr(opts, f.name)
+        if "defaults" in f.metadata:
+            for leaf in leaves(f.metadata["defaults"], f.metadata["only"]):
+                yield leaf._replace(hint=leaf.hint | None, default=None)
+        elif "only" in f.metadata:
+            yield from leaves(default, f.metadata["only"])
+        elif not only or f.name in only:
+            yield Leaf(f.name, hints[f.name], default, f.metadata, default)
+
+
+def flat(opts: Any) -> dict[str, Any]:
+    """Every flag and its value; of a `given` part those that are given."""
+    found: dict[str, Any] = {}
+    for f in fields(opts):
+        value = getattr(opts, f.name)
+        if "defaults" in f.metadata:
+            found |= value
+        elif "only" in f.metadata:
+            only = f.metadata["only"]
+            found |= {k: v for k, v in flat(value).items() if not only or k in only}
+        else:
+            found[f.name] = value
+    return found
+
+
+def change(opts: Options, **values: Any) -> Options:
+    """The options with other values for some flags, in whatever part they stand."""
+    new = {}
+    for f in fields(opts):
+        if "only" in f.metadata:
+            inner = getattr(opts, f.name)
+            own = {leaf.name for leaf in leaves(f.metadata.get("defaults", inner), f.metadata["only"])}
+            mine = {k: values.pop(k) for k in own & values.keys()}
+            if "defaults" in f.metadata:
+                new[f.name] = inner | {k: v for k, v in mine.items() if v is not None}
+            elif mine:
+                new[f.name] = change(inner, **mine)
+        elif f.name in values:
+            new[f.name] = values.pop(f.name)
+    if values:
+        raise TypeError(f"{type(opts).__name__} has no option {', '.join(values)}")
+    return replace(opts, **new)
 
 
 def allowed(low: float | None, high: float | None) -> str:
@@ -66,8 +131,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
     """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
-    hints = get_type_hints(cls)
-    usage = " ".join(["[options]", *(f.name for f in fields(cls) if hints[f.name] == tuple[str, ...])])
+    start = cls()
+    flags = list(leaves(start))
+    usage = " ".join(["[options]", *(f.name for f in flags if f.hint == tuple[str, ...])])
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,15 +141,13 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         usage=f"%(prog)s {usage}",
     )
     group = parser.add_argument_group("options")
-    for f in fields(cls):
-        assert f.default is not MISSING, f"option {f.name} needs a default"
+    for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         flag = with_hyphens(f"--{f.name}")
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        hint = hints[f.name]
-        kind = hint.__args__[0] if isinstance(hint, types.UnionType) else hint
-        if hint == tuple[str, ...]:
+        text = f.metadata["help"] + ("" if f.shown is None else f" (default: {f.shown})")
+        kind = f.hint.__args__[0] if isinstance(f.hint, types.UnionType) else f.hint
+        if f.hint == tuple[str, ...]:
             group.add_argument(f.name, nargs="*", help=f.metadata["help"])
         elif kind is bool:
             group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
@@ -92,13 +156,13 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
-        known = [with_hyphens(f"--{f.name}") for f in fields(cls)]
+        known = [with_hyphens(f"--{f.name}") for f in flags]
         parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
-    for f in fields(cls):
+    for f in flags:
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):
             parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed(low, high)}")
-    return cls(**vars(args))
+    return change(start, **vars(args))
 
 
 def with_hyphens(word: str) -> str:
@@ -117,13 +181,7 @@ FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: no res
 
 def settings(opts: Any, *free: str) -> dict:
     """The options that results depend on: all but FREE and those named."""
-    return {k: v for k, v in asdict(opts).items() if k not in (*FREE, *free)}
-
-
-def pick(cls: type[Fields], opts: Any, **override: Any) -> Fields:
-    """A dataclass from the options of the same names; an option that is None leaves it its own default."""
-    values = {f.name: getattr(opts, f.name, None) for f in fields(cls)}
-    return cls(**{name: value for name, value in values.items() if value is not None} | override)
+    return {k: v for k, v in flat(opts).items() if k not in (*FREE, *free)}
 
 
 KEPT = "what is written stays, and the same command with the same --name or --out goes on"
