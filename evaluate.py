@@ -17,7 +17,7 @@ shards of one run may share a folder: --name big --shard 0/2 and --name big --sh
 
 import json
 
-from diffender.evaluation.plan import Options, fill, names
+from diffender.evaluation.plan import Options, fill, names, refuse_unread
 from diffender.utils.errors import InputError
 from diffender.utils.options import parse, run
 
@@ -31,6 +31,7 @@ def main() -> None:
         print(names())
         return
     # Imported after the options are known to be good: torch and timm take seconds.
+    refuse_unread(given)
     from diffender.evaluation.memory import GIB, most_held_bytes
     from diffender.evaluation.records import read_records
     from diffender.evaluation.run import finish, pictures, prepare, resolved, work
@@ -58,7 +59,7 @@ def main() -> None:
         return
     wait()
     if is_first() and finish(experiment, batch) is not None:
-        results = write_report(experiment.folder, experiment.names)
+        results = write_report(experiment.folder)
         print(f"\n{markdown(results)}")
         if not opts.run.quiet:
             print(f"images and all else: {experiment.folder / 'report.html'}")

@@ -461,7 +461,7 @@ def test_autoattack_rand(module, photos):
 
 def test_presets_fill_what_was_not_given():
     opts = plans.fill(plans.Options(attack="gdpa", eot=10))
-    assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (3, 10, 10, 10)
+    assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (6, 20, 10, 10), "no other flag changes"
     paper = plans.fill(plans.Options(preset="paper", iters=7))
     assert (paper.images, paper.iters, paper.eot, paper.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
     assert plans.split(plans.Options(images_full=3, batch_size=2), list(range(5))) == [

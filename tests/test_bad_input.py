@@ -117,6 +117,22 @@ def below(name):
     return [(f"evaluate --{name} {value}", f"--{name} is {value}; allowed is ") for value in ("0", "-3")]
 
 
+UNREAD = [  # flags that nothing in the command reads, and who would
+    ("evaluate --attack gdpa --shape circle", "--shape circle is read by advp, lavan, and --attack is gdpa"),
+    ("evaluate --attack none --area 0.1", "--area 0.1 is read by advp, lavan"),
+    ("evaluate --sticker smiley", "--sticker smiley is read by rhde, and --attack is advp"),
+    ("evaluate --queries 10", "--queries 10 is read by rhde, sparse-rs"),
+    ("evaluate --attack rhde --restarts 2", "--restarts 2 is read by advp, lavan, gdpa"),
+    ("evaluate --attack rhde --iters-undefended 9", "--iters-undefended 9 is read by advp, lavan, gdpa"),
+    ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
+    ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc alone"),
+    ("evaluate --images-full 3", "--images-full is read by --grad surrogate, full, full+loc alone"),
+    ("evaluate --attack gdpa --generator {bad}/other.safetensors", "--generator is read by --gdpa-mode amortised"),
+    ("evaluate --defense jpeg --theta 3", "--theta is read by --defense diffender alone"),
+    ("evaluate --prompt manual --prompts {bad}/other.safetensors", "--prompts is read by --defense diffender"),
+    ("evaluate --fold 1", "--fold is read by a face recogniser alone"),
+    ("evaluate --folds 2", "--folds is read by --table 6 alone"),
+]
 OUT_OF_RANGE = [
     *(case for name in ("draws", "steps", "batch-size", "micro-batch", "images", "iters", "iters-undefended", "eot",
                         "eot-batch", "restarts", "queries", "queries-undefended", "verdicts", "trust-images", "table",
@@ -287,7 +303,7 @@ PLACES = [
     ("certify --images 1 --out {bad}/file/a", "choose another place"),
     ("pretrain vae --data {bad} --out {bad}/file/a", "choose another place"),
 ]
-TABLE = OUT_OF_RANGE + NAMES + CONFLICTS + FILES + PLACES
+TABLE = UNREAD + OUT_OF_RANGE + NAMES + CONFLICTS + FILES + PLACES
 
 
 def test_the_table_is_long():

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from diffender.classifiers.dataset import correct_subset, list_items, load_image, sample_items
-from diffender.classifiers.imagenet import CLASSIFIERS, load_classifier
+from diffender.classifiers.imagenet import CLASSIFIERS, HALF, Classifier, ClassifierConfig, load_classifier
 from diffender.utils.errors import InputError
 from tests.conftest import SHARED
 
@@ -119,6 +119,18 @@ def test_taps_and_preprocessing_equal_timms(name):
         assert feature.ndim == 4
         assert feature.shape[2] == feature.shape[3]
         assert feature.shape[1] >= 16
+
+
+def test_a_network_of_ones_own_stays_as_it_is_and_its_copy_in_evaluation_mode():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    classifier = Classifier(net, ClassifierConfig("own", 8, 8, HALF, HALF, ()))
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    assert net[0].weight.is_contiguous()
+    classifier.train()
+    before = classifier.net[1].running_mean.clone()
+    classifier(torch.rand(2, 3, 8, 8))
+    assert torch.equal(classifier.net[1].running_mean, before)
+    assert not any(p.requires_grad for p in classifier.parameters())
 
 
 def test_accuracy_on_nips17_is_that_of_a_working_classifier(classifier):

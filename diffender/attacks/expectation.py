@@ -1,7 +1,7 @@
 """Expectation over the victim's noise (EOT, Athalye et al. 2018), and the choice among patches on fresh noise."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,15 +13,23 @@ Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> att
 
 
 class Victim(Protocol):
-    """What is attacked: logits of images in [0, 1], given the noise of one pass (None where nothing is random).
+    """The attacked model: maps images in [0, 1] and the noise of one pass to logits.
 
-    A victim may also have `with_penalty(x, noise, patch) -> (logits, penalty (B,))`: what a gradient attack lowers
-    besides its own loss, given where its pixels are.
+    Noise is None for deterministic models.
     """
 
     def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A victim that gives a gradient attack one more thing to lower besides its own loss."""
+
+    def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits (B, K) and the penalty (B,). patch (B, 1, S, S) in {0, 1}: where the attacker's pixels are."""
+        ...
 
 
 class Attacked(NamedTuple):
@@ -72,10 +80,10 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         drawn = [draw(k) for k in range(start, min(start + batch, eot))]
         images, patches, noises = zip(*drawn, strict=True)
         x = torch.cat(images).detach().requires_grad_()
-        if hasattr(task.victim, "with_penalty"):
+        if isinstance(task.victim, Penalised):
             logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
         else:
-            logits, penalty = task.victim(x, stack(noises)), 0
+            logits, penalty = task.victim(x, stack(noises)), x.new_zeros(())
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
         gradient = torch.autograd.grad(value.sum(), x)[0]
         for part in gradient.split(b):

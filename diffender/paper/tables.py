@@ -24,15 +24,15 @@ from diffender.evaluation.run import Experiment, finish, pictures, prepare, reso
 from diffender.evaluation.verdicts import Verdict, by_variant, proportion, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
-from diffender.factory import command, machine, open_model, pick_device
+from diffender.factory import command, machine, model_hashes, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.folder import write_report
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, write_text
+from diffender.utils.files import write_text
 from diffender.utils.markdown import table
-from diffender.utils.options import change
+from diffender.utils.options import change, with_hyphens
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -84,30 +84,30 @@ def baseline(name: str, opts: Options) -> Row:
 
 
 def retuned(opts: Options, without: str) -> str:
-    """Prompts tuned with one term of Eq. 7 left out, by train.py; made where they are not there yet."""
-    path = Path("runs") / "tables" / f"{opts.target.classifier}-{opts.preset}-without-{without}.safetensors"
-    there = path.is_file() and read_header(path).get("data") == opts.tuning_data
-    if not there and is_first():
+    """Prompts tuned by train.py with one term of Eq. 7 left out; made where none with these settings are there."""
+    target = opts.target
+    given = {"data": opts.tuning_data, "classifier": target.classifier, "classifier_weights": target.classifier_weights}
+    given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
+    given |= {k: v for k, v in target.defense.method.items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
+    flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING[opts.preset].split()
+    told = json.dumps([flags, model_hashes(target.defense.model)])
+    key = f"{target.classifier}-without-{without}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    path = Path("runs") / "tables" / f"{key}.safetensors"
+    if not path.is_file() and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
-        tuned = subprocess.run(
-            [
-                sys.executable,
-                train,
-                "--without",
-                without,
-                "--out",
-                path,
-                "--data",
-                opts.tuning_data,
-                "--classifier",
-                opts.target.classifier,
-                *TUNING[opts.preset].split(),
-            ]
-        )
-        if tuned.returncode != 0:
+        if subprocess.run([sys.executable, train, "--out", path, "--device", opts.run.device, *flags]).returncode != 0:
             raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
     wait()
     return str(path)
+
+
+def flag(name: str, value: object) -> list[str]:
+    """An option as words of a command line; none for None."""
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [with_hyphens(f"--{name}" if value else f"--no-{name}")]
+    return [with_hyphens(f"--{name}"), str(value)]
 
 
 def columns(number: int) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
         return []
     for e in experiments:
-        write_report(e.folder, e.names)
+        write_report(e.folder)
     classifier = opts.target.classifier
     lines = [Line(classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]

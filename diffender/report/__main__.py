@@ -77,13 +77,12 @@ def main() -> None:
         print(compare(*map(Path, rest)), end="")
         return
     if what == "page":
-        from diffender.classifiers.imagenet import class_names
         from diffender.report.folder import write_report
 
         if not rest:
             raise InputError("page: no folder given; give folders that evaluate.py wrote")
         for folder in rest:
-            write_report(Path(folder), class_names())
+            write_report(Path(folder))
             print(Path(folder) / "report.html")
         return
     for path in map(Path, sys.argv[1:]):

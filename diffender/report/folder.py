@@ -1,9 +1,9 @@
 """What people read of a finished run, beside its records: table.md, grid.png and report.html."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
+from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.records import read_config, read_records
 from diffender.report.page import page
 from diffender.report.tables import markdown
@@ -12,8 +12,8 @@ from diffender.utils.files import write_text
 from diffender.utils.images import save_grid
 
 
-def write_report(folder: Path, names: Sequence[str]) -> dict:
-    """Write all three, anew, and return the results. `names` are those of the classes, in order.
+def write_report(folder: Path) -> dict:
+    """Write all three, anew, and return the results.
 
     Raises InputError where the folder holds no finished run, or a damaged one.
     """
@@ -21,6 +21,7 @@ def write_report(folder: Path, names: Sequence[str]) -> dict:
         raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")
     try:
         results, records = (json.loads((folder / "results.json").read_text("utf-8")), read_records(folder))
+        names = results["names"] or class_names()
         text = page(results, records, folder / "images", names, read_config(folder))
     except (ValueError, KeyError) as e:
         raise (e if isinstance(e, InputError) else InputError(f"{folder} is damaged ({e!r}); run it again")) from e
