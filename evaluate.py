@@ -34,7 +34,7 @@ def main() -> None:
     refuse_unread(given)
     from diffender.evaluation.memory import GIB, most_held_bytes
     from diffender.evaluation.records import read_records
-    from diffender.evaluation.run import finish, pictures, prepare, resolved, work
+    from diffender.evaluation.run import finish, load_images, prepare, resolved, work
     from diffender.evaluation.workers import is_first, join, wait
     from diffender.report.folder import write_report
     from diffender.report.tables import markdown
@@ -48,7 +48,7 @@ def main() -> None:
         print(run_table(opts.table, given) if opts.table is not None else run_figure(opts.figure, given))
         return
     experiment = prepare(opts)
-    batch = pictures(opts, experiment.target)
+    batch = load_images(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
     if not opts.run.quiet:
         prompt, folder = opts.target.defense.prompt, experiment.folder

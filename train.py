@@ -49,8 +49,10 @@ class Options:
     )
     area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9)
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
-    classifier: str = option("efficientnet_lite0", "classifier under defence, a name of diffender.classifiers.imagenet")
-    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
+    classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet.")
+    classifier_weights: str | None = option(
+        None, "Safetensors file of the classifier, in timm's names. None for the embedded one."
+    )
     out: str = option("runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.")
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")

@@ -16,7 +16,7 @@ from diffender.evaluation.plan import Options, costs, fill
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 from diffender.utils.options import change
 
-PICTURES = 50_000
+IMAGES = 50_000
 BUDGETS = {  # what an image is given
     "100 steps, EOT 10, transfer and bpda-mask, one restart": {"grad": "bpda-mask", "restarts": 1},
     "the same with full+loc": {"grad": "bpda-mask,full+loc", "restarts": 1},
@@ -58,9 +58,9 @@ def main() -> None:
         opts = fill(change(Options(), preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
         passes = costs(opts, costly=True)
         figures["passes an image"][name] = passes
-        days = PICTURES * passes * seconds / 86400
+        days = IMAGES * passes * seconds / 86400
         rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))
-    head = (f"{PICTURES:,} images, four attacks, {args.model}", "passes an image", "days on 1 GPU", "on 8", "on 64")
+    head = (f"{IMAGES:,} images, four attacks, {args.model}", "passes an image", "days on 1 GPU", "on 8", "on 64")
     report(head, rows, figures, args)
 
 

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "pipeline": ("DIFFender", "Defended", "WithFreshNoise"),
-    "config": ("DIFFenderConfig", "Backward"),
+    "config": ("DIFFenderConfig", "EMBEDDED", "Backward"),
     "defend": ("Defender",),
     "prompts": ("Contexts", "PromptPair"),
     "stable_diffusion.model": ("PRESETS", "LatentDiffusion", "ModelConfig"),

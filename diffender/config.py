@@ -96,7 +96,7 @@ class TuningConfig:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which diffusion model runs, and how: the flags that the scripts share."""
+    """The diffusion model, its files and how it runs."""
 
     model: str = option(
         "auto", "Name of the model. auto: the embedded model tiny, or what --weights holds.", group="the model"
@@ -127,7 +127,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every command takes."""
+    """The flags of every command."""
 
     device: str = option("auto", "Device: auto, cpu, cuda, ...", group="the run")
     quiet: bool = option(False, "Print only results and errors.")
@@ -136,7 +136,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """The model, its prompts, and the settings of the method that are not to be those of EMBEDDED."""
+    """The model, its prompts, and the settings of the method. `method` holds those that differ from EMBEDDED."""
 
     model: ModelOptions = part(ModelOptions())
     prompt: str = option(

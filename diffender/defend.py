@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 class Options:
     defense: DefenseOptions = part(DefenseOptions())
     run: RunOptions = part(RunOptions())
-    paths: tuple[str, ...] = option((), "images, and folders of images, searched through")
-    out: str = option("defended", "folder for what comes out")
-    classifier: str = option("none", "a name of diffender.classifiers.imagenet, timm:TAG, or none")
-    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for an embedded one")
+    paths: tuple[str, ...] = option((), "Images, and folders that are searched for images.")
+    out: str = option("defended", "Output folder.")
+    classifier: str = option("none", "Name in diffender.classifiers.imagenet, timm:TAG, or none.")
+    classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
 
 
 class Found(NamedTuple):
@@ -66,7 +66,7 @@ class Defender:
             self.names = self.classifier.names or class_names()
         self.defenses: dict[tuple[int, int], DIFFender] = {}  # by the size that they work at
 
-    def __call__(self, image: "Image.Image", name: str = "picture") -> Found:
+    def __call__(self, image: "Image.Image", name: str = "image") -> Found:
         """An image of any size and mode; noise follows from its name."""
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -110,7 +110,7 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
     return tuple(cfg.multiple * max(1, round(side / cfg.multiple)) for side in sides)
 
 
-def find_pictures(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
+def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(name, file) of every image given or in a folder given; a name is the file's path, unlike any other."""
     from diffender.classifiers.dataset import SUFFIXES
 
@@ -146,7 +146,7 @@ def resolved(opts: Options) -> dict:
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    pictures = find_pictures(opts.paths)
+    images = find_images(opts.paths)
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
     from diffender.evaluation.records import append_records, open_run
@@ -159,7 +159,7 @@ def main() -> None:
     own = Path(opts.out) / "per_image.jsonl"
     done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
     with patient(f"stopped between two images; go on with: {command()}") as may_stop:
-        for name, file in bar(pictures, "defending", opts.run.quiet, unit=" pictures"):
+        for name, file in bar(images, "defending", opts.run.quiet, unit=" images"):
             try:
                 image, digest = open_image(file, upright=True), sha256(file)
                 if done.get(name, digest) != digest:
@@ -174,7 +174,7 @@ def main() -> None:
                         getattr(found, kind).save(partial, format="PNG")
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
-    print(f"{len(pictures) - len(failed)} of {len(pictures)} images defended; results in {opts.out}")
+    print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {opts.out}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)

@@ -36,7 +36,7 @@ class Purified(NamedTuple):
 
 
 class Defense(Protocol):
-    """What can stand before a classifier: purified = defense(x, noise, backward), noise of its own kind or none."""
+    """A defence: purified = defense(x, noise, backward). The noise is of its own kind, or None."""
 
     @property
     def model(self) -> LatentDiffusion | None: ...

@@ -30,7 +30,7 @@ class Shots(NamedTuple):
     features: list[Tensor]  # of the clean ones, Eq. 6
 
     def part(self, rows: Tensor) -> "Shots":
-        """Those with these numbers."""
+        """The shots with these indices."""
         clean, attacked, mask = (t[rows] for t in (self.clean, self.attacked, self.mask))
         posterior = Posterior(*(moment[rows] for moment in self.posterior))
         features = [feature[rows] for feature in self.features]

@@ -45,10 +45,10 @@ class Counting(Linear):
 
     def __init__(self, sigma: float):
         super().__init__(sigma=sigma)
-        self.pictures = 0
+        self.images = 0
 
     def forward(self, x, noise=None):
-        self.pictures += len(x)
+        self.images += len(x)
         return super().forward(x, noise)
 
 
@@ -117,7 +117,7 @@ def test_queries_are_counted_to_the_last_one(name, batch):
     for sigma in (0.0, 0.3):
         victim = Counting(sigma)
         out = ATTACKS[name](**SMALL[name])(Task(victim, x, y, IDS[:2], 0))
-        assert victim.pictures == out.queries.sum()
+        assert victim.images == out.queries.sum()
         if "queries" in SMALL[name]:
             assert (out.queries <= SMALL[name]["queries"]).all()
 

@@ -38,7 +38,7 @@ def bad(tmp_path_factory):
     """A folder of files that are not what they should be."""
     folder = tmp_path_factory.mktemp("bad")
     photo = sample_items()[0].path.read_bytes()
-    pictures = {
+    images = {
         "text.jpg": b"I am no image",
         "empty.png": b"",
         "cut.jpg": photo[: len(photo) // 3],
@@ -55,7 +55,7 @@ def bad(tmp_path_factory):
         "cut.webp": b"RIFF\x24\x00\x00\x00WEBPVP8 ",
         "cut.bmp": b"BM\x36\x00\x00\x00",
     }
-    for name, content in pictures.items():
+    for name, content in images.items():
         (folder / name).write_bytes(content)
         (folder / f"of-{name}.csv").write_text(f"file,label\n{name},1\n")
     Image.new("L", (20_000, 1)).save(folder / "thin.png")
@@ -156,7 +156,7 @@ OUT_OF_RANGE = [
     ("evaluate --images-full -1", "--images-full is -1"),
     ("evaluate --max-memory 0.1", "--max-memory is 0.1; allowed is at least 0.5"),
     ("evaluate --table 8", "--table is 8; allowed is from 1 to 7"),
-    ("evaluate --figure 2", "--figure 2; choose of 1, 3, 4, 5, 8, 9"),
+    ("evaluate --figure 6", "--figure 6; choose of 1, 2, 3, 4, 5, 8, 9"),
     ("evaluate --images many", "invalid int value: 'many'"),
     ("evaluate --images 1.5", "invalid int value: '1.5'"),
     ("evaluate --theta two", "invalid float value: 'two'"),
@@ -340,7 +340,7 @@ def test_a_place_in_the_way_of_runs(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F"]
 )
-def test_pictures_of_every_mode_and_size_are_taken(tmp_path, mode, size):
+def test_images_of_every_mode_and_size_are_taken(tmp_path, mode, size):
     image = Image.new("RGB", size, (40, 120, 200))
     image = Image.new(mode, size, 30_000) if mode in ("I", "I;16") else image.convert(mode)
     if mode in ("PA", "HSV", "LAB", "I", "F"):  # of no file that is taken; they reach the package from Python

@@ -64,7 +64,7 @@ def test_csv(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
-def test_pictures_of_every_mode_load(tmp_path, mode, classifier):
+def test_images_of_every_mode_load(tmp_path, mode, classifier):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     picture(path, mode)
     x = load_image(path, classifier.cfg)
@@ -72,7 +72,7 @@ def test_pictures_of_every_mode_load(tmp_path, mode, classifier):
     assert 0 <= x.min() <= x.max() <= 1
 
 
-def test_bad_pictures_and_places_are_told(tmp_path, classifier):
+def test_bad_images_and_places_are_told(tmp_path, classifier):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(InputError, match="does not decode"):
         load_image(tmp_path / "text.jpg", classifier.cfg)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageChops
 
 from diffender.classifiers.dataset import open_image, sample_items
-from diffender.defend import Defender, find_pictures, main, working_size
+from diffender.defend import Defender, find_images, main, working_size
 from diffender.stable_diffusion.model import PRESETS
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
@@ -39,7 +39,7 @@ def test_proportions_are_kept(name, size, expected):
 @pytest.mark.parametrize(
     ("size", "mode"), [((301, 177), "RGB"), ((90, 200), "L"), ((64, 64), "RGBA"), ((1, 1), "CMYK")]
 )
-def test_pictures_of_any_size_and_mode(photo, size, mode):
+def test_images_of_any_size_and_mode(photo, size, mode):
     image = photo.resize(size).convert(mode)
     found = Defender()(image)
     assert found.restored.size == found.mask.size == found.heatmap.size == size
@@ -56,16 +56,16 @@ def test_the_same_name_gives_the_same_picture(photo):
     assert a.heatmap.tobytes() != c.heatmap.tobytes()
 
 
-def test_names_of_pictures(tmp_path):
+def test_names_of_images(tmp_path):
     for file in ("a.png", "a.jpg", "sub/a.png", "notes.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    assert [name for name, _ in find_pictures((str(tmp_path),))] == ["a", "a_", "sub__a"]
+    assert [name for name, _ in find_images((str(tmp_path),))] == ["a", "a_", "sub__a"]
     with pytest.raises(InputError, match="no images given"):
-        find_pictures(())
+        find_images(())
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images in"):
-        find_pictures((str(tmp_path / "empty"),))
+        find_images((str(tmp_path / "empty"),))
 
 
 def test_the_command(tmp_path, photo, monkeypatch, capfd):
@@ -113,7 +113,7 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
     assert "other settings (classifier)" in error
 
 
-def test_pictures_are_taken_as_they_are_seen(tmp_path):
+def test_images_are_taken_as_they_are_seen(tmp_path):
     """16 bits, transparency, a turned camera, an animation."""
     deep = Image.fromarray((torch.arange(256).repeat(8, 1) * 257).numpy().astype("uint16"))
     deep.save(tmp_path / "deep.png")

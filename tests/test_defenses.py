@@ -149,7 +149,7 @@ def test_fnc_caps_norms_and_keeps_directions():
     assert torch.equal(clip_tokens(tokens, 0.5)[:, 0], tokens[:, 0])
 
 
-def test_fnc_statistics_are_those_of_the_pictures(classifier, photos):
+def test_fnc_statistics_are_those_of_the_images(classifier, photos):
     """And those of the classifier itself stay."""
     twin = fnc(classifier, alpha=1e3)
     first = twin.net.bn1

@@ -102,7 +102,7 @@ def test_texts_are_escaped(html):
     assert "&lt;b&gt;" in html
 
 
-def test_pictures_are_filtered_by_what_happened(html):
+def test_images_are_filtered_by_what_happened(html):
     assert [states(r) for r in RECORDS] == [["rescued"], ["failed"], ["rescued", "alarm"], []]
     for text in ("failed under attack (1)", "rescued (2)", "false alarms (1)", "all (4)"):
         assert text in html
@@ -177,7 +177,7 @@ def test_the_page_in_a_browser(html, tmp_path):
     }
 
 
-def test_a_page_of_512_pictures_stays_light(html):
+def test_a_page_of_512_images_stays_light(html):
     assert len(html) / len(RECORDS) < 100_000, "50 MB in all"
 
 

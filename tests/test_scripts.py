@@ -216,12 +216,12 @@ def test_ablation_changes_one_choice_at_a_time(tmp_path):
 
 @pytest.mark.slow
 def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
-    results = ablation(tmp_path, "--study", "parts,noise,pictures", "--images", "2")
+    results = ablation(tmp_path, "--study", "parts,noise,examples", "--images", "2")
     parts = {row["setting"]: row for row in results["parts"]}
     assert parts["true mask, no restoration"]["l1_patch"] != parts["true mask, restored"]["l1_patch"]
     assert parts["true mask, restored"]["clean_right"] == 1  # the subset is correct by construction
     assert len(results["noise"]) == 18
-    assert 15 < results["pictures"]["psnr"] < 40
+    assert 15 < results["examples"]["psnr"] < 40
     for name in ("noise.png", "images.png"):
         assert Image.open(tmp_path / name).size[0] > 400
 

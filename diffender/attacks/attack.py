@@ -47,7 +47,7 @@ class Attack:
         return self.choose(task, attempts)
 
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
-        """What the attacker lowers, from logits (B, K) to (B,)."""
+        """The loss that the attacker minimises, from logits (B, K) to (B,)."""
         return partial(margin, y=task.y)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:

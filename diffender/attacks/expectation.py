@@ -25,7 +25,7 @@ class Victim(Protocol):
 
 @runtime_checkable
 class Penalised(Protocol):
-    """A victim that gives a gradient attack one more thing to lower besides its own loss."""
+    """A victim with a penalty that gradient attacks minimise besides their own loss."""
 
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
         """The logits (B, K) and the penalty (B,). patch (B, 1, S, S) in {0, 1}: where the attacker's pixels are."""
@@ -55,7 +55,7 @@ def no_loss(logits: Tensor) -> Tensor:
 
 
 class Task(NamedTuple):
-    """The images that an attack is to have misread, and the victim that is to misread them."""
+    """Images, labels and the victim that an attack is run on."""
 
     victim: Victim
     x: Tensor  # (B, 3, S, S) in [0, 1]
@@ -142,7 +142,7 @@ class Course:
 
 
 def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
-    """How good attacked images are, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
+    """The score of attacked images, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
     them side by side; the same purpose compares all on the same."""
     values, fooled, n = [], [], judgements(task, eot)
     for start in range(0, n, batch):

@@ -156,7 +156,7 @@ class Free(nn.Module):
         self.u.data = (theta / max(self.limit, 1e-8)).clamp(-0.999, 0.999).atanh()
 
 
-class PerPicture(nn.Module):
+class PerImage(nn.Module):
     """One network an image of x (B, 3, S, S): a batch of images shares no weights."""
 
     def __init__(self, nets: Sequence[PatchGenerator], x: Tensor):
@@ -210,7 +210,7 @@ class GDPA(GradientAttack):
             nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
             for b, net in enumerate(nets):
                 net.to(x.device).calibrate(x[b : b + 1])
-            yield self.attempt(task, PerPicture(nets, x).to(x.device), [], "", callback)
+            yield self.attempt(task, PerImage(nets, x).to(x.device), [], "", callback)
         else:
             starts = self.starts(task, init)
             searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries

@@ -58,7 +58,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def logit(logits: Tensor, y: Tensor) -> Tensor:
-    """That of class y (B,), out of logits (B, K)."""
+    """The logit of class y (B,), out of logits (B, K)."""
     return logits.gather(1, y[:, None])[:, 0]
 
 

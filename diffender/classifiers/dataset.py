@@ -96,13 +96,13 @@ def folder_items(root: Path) -> list[Item]:
     from timm.data import ImageNetInfo
 
     rank = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
-    pictures = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
-    wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in pictures]
+    files = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
+    wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in files]
     unknown = sorted(set(wnids) - set(rank))
     if unknown:
         raise InputError(f"{root} has images under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
-    ids = [str(p.relative_to(root).with_suffix("")) for p in pictures]
-    return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, pictures, wnids, strict=True)]
+    ids = [str(p.relative_to(root).with_suffix("")) for p in files]
+    return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, files, wnids, strict=True)]
 
 
 def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:

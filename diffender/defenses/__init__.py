@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 
 
 def pure(purify: Callable) -> Entry:
-    """A defence that needs nothing but its settings."""
+    """The entry of a defence that needs only its settings."""
     return Entry(purify, lambda target, **settings: Defended(Purifier(purify(**settings)), target.classifier))
 
 

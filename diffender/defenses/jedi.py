@@ -86,7 +86,7 @@ def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
 
 
 def thresholds(mean: Tensor, i: int, clean_mean: tuple[float, ...], clean_std: tuple[float, ...]) -> Tensor:
-    """Of scale i, for images whose windows have this mean entropy (B,)."""
+    """The entropy thresholds of scale i for images with this mean window entropy (B,)."""
     pm, ps, cm, cs = PATCH_MEAN[i], PATCH_STD[i], clean_mean[i], clean_std[i]
     return pm + 1.5 * ps - 2 * ps * (pm - cm) / pm + ps * (mean - cm) / cs
 

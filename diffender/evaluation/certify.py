@@ -12,14 +12,16 @@ from diffender.utils.options import option, parse, run
 
 @dataclass(frozen=True)
 class Options:
-    data: str = option("samples", "samples, a folder by wnid, or a csv of file and label")
-    images: int = option(6, "number of images, of those the classifier gets right", low=1)
-    area: float = option(0.05, "share of the image that the patch to withstand covers", low=0.0005, high=0.5)
-    masks: int = option(6, "of the first round, an axis", low=1)
-    classifier: str = option("efficientnet_lite0", "a name of diffender.classifiers.imagenet, or timm:TAG")
-    classifier_weights: str | None = option(None, "its safetensors file in timm's names; none for the embedded one")
-    seed: int = option(0, "of the choice of images", low=0)
-    out: str = option("runs/patchcleanser", "folder for records, results and table; a run there is resumed")
+    data: str = option(
+        "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
+    )
+    images: int = option(6, "Number of images, of those that the classifier gets right.", low=1)
+    area: float = option(0.05, "Share of the image that the patch to withstand covers.", low=0.0005, high=0.5)
+    masks: int = option(6, "Masks of the first round along each axis.", low=1)
+    classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
+    classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
+    seed: int = option(0, "Seed of the choice of images.", low=0)
+    out: str = option("runs/patchcleanser", "Output folder. A run that is there is resumed.")
 
 
 def main() -> None:

@@ -50,13 +50,13 @@ def draw_curves(
 
 
 def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Of the images that have each column."""
+    """The mean of each column over the images that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [mean(v) for v in zip(*(row[name] for row in rows if name in row), strict=True)] for name in names}
 
 
 def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
-    """Whether the image of a task and each patch made for it are read right at every threshold; localised once."""
+    """Whether the image and each patch made for it are classified correctly at every threshold. Localised once."""
     x, target = task.x, task.victim
     if not isinstance(target.defense, DIFFender):
         return {}
@@ -82,7 +82,7 @@ def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
 
 
 def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
-    """Whether patches of every size leave the image of a task read right, defended and not."""
+    """Whether the image is classified correctly under patches of every size, defended and undefended."""
     found: dict[str, list[bool]] = {}
     target, noise = task.victim, task.noise("verdict")
     undefended = task._replace(victim=Undefended(target.classifier))

@@ -20,7 +20,7 @@ WORKING = 1.6  # gradients in flight and the largest layer's buffers, as a multi
 
 
 class Footprint(NamedTuple):
-    """Bytes that one row of a batch keeps for the backward pass in each network."""
+    """Bytes that each network keeps for the backward pass of one row of a batch."""
 
     unet: int
     encoder: int
@@ -45,12 +45,12 @@ def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) 
 
 
 def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size: int) -> Footprint:
-    """Of a model and of a classifier network for images of `size`; counted without computing anything."""
+    """The footprint of a model and a classifier network at this image size, counted on meta tensors."""
     with torch.device("meta"):
         model = LatentDiffusion(cfg).requires_grad_(False)
         z = torch.empty(1, *cfg.latent_shape, requires_grad=True)
         x = torch.empty(1, 3, cfg.image_size, cfg.image_size, requires_grad=True)
-        picture = torch.empty(1, 3, size, size, requires_grad=True)
+        image = torch.empty(1, 3, size, size, requires_grad=True)
         t, context = (torch.zeros(1, dtype=torch.long), torch.empty(1, 77, cfg.unet.context_dim, dtype=dtype))
     channels = cfg.unet.in_channels - cfg.vae.z_channels
     latents = torch.cat([z, torch.empty(1, channels, *cfg.latent_shape[1:], device="meta")], dim=1).to(dtype)
@@ -60,33 +60,33 @@ def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size:
         saved_bytes(unet, lambda x: unet(x, t, context), latents),
         saved_bytes(model.vae, lambda x: model.vae.encode(x, torch.empty_like(z)), x),
         saved_bytes(model.vae, model.vae.decode, z),
-        saved_bytes(net, net, picture),
+        saved_bytes(net, net, image),
     )
 
 
-def peak_bytes(one: Footprint, pictures: int, draws: int, micro_batch: int | None) -> int:
-    """Above what the process holds already, for a full gradient of so many images side by side.
+def peak_bytes(one: Footprint, images: int, draws: int, micro_batch: int | None) -> int:
+    """Bytes that a full gradient of so many images side by side needs, besides what the process holds already.
 
     Networks are recomputed one after the other in the backward pass, so the largest counts, beside the classifier.
     Steps of the sampler and samples of EOT do not enter.
     """
     limit = micro_batch or sys.maxsize
-    rows = min(pictures * 2 * draws, limit), min(pictures, limit)
+    rows = min(images * 2 * draws, limit), min(images, limit)
     largest = max(one.unet * rows[0], one.encoder * rows[1], one.decoder * rows[1])
-    return round(WORKING * max(largest, one.classifier * pictures))
+    return round(WORKING * max(largest, one.classifier * images))
 
 
-def kept_bytes(one: Footprint, pictures: int, draws: int, steps: int) -> int:
-    """The same where nothing is recomputed: every evaluation of localisation and of `steps` of restoration counts."""
+def kept_bytes(one: Footprint, images: int, draws: int, steps: int) -> int:
+    """`peak_bytes` if nothing is recomputed: every evaluation of localisation and of `steps` of restoration is kept."""
     unets, encoders = 2 * draws + steps, 1 + (steps > 0)
     decoders = int(steps > 0)
     total = one.unet * unets + one.encoder * encoders + one.decoder * decoders + one.classifier
-    return round(WORKING * pictures * total)
+    return round(WORKING * images * total)
 
 
-def keep_or_recompute(one: Footprint, pictures: int, draws: int, steps: int, device: torch.device) -> bool:
+def keep_or_recompute(one: Footprint, images: int, draws: int, steps: int, device: torch.device) -> bool:
     """Whether keeping all activations takes no more than a quarter of what is free."""
-    return kept_bytes(one, pictures, draws, steps) <= free_bytes(device) / 4
+    return kept_bytes(one, images, draws, steps) <= free_bytes(device) / 4
 
 
 def free_bytes(device: torch.device) -> int:
@@ -99,23 +99,23 @@ def free_bytes(device: torch.device) -> int:
         return 0
 
 
-def fit_micro_batch(one: Footprint, pictures: int, draws: int, held: int, allowed: int) -> int | None:
+def fit_micro_batch(one: Footprint, images: int, draws: int, held: int, allowed: int) -> int | None:
     """The largest micro-batch that stays within `allowed` bytes, `held` of them taken already; None: no need of one.
 
     Raises InputError where one row is too much.
     """
-    for micro_batch in (None, *range(pictures * 2 * draws, 0, -1)):
-        if held + peak_bytes(one, pictures, draws, micro_batch) <= allowed:
+    for micro_batch in (None, *range(images * 2 * draws, 0, -1)):
+        if held + peak_bytes(one, images, draws, micro_batch) <= allowed:
             return micro_batch
     need = (held + peak_bytes(one, 1, draws, 1)) / GIB
     raise InputError(
-        f"--max-memory {allowed / GIB:.1f} GiB is too little for {pictures} images side by side; one takes about "
+        f"--max-memory {allowed / GIB:.1f} GiB is too little for {images} images side by side; one takes about "
         f"{need:.1f} GiB: lower --batch-size or raise --max-memory"
     )
 
 
 def held_bytes(device: torch.device) -> int:
-    """What this process holds: resident memory, or what is allocated on the GPU."""
+    """Bytes that this process holds: resident memory, or what is allocated on the GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with open("/proc/self/statm") as f:  # noqa: PTH123
@@ -123,7 +123,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def most_held_bytes(device: torch.device) -> int:
-    """The most that this process has held so far."""
+    """The largest number of bytes that this process has held so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

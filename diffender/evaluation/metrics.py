@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MaskScores(NamedTuple):
-    """Of each image, (B,): recall is the covered share of the patch, precision the patched share of the mask."""
+    """Scores of each mask, (B,). Recall: covered share of the patch. Precision: patched share of the mask."""
 
     recall: Tensor
     precision: Tensor

@@ -25,7 +25,7 @@ GRADIENTS = {  # by defence
     "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc"),
     "others": ("transfer", "bpda", "auto"),
 }
-FIGURES = (1, 3, 4, 5, 8, 9)  # of the paper
+FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
 BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 COSTLY = ("surrogate", "full", "full+loc")
@@ -57,7 +57,7 @@ def budgeted(name: str, help: str, group: str | None = None, choices: tuple[str,
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """What some attacks take and others do not; None leaves an attack its own default. See `Attack.flags`."""
+    """Settings that only some attacks have. None keeps the attack's own default. See `Attack.flags`."""
 
     area: float | None = option(
         None,
@@ -254,7 +254,7 @@ def share(shard: str) -> tuple[int, int]:
 
 
 def mine(opts: Options, count: int) -> list[int]:
-    """Of so many images, those of this shard."""
+    """The indices, out of `count` images, that this shard does."""
     shard, shards = share(opts.shard)
     return list(range(shard, count, shards))
 
@@ -326,7 +326,7 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
 
 
 def names() -> str:
-    """All that can be asked for by name, a line each kind."""
+    """Everything that a flag takes by name, one line for each flag."""
     from diffender.attacks import ATTACKS
     from diffender.classifiers.imagenet import CLASSIFIERS
     from diffender.defenses import DEFENSES
@@ -359,7 +359,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
-    """For the images of `parts`, measured on x (1, 3, S, S)."""
+    """The forecast for the images of `parts`, from one pass measured on x (1, 3, S, S)."""
     from diffender.utils.progress import Progress
 
     noise = target.sample_noise(["estimate"], opts.run.seed, "estimate")
@@ -395,7 +395,7 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
 
 
 def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
-    """In words, for a defence with a diffusion model."""
+    """The memory needed by a defence with a diffusion model, in words."""
     from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
     from diffender.factory import pick_dtype
 

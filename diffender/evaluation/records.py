@@ -51,7 +51,7 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
 
 
 def read_config(folder: Path) -> dict:
-    """Raises InputError where it is damaged."""
+    """The configuration of a run. Raises InputError if the file is damaged."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> dict:
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:
-    """All at once: a process that is killed leaves whole records, and at most one unfinished line."""
+    """Append records in one write. A killed process leaves whole records and at most one unfinished line."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("a", encoding="utf-8") as f:
         f.write(text)

@@ -87,8 +87,8 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     return Experiment(opts, folder, own, target, build_plans(opts, target))
 
 
-def pictures(opts: Options, target: Defended) -> Batch:
-    """Those that the undefended classifier gets right, without those that the prompts were tuned on."""
+def load_images(opts: Options, target: Defended) -> Batch:
+    """Images that the undefended classifier gets right, without those that the prompts were tuned on."""
     asked = opts.target.defense
     tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt == "tuned" else []
     batch = correct_subset(open_items(opts.target), target.classifier, opts.images, opts.run.seed, frozenset(tuned_on))
@@ -140,7 +140,7 @@ def how_to_go_on(e: Experiment) -> str:
 
 
 def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
-    """Of the images done so far, to the tracker."""
+    """Send the accuracies of the images done so far to the tracker."""
     records = read_records(e.folder)
     rows = summarize(records)["rows"]
     log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
@@ -197,7 +197,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 
 
 def resolved(opts: Options) -> dict:
-    """All that an image's result depends on: what a resumed run must share. More images may join."""
+    """Everything that an image's result depends on. A resumed run must share it; the number of images may differ."""
     asked = opts.target.defense
     found = settings(opts, *NO_MATTER) | asdict(asked.config)
     found["attack"] = ",".join(attacks(opts))  # all is its four by name

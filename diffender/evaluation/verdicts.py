@@ -37,7 +37,7 @@ class Reading(NamedTuple):
 
 
 def read(logits: Tensor) -> Reading:
-    """From logits (B, K)."""
+    """Classes and confidences from logits (B, K)."""
     confidence, label = logits.detach().softmax(dim=1).max(dim=1)
     return Reading(label.tolist(), [round(c, 4) for c in confidence.tolist()])
 
@@ -52,7 +52,10 @@ class Verdict(NamedTuple):
 
 
 def verdict(seen: Sequence[int], label: int) -> Verdict:
-    """From the classes seen in N purifications of one image. The vote takes the first 9, or the most odd below."""
+    """The verdict from the classes seen in N purifications of one image.
+
+    The majority vote takes the first 9, or the largest odd number of them.
+    """
     votes = seen[: min(VOTES, len(seen) - (len(seen) + 1) % 2)]
     right = [c == label for c in seen]
     top = Counter(votes).most_common(1)[0][0]
@@ -60,7 +63,7 @@ def verdict(seen: Sequence[int], label: int) -> Verdict:
 
 
 class Judge(NamedTuple):
-    """Who judges images, and how often."""
+    """The defended classifier that judges images, and how often it does."""
 
     target: Defended
     verdicts: int = 10  # purifications of each image
@@ -173,7 +176,7 @@ def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def thin(trace: Sequence[float], points: int = 20) -> list[float]:
-    """At most so many of the values of a curve, the first and the last among them."""
+    """A curve thinned to at most so many values, with the first and the last among them."""
     if len(trace) <= points:
         return [round(v, 4) for v in trace]
     return [round(trace[i * (len(trace) - 1) // (points - 1)], 4) for i in range(points)]

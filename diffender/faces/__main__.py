@@ -13,10 +13,10 @@ from diffender.utils.progress import bar
 
 @dataclass(frozen=True)
 class Options:
-    pairs: str = option("pairs.txt", "LFW's pairs.txt, or a csv of file_a, file_b and same (1 or 0)")
-    data: str = option(".", "folder that the pairs' files are in")
-    classifier: str = option("facenet", "the recogniser", choices=("facenet", "mobilefacenet"))
-    classifier_weights: str | None = option(None, "its safetensors file")
+    pairs: str = option("pairs.txt", "LFW's pairs.txt, or a csv with file_a, file_b and same (1 or 0).")
+    data: str = option(".", "Folder of the pairs' files.")
+    classifier: str = option("facenet", "The recogniser.", choices=("facenet", "mobilefacenet"))
+    classifier_weights: str | None = option(None, "Safetensors file of the recogniser.")
 
 
 def main() -> None:

@@ -35,14 +35,14 @@ def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
         rows = read_csv(path, "file_a", "file_b", "same")
         return [(root / r["file_a"], root / r["file_b"], r["same"] == "1") for r in rows]
 
-    def picture(name: str, number: str) -> Path:
+    def image(name: str, number: str) -> Path:
         return root / name / f"{name}_{int(number):04d}.jpg"
 
     pairs = []
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         parts = line.split()
         if len(parts) == 3:
-            pairs.append((picture(parts[0], parts[1]), picture(parts[0], parts[2]), True))
+            pairs.append((image(parts[0], parts[1]), image(parts[0], parts[2]), True))
         elif len(parts) == 4:
-            pairs.append((picture(parts[0], parts[1]), picture(parts[2], parts[3]), False))
+            pairs.append((image(parts[0], parts[1]), image(parts[2], parts[3]), False))
     return pairs

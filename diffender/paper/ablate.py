@@ -6,7 +6,7 @@
 Photographs that the classifier gets right are attacked on the classifier alone. `choices` then localises
 with one choice changed at a time; choose by it, on photographs that no evaluation is made on. `parts` purifies and
 classifies with empty, manual and tuned prompts, without restoration, and with the true mask (the paper's Tables 3 and
-4). `noise` follows the difference map over the noise ratio (its Figs. 3 and 4). `pictures` shows the first photographs:
+4). `noise` follows the difference map over the noise ratio (its Figs. 3 and 4). `examples` shows the first photographs:
 reconstructed by the VAE, attacked, restored with the true mask and with the localised one.
 """
 
@@ -21,16 +21,18 @@ class Options:
     target: TargetOptions = part(TargetOptions())
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch. Changes no result.", low=1)
-    study: str = option("choices", "choices, parts, noise, pictures, or several with commas between")
-    images: int = option(16, "number of photographs", low=1)
-    attack: str = option("advp", "made on the classifier alone", choices=("advp", "lavan"))
-    area: float | None = option(None, "share of the image (default: advp 0.05, lavan 0.02)", low=0.0005, high=0.9)
-    shape: str = option("square", "shape of the patch", choices=("square", "circle"))
-    targeted: bool | None = option(
-        None, "aim at a random class (default: lavan), or just away from the true one (advp)"
+    study: str = option("choices", "Studies, separated by commas: choices, parts, noise, examples.")
+    images: int = option(16, "Number of photographs.", low=1)
+    attack: str = option("advp", "Attack on the classifier alone.", choices=("advp", "lavan"))
+    area: float | None = option(
+        None, "Share of the image that the patch covers (default: advp 0.05, lavan 0.02).", low=0.0005, high=0.9
     )
-    iters: int = option(100, "steps of the attack", low=1)
-    out: str = option("runs/ablation", "folder for results.json, table.md and curves")
+    shape: str = option("square", "Shape of the patch.", choices=("square", "circle"))
+    targeted: bool | None = option(
+        None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
+    )
+    iters: int = option(100, "Steps of the attack.", low=1)
+    out: str = option("runs/ablation", "Output folder for results.json, table.md and images.")
 
 
 def main() -> None:

@@ -87,8 +87,8 @@ def ablate(opts: Options) -> None:
     """Run the studies that --study names; writes results.json, table.md and curves to --out."""
     out = place_for(Path(opts.out) / "results.json").parent
     names = opts.study.split(",")
-    if unknown := set(names) - {*STUDIES, "pictures"}:
-        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, pictures")
+    if unknown := set(names) - {*STUDIES, "examples"}:
+        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, examples")
     started, asked = time.monotonic(), opts.target.defense
     device = pick_device(opts.run.device)
     classifier = open_classifier(opts.target).to(device)
@@ -113,7 +113,7 @@ def ablate(opts: Options) -> None:
     }
     base = asked.config
     for name in names:
-        if name == "pictures":
+        if name == "examples":
             results[name] = show(opts, build(opts, model, asked.prompt, base), classifier, batch, attacked)
             continue
         settings = bar(STUDIES[name](asked.prompt, base), name, opts.run.quiet)
@@ -240,8 +240,8 @@ def markdown(results: dict) -> str:
             for ratio in NOISE_RATIOS
         ]
         tables.append(table(head, rows))
-    if "pictures" in results:
-        p = results["pictures"]
+    if "examples" in results:
+        p = results["examples"]
         tables.append(
             f"VAE round trip of the clean photographs: {p['psnr']:.1f} dB; the classifier is right on "
             f"{percent(p['round_trip_right'])}.\n"

@@ -1,7 +1,8 @@
-"""The paper's Figures 1, 3, 4, 5, 8 and 9 from our own images: python evaluate.py --figure 5.
+"""The paper's Figures 1, 2, 3, 4, 5, 8 and 9 from our own images: python evaluate.py --figure 5.
 
-All but Figure 8 show patches of AdvP made on the undefended classifier; Figure 8 runs the adaptive attacks of the
-chosen budget for each theta. PNG files and the numbers behind them go to runs/figure<N>-<preset>/.
+They show patches of AdvP made on the undefended classifier. Figure 2 shows patches made on the defence beside them, and
+Figure 8 runs the adaptive attacks of the chosen budget for each theta. PNG files and the numbers behind them go to
+runs/figure<N>-<preset>/.
 """
 
 import time
@@ -16,9 +17,11 @@ from torch import Tensor
 from diffender.attacks import AdvP
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
+from diffender.classifiers.imagenet import class_names
+from diffender.config import Backward
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, build_target, fill
-from diffender.evaluation.run import pictures
+from diffender.evaluation.plan import Options, build_target, describe, fill
+from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
 from diffender.paper.ablation import map_columns
@@ -71,7 +74,7 @@ def scene(opts: Options, most: int | None) -> Scene:
     """Images with AdvP's patches made on the undefended classifier."""
     opts = fill(opts)
     target = build_target(opts)
-    batch = pictures(opts if most is None else change(opts, images=min(most, opts.images)), target)
+    batch = load_images(opts if most is None else change(opts, images=min(most, opts.images)), target)
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
@@ -80,7 +83,10 @@ def scene(opts: Options, most: int | None) -> Scene:
     )
 
 
-def draw(columns: dict[str, Tensor], path: Path) -> None:
+Told = dict[str, list[tuple[str, str]]]  # by column: a line above each image, and its colour
+
+
+def draw(columns: dict[str, Tensor], path: Path, told: Told | None = None) -> None:
     """Columns of images (B, 1 or 3, S, S) under their titles; a row an image."""
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * rows + 0.2), layout="constrained")
@@ -90,7 +96,11 @@ def draw(columns: dict[str, Tensor], path: Path) -> None:
             shown = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(2)
             axes[r, c].imshow(shown, cmap="inferno" if "difference" in title else "gray", vmin=0, vmax=1)
             axes[r, c].set_axis_off()
-        axes[0, c].set_title(title, fontsize=8)
+            if told and title in told:
+                text, colour = told[title][r]
+                axes[r, c].set_title(f"{title}\n{text}" if r == 0 else text, fontsize=8, color=colour)
+        if not told or title not in told:
+            axes[0, c].set_title(title, fontsize=8)
     save_figure(figure, path)
 
 
@@ -111,6 +121,37 @@ def figure_1(s: Scene, folder: Path) -> str:
         folder / "figure.png",
     )
     return f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict, decoded; their difference.\n"
+
+
+def figure_2(s: Scene, folder: Path) -> str:
+    """The pipeline on patches made without and with knowledge of the defence; what the classifier sees is green where
+    it is right."""
+    opts, classifier, y = s.opts, s.target.classifier, s.batch.y
+    names = classifier.names or class_names()
+
+    def seen(x: Tensor) -> list[tuple[str, str]]:
+        answers = zip(classifier(x).argmax(dim=1).tolist(), y.tolist(), strict=True)
+        return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
+
+    given = vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts")}
+    victim = Defended(s.target.defense, classifier, Backward("bpda-mask"))
+    task = Task(victim, s.batch.x, y, s.batch.ids, opts.run.seed)
+    made = {
+        "patch made on\nthe classifier": s.made,
+        "patch made on\nthe defence": AdvP.from_flags(given)(task, init=s.made.state),
+    }
+    columns, told, right = {"clean": s.batch.x}, {"clean": seen(s.batch.x)}, []
+    for title, attacked in made.items():
+        out, ending = s.target.defense(attacked.image, s.noise()), " " * title.count("defence")  # titles are unlike
+        columns |= {title: attacked.image, f"difference{ending}": heat(out.heatmap, attacked.image)}
+        columns |= {f"mask{ending}": out.mask, f"restored{ending}": out.image}
+        told |= {title: seen(attacked.image), f"restored{ending}": seen(out.image)}
+        right.append(sum(colour == "green" for _, colour in told[f"restored{ending}"]))
+    draw(columns, folder / "figure.png", told)
+    return (
+        f"Fig. 2: of {len(y)} images, {right[0]} are read right after restoration from patches made on the classifier, "
+        f"{right[1]} after restoration from patches made on the defence (bpda-mask, {describe(opts)}).\n"
+    )
 
 
 def one_step(model: LatentDiffusion, z_t: Tensor, t: int, a_t: float, context: Tensor, blank: Tensor) -> Tensor:
@@ -195,4 +236,11 @@ def figure_8(opts: Options, folder: Path) -> str:
     return f"{text}\n{len(lines[0].verdicts['clean'])} images. The paper, quoted (Inception-v3): {quoted}.\n"
 
 
-FIGURES: dict[int, Callable[[Scene, Path], str]] = {1: figure_1, 3: figure_3, 4: figure_4, 5: figure_5, 9: figure_9}
+FIGURES: dict[int, Callable[[Scene, Path], str]] = {
+    1: figure_1,
+    2: figure_2,
+    3: figure_3,
+    4: figure_4,
+    5: figure_5,
+    9: figure_9,
+}

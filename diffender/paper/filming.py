@@ -118,7 +118,7 @@ def save_example(shot: Shot, out: Purified, path: Path) -> None:
 
 
 def run_film(e: Experiment, batch: Batch) -> str:
-    """Films what is missing; the table as Markdown, also in the folder beside results.json."""
+    """Film what is missing. Returns the table as Markdown and writes it beside results.json."""
     film(e, batch)
     opts = e.opts
     return write_table(

@@ -32,7 +32,7 @@ CONFIGURATIONS = {  # of Table 7; signs and distances are averaged
 
 
 class Frame(NamedTuple):
-    """What one frame draws, a row an image; angles in degrees."""
+    """The random parameters of one frame, one row for each image. Angles are in degrees."""
 
     pose: Tensor  # (B, 3): yaw, pitch, distance
     gain: Tensor  # (B, 3): exposure and white balance

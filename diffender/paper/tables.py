@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from diffender.evaluation.plan import Options, describe, fill
 from diffender.evaluation.records import open_run, read_records
-from diffender.evaluation.run import Experiment, finish, pictures, prepare, resolved, work
+from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
 from diffender.evaluation.verdicts import Verdict, by_variant, proportion, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
@@ -126,7 +126,7 @@ def run_table(number: int, opts: Options) -> str:
     if number == 7:
         own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
         experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
-        batch = None if opts.frames else pictures(own, experiment.target)
+        batch = None if opts.frames else load_images(own, experiment.target)
         open_run(experiment.folder, resolved(own), experiment.own)
         return run_film(experiment, batch) if batch else run_photographs(experiment)
     if number == 6 and opts.target.classifier not in RECOGNIZERS:
@@ -164,7 +164,7 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     other shards are at work. The last row is DIFFender."""
     model = open_model(opts.target.defense.model, pick_device(opts.run.device))  # once for all
     experiments = [prepare(named(fill(change(opts, **row.changes, name="tables")), row.key), model) for row in rows]
-    batch = pictures(experiments[-1].opts, experiments[-1].target)
+    batch = load_images(experiments[-1].opts, experiments[-1].target)
     work(experiments, batch)
     wait()
     if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
@@ -182,7 +182,7 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
 
 
 def named(opts: Options, key: str) -> Options:
-    """With the folder of runs/tables/ where an experiment of these very settings lives."""
+    """The options with the name of the folder in runs/tables/ that belongs to these settings."""
     digest = hashlib.sha256(json.dumps(resolved(opts), sort_keys=True).encode()).hexdigest()
     return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
@@ -239,7 +239,7 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
 
 
 def is_defence(line: Line) -> bool:
-    """And not one of the rows to compare with."""
+    """Whether the line is a defence, not a row to compare with."""
     return line.key != "undefended" and not NAMES[line.key].startswith("control")
 
 
@@ -279,7 +279,7 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def as_latex(number: int, lines: Sequence[Line]) -> str:
-    """Ours alone, for \\usepackage{booktabs}."""
+    """Our numbers as LaTeX, for \\usepackage{booktabs}."""
     shown = columns(number)
     out = [r"\begin{tabular}{ll" + "r" * len(shown) + "}", r"\toprule"]
     out += ["classifier & defence & " + " & ".join(shown) + r" \\", r"\midrule"]

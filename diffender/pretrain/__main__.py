@@ -33,14 +33,14 @@ from diffender.utils.options import Parser, option, parse, part, run
 
 @dataclass(frozen=True)
 class Jedi:
-    data: str = option("samples", "photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv")
-    images: int = option(100, "of them", low=2)
-    size: int = option(224, "side that they are brought to", low=32)
-    out: str = option("weights/jedi.safetensors", "where the weights go, in float16")
-    masks: int = option(8000, "drawn masks", low=1)
-    epochs: int = option(30, "over them", low=1)
-    lr: float = option(2e-3, "of Adam", low=0)
-    seed: int = option(0, "of masks and weights", low=0)
+    data: str = option("samples", "Photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv.")
+    images: int = option(100, "Number of photographs for the statistics of clean images.", low=2)
+    size: int = option(224, "Side that the photographs are resized to, in pixels.", low=32)
+    out: str = option("weights/jedi.safetensors", "Output file, in float16.")
+    masks: int = option(8000, "Number of drawn masks.", low=1)
+    epochs: int = option(30, "Epochs over the masks.", low=1)
+    lr: float = option(2e-3, "Learning rate of Adam.", low=0)
+    seed: int = option(0, "Seed of masks and weights.", low=0)
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,16 @@ class Beforehand:
     attacked: TargetOptions = part(TargetOptions())
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch.", low=1)
-    through: str = option("classifier", "the classifier alone, or the defence", choices=("classifier", "defence"))
-    images: int = option(500, "number of images, none of which may be attacked later", low=1)
-    area: float = option(0.05, "share of the image", low=0.0005, high=0.9)
-    target: int = option(859, "class that the universal patch aims at (the original's toaster)", low=0, high=999)
-    updates: int = option(1000, "steps of Adam", low=1)
-    eot: int = option(1, "noise samples averaged in a step", low=1)
-    width: int = option(64, "of the generator", low=1)
-    out: str = option("runs/beforehand.safetensors", "file to write")
+    through: str = option(
+        "classifier", "What is attacked: the classifier alone, or the defence.", choices=("classifier", "defence")
+    )
+    images: int = option(500, "Number of images. None of them may be attacked later.", low=1)
+    area: float = option(0.05, "Share of the image that the patch covers.", low=0.0005, high=0.9)
+    target: int = option(859, "Class that the universal patch aims at (the original's toaster).", low=0, high=999)
+    updates: int = option(1000, "Steps of Adam.", low=1)
+    eot: int = option(1, "EOT samples in each step.", low=1)
+    width: int = option(64, "Width of the generator.", low=1)
+    out: str = option("runs/beforehand.safetensors", "Output file.")
 
 
 def train(argv: list[str]) -> None:

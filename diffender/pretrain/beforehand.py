@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot: int) -> tuple[Tensor, float]:
-    """Over fresh noise: of the loss to attacked images (B, 3, S, S); and the mean loss."""
+    """Mean gradient of the loss with respect to attacked images (B, 3, S, S) over fresh noise, and the mean loss."""
     gradient, value = torch.zeros_like(attacked), 0.0
     for s in samples(task, lambda k: (attacked.detach(), covered.detach(), task.noise(f"attack {step}", k)), eot):
         gradient, value = (gradient + s.gradient / eot, value + s.value.mean().item() / eot)
@@ -38,7 +38,7 @@ def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot:
 
 
 def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
-    """`updates` times indices of `size` images, every image once before any twice."""
+    """Yield the indices of `size` images, `updates` times. Every image is drawn once before any is drawn again."""
     order: list[int] = []
     for epoch in range(updates):
         if len(order) < size:

@@ -41,14 +41,14 @@ def load_photos(source: Path, short_side: int) -> Photos:
     images = []
     if source.is_file():
         captions = read_header(source)["captions"]
-        files = load_file(source)
-        pictures = (io.BytesIO(part.numpy().tobytes()) for part in files["jpeg"].split(files["lengths"].tolist()))
+        packed = load_file(source)
+        files = [io.BytesIO(part.numpy().tobytes()) for part in packed["jpeg"].split(packed["lengths"].tolist())]
     else:
         rows = captioned_files(source)
         captions = [caption for _, caption in rows]
-        pictures = (path for path, _ in rows)
-    for picture in bar(list(pictures), "reading photographs"):
-        images.append(pil_to_tensor(resized(Image.open(picture), short_side)))
+        files = [path for path, _ in rows]
+    for file in bar(files, "reading photographs"):
+        images.append(pil_to_tensor(resized(Image.open(file), short_side)))
     return Photos(images, captions)
 
 
@@ -82,7 +82,7 @@ def pack(root: Path, out: Path, short_side: int = 256, quality: int = 80) -> Non
 
 
 def randint(low: int, high: int, g: Generator) -> int:
-    """A whole number from low to high, both included."""
+    """A random integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=g))
 
 
@@ -122,7 +122,7 @@ def random_region(size: int, low: float, high: float, g: Generator) -> Tensor:
 
 
 def random_content(photos: Photos, size: int, g: Generator) -> tuple[Tensor, str]:
-    """What is pasted, filling (3, S, S), and its words."""
+    """The content of a paste, (3, S, S), and its caption."""
     kind = randint(0, 9, g)
     if kind < 6:  # noise of several grains, contrasts and distributions
         grain = 2 ** randint(0, 3, g)

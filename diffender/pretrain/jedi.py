@@ -57,13 +57,13 @@ def train_jedi(opts: "Jedi") -> None:
 
 
 def clean_statistics(opts: "Jedi") -> tuple[list[float], list[float]]:
-    """Over images, of their mean window entropy in each scale."""
+    """Mean and standard deviation over images of their mean window entropy, in each scale."""
     items = list_items(opts.data)
     order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
     cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))
-    pictures = [load_image(items[i].path, cfg)[None] for i in order]
+    images = [load_image(items[i].path, cfg)[None] for i in order]
     means = torch.tensor(
-        [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in pictures]
+        [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in images]
     )
     mean, std = ([round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0)))
     return mean, std

@@ -16,7 +16,7 @@ from diffender.utils.progress import bar
 
 
 class Trainer:
-    """What both stages share: AdamW with warm-up and clipping, an EMA copy, checkpoints, a log line now and then."""
+    """AdamW with warm-up and gradient clipping, EMA weights, checkpoints and a log."""
 
     def __init__(self, name: str, model: nn.Module, args: argparse.Namespace):
         self.path = args.out / f"{name}.ckpt"
@@ -56,7 +56,7 @@ class Trainer:
         progress.close()
 
     def share_done(self) -> float:
-        """Of the training, by steps or by time, whichever is nearer its end."""
+        """The share of the training that is done, by steps or by time, whichever is larger."""
         by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
         return max(self.step / self.args.steps, by_time)
 

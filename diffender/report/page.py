@@ -142,7 +142,7 @@ def headline(results: dict) -> str:
 
 
 def states(record: dict) -> list[str]:
-    """What an image is filtered by."""
+    """The filters of the page that show this image."""
     attacks, label = record["attacks"].values(), record["label"]
     found = ["failed"] if any(a["defended"][0] != label for a in attacks) else []
     if any(a["undefended"] != label == a["defended"][0] for a in attacks):

@@ -29,7 +29,7 @@ class ModelConfig:
 
     @property
     def multiple(self) -> int:
-        """Sides of images are multiples of it: of a latent, halved by each level of the UNet."""
+        """Sides of images are multiples of this many pixels: the VAE's factor, doubled by each UNet level."""
         return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
 
     @property
@@ -124,7 +124,7 @@ class LatentDiffusion(nn.Module):
         return self.eps(z_t, t, context, blank if self.locator is None else None, self.locator)
 
     def posterior(self, x: Tensor) -> Posterior:
-        """Of the unscaled latents of images (B, 3, H, W) in [0, 1]: what `latents` draws from, again and again."""
+        """The posterior of the unscaled latents of images (B, 3, H, W) in [0, 1], from which `latents` draws."""
         moments = self.run(lambda x: torch.cat(self.vae.posterior(x), dim=1), x)
         return Posterior(*moments.chunk(2, dim=1))
 

@@ -24,7 +24,7 @@ PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file to write to in place of `path`, which it becomes when the block ends well; else nothing is left of it."""
+    """A temporary file that becomes `path` when the block succeeds, and is deleted otherwise."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
     try:
         yield partial
@@ -56,7 +56,7 @@ def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
 
 
 def place_for(path: Path) -> Path:
-    """The path of a file to be written after long work, its folder made. Raises InputError where it cannot be."""
+    """The path of a file that is written later. Makes its folder; raises InputError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as f:
