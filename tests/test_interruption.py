@@ -98,6 +98,7 @@ def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, mon
 
     args = [*SMALL, "--images", "3", "--attack", "none"]
     interrupt_after(monkeypatch, experiment, "evaluate_batch", 2)
+    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in a shell's background
     code, _, error = here(args, tmp_path, monkeypatch, capfd)
     assert code == 130
     (folder,) = (tmp_path / "runs").iterdir()
@@ -105,7 +106,7 @@ def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, mon
     assert "finishing what is in hand" in error
     assert "go on with: python" in error
     assert error.endswith(f" {' '.join(args)} --name {folder.name}\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_does_not_wait():

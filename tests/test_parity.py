@@ -17,7 +17,7 @@ from torch import nn
 from diffender.stable_diffusion import model as diffusion
 from diffender.stable_diffusion import samplers, text, unet, vae
 from tests import cases
-from tests.cases import FLOAT64_LIMIT, GOLDEN, GROUPS, LIMITS, ours
+from tests.cases import BFLOAT16_LIMIT, FLOAT64_LIMIT, GOLDEN, GROUPS, LIMITS, ours
 
 
 def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -55,6 +55,13 @@ def test_against_the_libraries(group, dtype):
 def test_against_stored_tensors(group, dtype):
     for name, error in errors(ours(group, dtype), golden(group)).items():
         assert error < limit(name, dtype), f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("group", ["unet/sd15", "unet/sd2"])
+def test_a_bfloat16_unet_against_stored_tensors(group):
+    """As it runs on a GPU: the UNet in bfloat16, all else in float32."""
+    for name, error in errors(ours(group, torch.bfloat16), golden(group)).items():
+        assert 1e-4 < error < BFLOAT16_LIMIT, f"{name}: {error:.2e}"
 
 
 def edit(patch, change) -> None:

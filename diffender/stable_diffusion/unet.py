@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.stable_diffusion.layers import Linear, Upsample
+from diffender.stable_diffusion.layers import GroupNorm, Linear, Upsample
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         # Identity holds the place of the original's dropout, so that the convolution keeps its name (out_layers.3).
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1)
+            GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1)
         )
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -111,7 +111,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, c: int, cfg: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(cfg.norm_groups, c, eps=1e-6)
+        self.norm = GroupNorm(cfg.norm_groups, c, eps=1e-6)
         self.proj_in = Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, cfg.context_dim, cfg.heads(c))])
         self.proj_out = Linear(c, c) if cfg.linear_proj else nn.Conv2d(c, c, 1)
@@ -200,9 +200,7 @@ class UNet(nn.Module):
                     layers.append(Upsample(c))
                 self.output_blocks.append(Block(*layers))
 
-        self.out = nn.Sequential(
-            nn.GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.out_channels, 3, padding=1)
-        )
+        self.out = nn.Sequential(GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).

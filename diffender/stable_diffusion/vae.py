@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.stable_diffusion.layers import Upsample
+from diffender.stable_diffusion.layers import GroupNorm, Upsample
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Posterior(NamedTuple):
         return self.mean + (self.logvar / 2).exp() * noise
 
 
-def norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def norm(channels: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
