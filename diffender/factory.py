@@ -88,6 +88,7 @@ def machine(device: torch.device) -> str:
 
 def model_hashes(opts: ModelOptions) -> list[str]:
     """sha256 of every file that the model is made of."""
-    paths = [Path(p) for p in (opts.weights or EMBEDDED / "tiny.safetensors", opts.vae, opts.locate_unet) if p]
-    files = [f for p in paths if str(p) != RANDOM for f in (folder_files(p).values() if p.is_dir() else [p])]
-    return [sha256(file) for file in files]
+    given = (opts.weights or EMBEDDED / "tiny.safetensors", opts.vae, opts.locate_unet)
+    paths = [Path(p).expanduser() for p in given if p and str(p) != RANDOM]
+    files = [[f for part in folder_files(p).values() for f in part] if p.is_dir() else [p] for p in paths]
+    return [sha256(file) for parts in files for file in parts]

@@ -1,6 +1,7 @@
 """Official checkpoints in every layout, at reduced size: all load to the same weights; what does not fit says so."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,10 +17,15 @@ from diffender.utils.errors import InputError
 from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
 from diffender.weights.loading import EMBEDDED, fill_random, load_model, save_model
+from diffender.weights.official import convert_folder
 from tests.cases import CONFIGS
 from tests.conftest import ROOT
 
-FAMILIES = {"sd15-inpainting": "sd15", "sd2-inpainting": "sd2"}
+WIDE = TextConfig(width=96, heads=4, layers=2, quick_gelu=False, pad_token=0)  # families differ in the text's width
+FAMILIES = {
+    "sd15-inpainting": CONFIGS["sd15"],
+    "sd2-inpainting": replace(CONFIGS["sd2"], unet=replace(CONFIGS["sd2"].unet, context_dim=96), text=WIDE),
+}
 BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -30,14 +36,14 @@ BUFFERS = (
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
     """The official families at the size of tests/cases.py."""
-    for name, case in FAMILIES.items():
-        monkeypatch.setitem(PRESETS, name, CONFIGS[case])
+    for name, cfg in FAMILIES.items():
+        monkeypatch.setitem(PRESETS, name, cfg)
 
 
 @pytest.fixture(scope="module")
 def models():
     def make(name: str) -> LatentDiffusion:
-        model = LatentDiffusion(CONFIGS[FAMILIES[name]])
+        model = LatentDiffusion(FAMILIES[name])
         fill_random(model, torch.Generator().manual_seed(1))
         return model
 
@@ -66,7 +72,7 @@ def open_clip_tower(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """SD2's text tower as open_clip's own module names it, with the block and the projections that are not read."""
     from open_clip.transformer import TextTransformer as Theirs
 
-    theirs = Theirs(context_length=77, vocab_size=49408, width=64, heads=4, layers=3, output_dim=64, pad_id=0)
+    theirs = Theirs(context_length=77, vocab_size=49408, width=96, heads=4, layers=3, output_dim=96, pad_id=0)
     out = {}
     for key, value in (theirs.state_dict() | {"logit_scale": torch.tensor(4.6)}).items():
         names = open_clip_names(key)
@@ -130,6 +136,114 @@ def test_every_layout_loads_to_the_same_weights(name, layout, dtype, models, tmp
         inspected = weights.describe(weights.scan(path))
         assert f"family: {name} (9 input channels" in inspected
         assert "686 tensors" in inspected
+
+
+def flattened(state):
+    """With linear projections of the transformers, as merged and converted files have them."""
+    return {k: v[..., 0, 0] if re.search(r"proj_(in|out)\.weight", k) and v.ndim == 4 else v for k, v in state.items()}
+
+
+def old_text(state):
+    """With the text tower's names before transformers put it into `text_model`."""
+    return {k.replace("transformer.text_model.", "transformer."): v for k, v in state.items()}
+
+
+def in_shards(root, stem, variant=""):
+    """The file of one part cut in two, with its index."""
+    state = load_file(root / f"{stem}.safetensors")
+    (root / f"{stem}.safetensors").unlink()
+    names, where = list(state), {}
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        file = f"{stem}{variant}-{i:05}-of-00002.safetensors"
+        save_file({k: state[k] for k in part}, root / file)
+        where |= dict.fromkeys(part, (root / file).name)
+    index = root / (f"{stem}.safetensors.index{variant}.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+VARIANTS = {  # of a single file: the same numbers under other names and in other shapes
+    "as published": lambda s: s,
+    "flat projections": flattened,
+    "old text names": old_text,
+    "state_dict. before every name": lambda s: {f"state_dict.{k}": v for k, v in s.items()},
+    "module. before every name": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "with projections that are not read": lambda s: s | {"cond_stage_model.logit_scale": torch.tensor(4.6)},
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_single_file(variant, dtype, models, tmp_path):
+    model = models["sd15-inpainting"]
+    path = write(VARIANTS[variant](single_file(model, openclip=False)), tmp_path / "m.safetensors", dtype)
+    assert_same(load_model("auto", path), model, dtype)
+
+
+def test_linear_projections_as_1x1_convolutions(models, tmp_path):
+    """SD2's are linear; the other way around is the same numbers too."""
+    state = single_file(models["sd2-inpainting"], openclip=True)
+    state = {
+        k: v[..., None, None] if re.search(r"proj_(in|out)\.weight", k) and v.ndim == 2 else v for k, v in state.items()
+    }
+    assert_same(load_model("auto", write(state, tmp_path / "m.safetensors")), models["sd2-inpainting"])
+
+
+@pytest.mark.parametrize("suffix", [".non_ema", ".fp16", ".bf16"])
+def test_variants_of_a_folder(suffix, models, tmp_path):
+    root = folder(models["sd15-inpainting"], tmp_path / "m", suffix=suffix)
+    assert_same(load_model("auto", root), models["sd15-inpainting"])
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards(variant, models, tmp_path):
+    root = folder(models["sd15-inpainting"], tmp_path / "m")
+    index = in_shards(root, "unet/diffusion_pytorch_model", variant)
+    in_shards(root, "text_encoder/model", variant)
+    assert_same(load_model("auto", root), models["sd15-inpainting"])
+    next(root.glob("unet/*-00002-of-*")).unlink()
+    assert "lists shards that are not there: diffusion_pytorch_model" in refused(root)
+    index.write_text("{}")
+    assert "is no index of shards" in refused(root)
+
+
+def test_the_home_folder(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(single_file(models["sd15-inpainting"], openclip=False), tmp_path / "m.safetensors")
+    assert load_model("auto", "~/m.safetensors").cfg == PRESETS["sd15-inpainting"]
+
+
+def test_pickled_folders_are_named_and_converted(models, tmp_path):
+    root = folder(models["sd15-inpainting"], tmp_path / "m")
+    for path in root.glob("*/*.safetensors"):
+        stem = {"model": "pytorch_model"}.get(path.stem, path.stem)
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
+        path.unlink()
+    assert f"its .bin files are pickles; python -m diffender.weights convert {root}" in refused(root)
+    assert len(convert_folder(root)) == 3
+    assert_same(load_model("auto", root), models["sd15-inpainting"])
+
+
+STRANGE = {  # a key beside the model: what the message names
+    "lora_unet_down_blocks_0.lora_up.weight": "a LoRA",
+    "model.diffusion_model.input_blocks.1.1.proj_in.lora_A.weight": "a LoRA",
+    "control_model.zero_convs.0.0.weight": "a ControlNet",
+    "model.diffusion_model.motion_modules.0.weight": "motion modules",
+    "model.diffusion_model.out.2.scale_weight": "float8 weights with scales",
+    "model.diffusion_model.out.2.weight.absmax": "bitsandbytes",
+    "conditioner.embedders.0.weight": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.0.weight": "a diffusion transformer",
+    "embedding_manager.string_to_param.x": "a textual inversion",
+}
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_strangers_are_named(key, models, tmp_path):
+    state = single_file(models["sd15-inpainting"], openclip=False) | {key: torch.ones(4)}
+    said = refused(write(state, tmp_path / "m.safetensors"))
+    assert STRANGE[key] in said
+    assert key in said
 
 
 def test_averaged_copies_are_taken_when_asked_for(models, tmp_path):
@@ -345,12 +459,12 @@ def test_tensors_that_do_not_fit(models, tmp_path):
     assert f"{key} (5,) for (4,)" in said({key: torch.zeros(5)})
     assert f"{key} (0,) for (4,)" in said({key: torch.zeros(0)})
     assert "1 keys missing (first: model.diffusion_model.out.2.bias), 0 unexpected" in said({}, (key,))
-    assert "1 unexpected (first: control_model.x)" in said({"control_model.x": torch.zeros(1)})
+    assert "1 unexpected (first: another_model.x)" in said({"another_model.x": torch.zeros(1)})
     assert "1 unexpected (first: a\\nb\\x1b)" in said({"a\nb\x1b": torch.zeros(1)})  # names are shown tame
     assert f"{key} holds NaN or infinity" in said({key: torch.full((4,), torch.nan)})
     twice = {"cond_stage_model.model.ln_final.weight": torch.ones(64)}  # OpenCLIP's name beside SD1's
     assert "1 unexpected (first: cond_stage_model.model.ln_final.weight)" in said(twice)
-    for shape in ((), (193,), (64,)):  # of a fused projection: 3 x 64 are wanted
+    for shape in ((), (289,), (96,)):  # of a fused projection: 3 x 96 are wanted
         state = single_file(models["sd2-inpainting"], openclip=True)
         state[OPEN_CLIP + "transformer.resblocks.0.attn.in_proj_bias"] = torch.zeros(shape)
         save_file({k: v.contiguous() for k, v in state.items()}, path)

@@ -2,6 +2,7 @@
 
 python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
 python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
+python -m diffender.weights convert FOLDER           the same for every .bin file of a Hugging Face folder
 python -m diffender.weights inspect PATH             what a file or folder holds
 """
 
@@ -19,7 +20,7 @@ def main() -> None:
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")
     fetch.add_argument("name", choices=("sd15-inpainting", "sd2-inpainting"))
     convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
-    convert.add_argument("file", type=Path)
+    convert.add_argument("file", type=Path, help="a .ckpt or .bin file, or a folder of .bin files")
     convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")
     inspect = commands.add_parser("inspect", help="what a file or folder holds")
     inspect.add_argument("path", type=Path)
@@ -32,7 +33,11 @@ def main() -> None:
     if args.command == "fetch":
         print(official.fetch(args.name))
     elif args.command == "convert":
-        print(official.convert(args.file, args.out or args.file.with_suffix(".safetensors")))
+        file = args.file.expanduser()
+        if file.is_dir():
+            print("\n".join(map(str, official.convert_folder(file))))
+        else:
+            print(official.convert(file, args.out or file.with_suffix(".safetensors")))
     else:
         print(describe(scan(args.path)))
 

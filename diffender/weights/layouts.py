@@ -12,6 +12,7 @@ PREFIXES = {
     "text": "cond_stage_model.transformer.text_model.",
 }
 OPEN_CLIP = "cond_stage_model.model."
+OLD_TEXT = "cond_stage_model.transformer."  # of the tower before transformers put it into `text_model`
 EMA = "model_ema."
 
 # Tensors of the official files that the model does not need: schedule tables (recomputed), EMA counters, leftovers of
@@ -19,6 +20,7 @@ EMA = "model_ema."
 IGNORED = re.compile(
     r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor"
     r"|model_ema\.(decay|num_updates)|(.*\.)?position_ids|(first_stage_model\.)?loss\..*"
+    r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
     r"|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask|transformer\.resblocks\.23\..*))"
 )
 
@@ -108,15 +110,13 @@ class Signature(NamedTuple):
     in_channels: int
     model_channels: int
     context_dim: int
-    linear_proj: bool
 
 
 def signature(shapes: dict[str, tuple[int, ...]]) -> Signature | None:
     """The signature of UNet tensors in our names or Hugging Face's; None where this is no such UNet."""
-    transformer = ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.1.1.proj_in.weight")
-    ours = ("input_blocks.0.0.weight", *transformer)
+    ours = ("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     for keys in (ours, tuple(unet_name(k, 2) for k in ours)):
-        conv_in, to_k, proj_in = (shapes.get(k) for k in keys)
-        if conv_in and len(conv_in) == 4 and to_k and len(to_k) == 2 and proj_in:
-            return Signature(conv_in[1], conv_in[0], to_k[1], len(proj_in) == 2)
+        conv_in, to_k = (shapes.get(k) for k in keys)
+        if conv_in and len(conv_in) == 4 and to_k and len(to_k) == 2:
+            return Signature(conv_in[1], conv_in[0], to_k[1])
     return None

@@ -18,7 +18,7 @@ from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import digest, one_line, open_safetensors, save_atomic
 from diffender.weights.layouts import PREFIXES, Signature, signature
-from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan
+from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan, stranger
 
 PACKAGE = Path(__file__).parents[1]
 EMBEDDED = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
@@ -146,12 +146,15 @@ def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
     """Signature of the UNet, and the preset that it belongs to whatever its input channels."""
     found = signature({k: s.shape for k, s in checkpoint.parts.get("unet", {}).items()})
     known = {
-        (c.unet.model_channels, c.unet.context_dim, c.unet.linear_proj): name
+        (c.unet.model_channels, c.unet.context_dim): name
         for name, c in PRESETS.items()
         if name != "tiny"  # its files say what they are
     }
     if found is None or found[1:] not in known:
-        what = "no UNet of Stable Diffusion 1 or 2" if found is None else f"an unknown UNet ({found})"
+        names = [*checkpoint.unknown, *(k for part in checkpoint.parts.values() for k in part)]
+        what = stranger(names) or (
+            "no UNet of Stable Diffusion 1 or 2" if found is None else f"an unknown UNet ({found})"
+        )
         raise InputError(f"{checkpoint.path} holds {what}; known are {', '.join(known.values())}")
     return found, known[found[1:]]
 

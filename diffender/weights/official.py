@@ -69,6 +69,17 @@ class Inert:
         pass
 
 
+def convert_folder(folder: Path) -> list[Path]:
+    """Every .bin file of a Hugging Face folder, as `convert` does it, with the .safetensors file beside it."""
+    files = sorted([*folder.glob("*.bin"), *folder.glob("*/*.bin")])
+    if not files:
+        raise InputError(
+            f"no .bin files in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
+        )
+    names = {"pytorch_model": "model"}  # of the text encoder; the other parts keep their names
+    return [convert(file, file.with_name(f"{names.get(file.stem, file.stem)}.safetensors")) for file in files]
+
+
 def convert(path: Path, out: Path) -> Path:
     """A pickled checkpoint (.ckpt, .bin) as safetensors: the tensors of its state_dict, or of its top level.
 

@@ -4,6 +4,8 @@ Headers are read first and settle everything: which part of the model a file hol
 shapes fit. Then the tensors are read one by one, mapped from the file where their dtype is the wanted one.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffender.utils.files import one_line, open_safetensors, read_header
 from diffender.weights.layouts import (
     EMA,
     IGNORED,
+    OLD_TEXT,
     OPEN_CLIP,
     PREFIXES,
     ema_name,
@@ -32,7 +35,20 @@ from diffender.weights.layouts import (
 FOLDERS = {
     "unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text": "text_encoder/model"
 }  # fmt: skip
-FLOATS = ("F16", "BF16", "F32", "F64")
+WRAPPERS = ("state_dict.", "module.")  # before every name, in files of some training frameworks
+STRANGERS = (  # names that are no part of Stable Diffusion 1 or 2, and what brings them
+    (r"lora|hada_|lokr_|\.alpha$|adapter", "tensors of a LoRA or another adapter, which has to be merged first"),
+    (r"control_model|controlnet|input_hint|zero_convs", "a ControlNet"),
+    (r"motion_modules|temporal_transformer", "motion modules of a video model"),
+    (r"scale_weight|weight_scale|scaled_fp8|input_scale", "float8 weights with scales of their own"),
+    (r"absmax|quant_map|quant_state|bitsandbytes|nested_", "weights quantised by bitsandbytes"),
+    (r"qweight|qzeros", "weights quantised by GPTQ or AWQ"),
+    (r"conditioner\.embedders|label_emb|add_embedding", "a model of the Stable Diffusion XL family"),
+    (r"joint_blocks|double_blocks|single_transformer_blocks", "a diffusion transformer"),
+    (r"string_to_param|emb_params|embedding_manager", "a textual inversion"),
+    (r"safety_checker|concept_embeds", "a safety checker"),
+)
+FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 
 
 class Stored(NamedTuple):
@@ -74,11 +90,18 @@ def list_tensors(path: Path) -> dict[str, Stored]:
 
 
 def scan(path: Path) -> Checkpoint:
-    """Find out what a file or folder holds; reads headers only."""
+    """Find out what a file or folder holds; reads headers only. "~" is the home folder."""
+    path = path.expanduser()
     if path.is_dir():
-        parts = {part: list_tensors(file) for part, file in folder_files(path).items()}
+        parts = {
+            part: {k: stored for file in files for k, stored in list_tensors(file).items()}
+            for part, files in folder_files(path).items()
+        }
         return Checkpoint(path, dict.fromkeys(parts, "huggingface"), parts, {}, [], [], {})
-    entries = list_tensors(path)
+    entries = {
+        key.removeprefix(next((w for w in WRAPPERS if key.startswith(w)), "")): stored
+        for key, stored in list_tensors(path).items()
+    }
     found = Checkpoint(path, {}, {}, {}, [], [], read_header(path))
     kept = {}
     for key, stored in entries.items():
@@ -91,9 +114,11 @@ def scan(path: Path) -> Checkpoint:
     bare = bare_part(kept)
     if bare is not None:
         found.parts[bare] = kept
-        found.layouts[bare] = "compvis" if any(k.startswith("encoder.down.") for k in kept) else "huggingface"
+        ours = any(k.startswith(("encoder.down.", "input_blocks.")) for k in kept)
+        found.layouts[bare] = "compvis" if ours else "huggingface"
         return found
-    prefixes = [(part, prefix, "compvis") for part, prefix in PREFIXES.items()] + [("text", OPEN_CLIP, "openclip")]
+    prefixes = [(part, prefix, "compvis") for part, prefix in PREFIXES.items()]
+    prefixes += [("text", OPEN_CLIP, "openclip"), ("text", OLD_TEXT, "compvis")]
     for key, stored in kept.items():
         for part, prefix, layout in prefixes:
             if key.startswith(prefix):
@@ -105,19 +130,42 @@ def scan(path: Path) -> Checkpoint:
     return found
 
 
-def folder_files(folder: Path) -> dict[str, Path]:
-    """The weights files of a Hugging Face folder by part; given one of its sub-folders, that part alone."""
-    found = {}
+def folder_files(folder: Path) -> dict[str, list[Path]]:
+    """The weights files of a Hugging Face folder by part; given one of its sub-folders, that part alone.
+
+    Of several variants (.fp16, .non_ema) the plain one is taken, else the first. A part may be in shards, which an
+    index.json lists.
+    """
+    found: dict[str, list[Path]] = {}
     for part, stem in FOLDERS.items():
-        inside = stem.removeprefix(f"{folder.name}/")
-        names = [f"{base}{kind}.safetensors" for base in {stem: 0, inside: 0} for kind in ("", ".fp16")]
-        file = next((folder / name for name in names if (folder / name).is_file()), None)
-        if file is not None:
-            found[part] = file
+        for base in {stem: 0, stem.removeprefix(f"{folder.name}/"): 0}:
+            whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
+            whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
+            indices = sorted(folder.glob(f"{base}*.index*.json"))
+            if whole:
+                found.setdefault(part, whole[:1])
+            elif indices:
+                found.setdefault(part, shards(indices[0]))
     if not found:
         wanted = ", ".join(f"{stem}.safetensors" for stem in FOLDERS.values())
-        raise InputError(f"no weights file in {folder}; a model's folder has {wanted} (or .fp16.safetensors)")
+        if any(folder.glob("*.bin")) or any(folder.glob("*/*.bin")):
+            advice = f"its .bin files are pickles; python -m diffender.weights convert {folder} converts them safely"
+        else:
+            advice = f"a model's folder has {wanted}, or variants of these as .fp16.safetensors"
+        raise InputError(f"no weights file in {folder}; {advice}")
     return found
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index.json lists. Raises InputError where it is damaged or one of them is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [index.with_name(Path(name).name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{index} is no index of shards ({one_line(e)}); fetch or copy it again") from e
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(f"{index} lists shards that are not there: {', '.join(missing[:5])}; fetch or copy them")
+    return files
 
 
 def bare_part(keys: Iterable[str]) -> str | None:
@@ -125,9 +173,11 @@ def bare_part(keys: Iterable[str]) -> str | None:
     heads = {k.split(".")[0] for k in keys}
     if {"conv_in", "down_blocks", "mid_block"} <= heads:
         return "unet"
+    if {"input_blocks", "middle_block", "output_blocks"} <= heads:
+        return "unet"
     if {"encoder", "decoder", "quant_conv"} <= heads:
         return "vae"
-    return "text" if heads == {"text_model"} else None
+    return "text" if heads in ({"text_model"}, {"embeddings", "encoder", "final_layer_norm"}) else None
 
 
 def match(source: Checkpoint, part: str, module: nn.Module, ema: bool = False) -> Match:
@@ -150,12 +200,18 @@ def match(source: Checkpoint, part: str, module: nn.Module, ema: bool = False) -
     misfits = []
     for name, stored in tensors.items():
         shape, wanted = taken_shape(stored), tuple(like[name].shape)
-        attention = part == "vae" and ".attn_1." in name  # linear in some layouts, a 1x1 convolution in others
-        if shape != wanted and not (attention and shape == tuple(n for n in wanted if n > 1)):
+        # Linear in some files, a 1x1 convolution in others: the same numbers.
+        projection = (part == "vae" and ".attn_1." in name) or re.search(r"\.proj_(in|out)\.", name)
+        if shape != wanted and not (projection and squeezed(shape) == squeezed(wanted)):
             misfits.append(f"{stored.key} {stored.shape} for {wanted}{' x 3' if stored.third is not None else ''}")
         elif stored.dtype not in FLOATS:
             misfits.append(f"{stored.key} of dtype {stored.dtype} for {', '.join(FLOATS)}")
     return Match(tensors, missing, unexpected, misfits)
+
+
+def squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Without the sides of a 1x1 kernel."""
+    return shape[:-2] if shape is not None and len(shape) == 4 and shape[-2:] == (1, 1) else shape
 
 
 def renaming(part: str, layout: str, module: nn.Module) -> Callable[[str], list[str]]:
@@ -189,12 +245,20 @@ def check_match(path: Path, unknown: list[str], matches: Iterable[Match]) -> Non
     unexpected = [*unknown, *(k for m in matches for k in m.unexpected)]
     misfits = [k for m in matches for k in m.misfits]
     if missing or unexpected:
+        if strange := stranger(unexpected):
+            raise InputError(f"{path} holds {strange} ({first_five(unexpected)}), which is not supported")
         raise InputError(
             f"{path} does not hold this model: {len(missing)} keys missing ({first_five(missing)}), {len(unexpected)} "
             f"unexpected ({first_five(unexpected)}); check --model and --weights"
         )
     if misfits:
         raise InputError(f"{path} holds other tensors than this model's ({first_five(misfits)}); check --weights")
+
+
+def stranger(names: Iterable[str]) -> str | None:
+    """What brings such names into a file, if any is known not to be of Stable Diffusion 1 or 2."""
+    names = list(names)
+    return next((what for pattern, what in STRANGERS if any(re.search(pattern, name) for name in names)), None)
 
 
 def first_five(names: list[str]) -> str:
