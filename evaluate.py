@@ -6,7 +6,8 @@
     python evaluate.py --defense jpeg:quality=50        a baseline under the same attacks
     python evaluate.py --table 1                        a table of the paper: every defence, the four attacks
     python evaluate.py --figure 5                       a figure of the paper, from our images
-    python evaluate.py --preset paper --data DATA       512 images, 100 steps, EOT 10, every gradient, 3 restarts
+    python evaluate.py --preset paper --data DATA       the paper's protocol: 512 images, 100 steps, BPDA and EOT
+    python evaluate.py --preset strong --data DATA      every gradient, EOT 10, 3 restarts
 
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
 kind of gradient that --grad lists and fresh noise for each of --eot samples. Verdicts fall on 8-bit files, after
@@ -17,7 +18,7 @@ shards of one run may share a folder: --name big --shard 0/2 and --name big --sh
 
 import json
 
-from diffender.evaluation.plan import Options, fill, names, refuse_unread
+from diffender.evaluation.plan import Options, fill, names, refuse_unread, sources
 from diffender.utils.errors import InputError
 from diffender.utils.options import parse, run
 
@@ -51,11 +52,11 @@ def main() -> None:
     batch = load_images(opts, experiment.target)
     done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
     if not opts.run.quiet:
-        prompt, folder = opts.target.defense.prompt, experiment.folder
+        prompt, folder = opts.target.defense.prompt_kind, experiment.folder
         print(f"{prompt} prompts; {experiment.device}; {done} images done before; results in {folder}")
     work([experiment], batch)
     if opts.dry_run:
-        print(json.dumps(resolved(opts), indent=1))
+        print(json.dumps(resolved(opts) | {"settings from": sources(opts)}, indent=1))
         return
     wait()
     if is_first() and finish(experiment, batch) is not None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import EMBEDDED, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
+from diffender.config import EMBEDDED, PAPER, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from diffender.tuning import Shots, Tuning
 
 
-WHILE_TUNING = replace(EMBEDDED, draws=2, steps=3)
+FEWER = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
 
 
 @dataclass(frozen=True)
 class Options:
     tuning: TuningConfig = part(TuningConfig())
     model: ModelOptions = part(ModelOptions())
-    method: dict[str, Any] = given(WHILE_TUNING, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance")
+    method: dict[str, Any] = given(
+        PAPER, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance", embedded=replace(EMBEDDED, **FEWER)
+    )
     run: RunOptions = part(RunOptions(), "device", "quiet")
     data: str = option(
         "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
@@ -57,10 +59,6 @@ class Options:
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
     )
-
-    @property
-    def config(self) -> DIFFenderConfig:
-        return replace(WHILE_TUNING, **self.method)
 
 
 def main() -> None:
@@ -97,7 +95,7 @@ def main() -> None:
     device = pick_device(opts.run.device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
     batch = photographs(opts, classifier)
-    model = open_model(opts.model, device)
+    model, cfg = open_model(opts.model, device), config_of(opts)
     x, y = batch.x.to(device), batch.y.to(device)
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
@@ -113,9 +111,9 @@ def main() -> None:
         prompts.initialize_from(model.text, MANUAL)
     if opts.model.keep is None:
         one = footprint(model.cfg, pick_dtype(opts.model.dtype, device), classifier.net, x.shape[-1])
-        evaluations = opts.config.steps * (1 if opts.config.guidance == 1 else 2)
-        model.keep = keep_or_recompute(one, opts.tuning.batch_size, opts.config.draws, evaluations, device)
-    defense = DIFFender(model, prompts(model), opts.config)
+        evaluations = cfg.steps * (1 if cfg.guidance == 1 else 2)
+        model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, evaluations, device)
+    defense = DIFFender(model, prompts(model), cfg)
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
     tuning = Tuning(prompts, opts.tuning, math.ceil(opts.shots / opts.tuning.batch_size))
@@ -124,7 +122,7 @@ def main() -> None:
         return
 
     told = {"ids": batch.ids, "hashes": batch.hashes, "terms": tuning.best, "torch": torch.__version__}
-    save_prompts(prompts, path, flat(opts) | asdict(opts.config) | told)
+    save_prompts(prompts, path, flat(opts) | asdict(cfg) | told)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
 
@@ -168,7 +166,7 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, every: Shots,
     mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
     batches = [Share(every.part(rows), len(rows) / n) for rows, n in mine]
     speaks = rank == 0 and not opts.run.quiet
-    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, flat(opts) | asdict(opts.config))
+    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
         for terms in tune(target, tuning, batches, every.part(held_out), opts.tuning, add_up):
@@ -182,6 +180,14 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, every: Shots,
             may_stop()
 
 
+def config_of(opts: Options) -> DIFFenderConfig:
+    """The settings that suit the model, with fewer draws and steps for the embedded one, but for those given."""
+    from diffender import factory
+
+    fewer = FEWER if opts.model.weights is None and opts.model.model in ("auto", "tiny") else {}
+    return factory.config_of(opts.model, fewer | opts.method)
+
+
 def unfinished(opts: Options) -> Path:
     """Where a tuning that has not ended is kept."""
     return Path(f"{opts.out}.unfinished")
@@ -191,7 +197,7 @@ def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
     from diffender.factory import model_hashes
 
-    return settings(opts, "out") | asdict(opts.config) | {"sha256": model_hashes(opts.model)}
+    return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": model_hashes(opts.model)}
 
 
 def read_unfinished(opts: Options) -> dict:

@@ -20,7 +20,7 @@ IMAGES = 50_000
 BUDGETS = {  # what an image is given
     "100 steps, EOT 10, transfer and bpda-mask, one restart": {"grad": "bpda-mask", "restarts": 1},
     "the same with full+loc": {"grad": "bpda-mask,full+loc", "restarts": 1},
-    "--preset paper: every gradient, three restarts": {},
+    "--preset strong: every gradient, three restarts": {},
 }
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"a pass: {seconds:.3f} s ({given})")
     rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
-        opts = fill(change(Options(), preset="paper", attack="all", draws=args.draws, steps=args.steps, **budget))
+        opts = fill(change(Options(), preset="strong", attack="all", draws=args.draws, steps=args.steps, **budget))
         passes = costs(opts, costly=True)
         figures["passes an image"][name] = passes
         days = IMAGES * passes * seconds / 86400

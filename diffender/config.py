@@ -3,7 +3,7 @@
 Each setting of the method stands here once, with its help and its range; command lines are made from these classes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from diffender.utils.errors import InputError
@@ -49,6 +49,7 @@ class DIFFenderConfig:
             raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
 
 
+PAPER = DIFFenderConfig()
 EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.5, steps=4, guidance=1.0, sampler="dpmpp")
 """The settings that suit the embedded model (docs/choices.md)."""
 
@@ -136,21 +137,23 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """The model, its prompts, and the settings of the method. `method` holds those that differ from EMBEDDED."""
+    """The model, its prompts, and the settings of the method. `method` holds those that are not to be the model's."""
 
     model: ModelOptions = part(ModelOptions())
-    prompt: str = option(
-        "tuned",
-        "Prompts of the defence: tuned, manual or empty.",
+    prompt: str | None = option(
+        None,
+        "Prompts of the defence (default: tuned for the embedded model or with --prompts, else manual).",
         choices=("tuned", "manual", "empty"),
         group="prompts",
     )
     prompts: str | None = option(None, "File of tuned prompts, written by train.py. None for the shipped ones.")
-    method: dict[str, Any] = given(EMBEDDED)
+    method: dict[str, Any] = given(PAPER, embedded=EMBEDDED)
 
     @property
-    def config(self) -> DIFFenderConfig:
-        return replace(EMBEDDED, **self.method)
+    def prompt_kind(self) -> str:
+        """tuned, manual or empty."""
+        fitting = self.prompts or (self.model.weights is None and self.model.model in ("auto", "tiny"))
+        return self.prompt or ("tuned" if fitting else "manual")
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,22 @@
 import os
 import platform
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffender.classifiers.dataset import Item, list_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
-from diffender.config import DefenseOptions, ModelOptions, TargetOptions
+from diffender.config import DefenseOptions, DIFFenderConfig, ModelOptions, TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.weights.loading import EMBEDDED, RANDOM, load_model
+from diffender.weights.loading import EMBEDDED, RANDOM, load_model, settings_of
 from diffender.weights.prompts import SHIPPED, contexts_for
 from diffender.weights.reading import folder_files
 
@@ -43,8 +46,13 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
     """The defence that the flags ask for, on its device; `model` where it is open already."""
     model = open_model(opts.model, device) if model is None else model
-    contexts = contexts_for(opts.prompt, model, Path(opts.prompts or SHIPPED)).detach()
-    return DIFFender(model, contexts, opts.config)
+    contexts = contexts_for(opts.prompt_kind, model, Path(opts.prompts or SHIPPED)).detach()
+    return DIFFender(model, contexts, config_of(opts.model, opts.method))
+
+
+def config_of(opts: ModelOptions, method: Mapping[str, Any]) -> DIFFenderConfig:
+    """The settings that suit the model, but for those that are given. Reads the header of its file alone."""
+    return replace(settings_of(opts.weights, opts.model), **method)
 
 
 def open_target(opts: TargetOptions, device: torch.device, model: LatentDiffusion | None = None) -> Defended:

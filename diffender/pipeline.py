@@ -50,6 +50,7 @@ class DIFFender(nn.Module):
     """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise.
 
     Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
+    Without `cfg` the settings are those that suit the model.
     """
 
     blank: Tensor
@@ -64,7 +65,7 @@ class DIFFender(nn.Module):
         super().__init__()
         self.model = model
         self.contexts = contexts
-        self.cfg = cfg or DIFFenderConfig()
+        self.cfg = cfg or model.settings or DIFFenderConfig()
         self.size = size or (model.cfg.image_size,) * 2
         self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
 

@@ -462,14 +462,14 @@ def test_autoattack_rand(module, photos):
 def test_presets_fill_what_was_not_given():
     opts = plans.fill(plans.Options(attack="gdpa", eot=10))
     assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (6, 20, 10, 10), "no other flag changes"
-    paper = plans.fill(plans.Options(preset="paper", iters=7))
-    assert (paper.images, paper.iters, paper.eot, paper.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
+    strong = plans.fill(plans.Options(preset="strong", iters=7))
+    assert (strong.images, strong.iters, strong.eot, strong.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
     assert plans.split(plans.Options(images_full=3, batch_size=2), list(range(5))) == [
         ([0, 1], True),
         ([2], True),
         ([3, 4], False),
     ]
-    assert plans.costs(paper, True) > 100 * plans.costs(plans.fill(plans.Options()), True) / 10
+    assert plans.costs(strong, True) > 100 * plans.costs(plans.fill(plans.Options()), True) / 10
     assert plans.duration(90) == "90 seconds" and plans.duration(86400 * 3) == "3 days"
 
 

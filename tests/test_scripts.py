@@ -64,7 +64,7 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     for record in records:
         for stage in STAGES:
             assert Image.open(folder / "images" / f"{record['file']}_{stage}.png").size == (224, 224)
-    for line in ("passes of the defence", "GiB", "left out against --preset paper", "peak memory"):
+    for line in ("passes of the defence", "GiB", "left out against --preset strong", "peak memory"):
         assert line in out
 
     # Killed in the middle of a line; another process goes on with a share of the images that happens to be the rest.

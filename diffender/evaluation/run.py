@@ -23,6 +23,7 @@ from diffender.evaluation.plan import (
     attacks,
     build_plans,
     build_target,
+    config_of,
     default_name,
     describe,
     forecast,
@@ -90,7 +91,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
 def load_images(opts: Options, target: Defended) -> Batch:
     """Images that the undefended classifier gets right, without those that the prompts were tuned on."""
     asked = opts.target.defense
-    tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt == "tuned" else []
+    tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt_kind == "tuned" else []
     batch = correct_subset(open_items(opts.target), target.classifier, opts.images, opts.run.seed, frozenset(tuned_on))
     if len(batch.ids) < opts.images and not opts.run.quiet:
         print(f"{len(batch.ids)} images instead of {opts.images}: all that the classifier reads right")
@@ -199,7 +200,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
 def resolved(opts: Options) -> dict:
     """Everything that an image's result depends on. A resumed run must share it; the number of images may differ."""
     asked = opts.target.defense
-    found = settings(opts, *NO_MATTER) | asdict(asked.config)
+    found = settings(opts, *NO_MATTER) | asdict(config_of(opts)) | {"prompt": asked.prompt_kind}
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
     found["dtype"] = str(pick_dtype(asked.model.dtype, pick_device(opts.run.device))).removeprefix("torch.")
     hashes = {"model": model_hashes(asked.model)}
@@ -209,6 +210,6 @@ def resolved(opts: Options) -> dict:
         "patches": opts.patch.patch_file,
     }
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
-    if asked.prompt == "tuned":
+    if asked.prompt_kind == "tuned":
         hashes["prompts"] = sha256(Path(asked.prompts or SHIPPED))
     return found | {"torch": torch.__version__, "sha256": hashes}

@@ -17,7 +17,16 @@ from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import DIFFenderConfig
 from diffender.evaluation.metrics import map_auc, mask_scores
-from diffender.factory import command, machine, model_hashes, open_classifier, open_items, open_model, pick_device
+from diffender.factory import (
+    command,
+    config_of,
+    machine,
+    model_hashes,
+    open_classifier,
+    open_items,
+    open_model,
+    pick_device,
+)
 from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
@@ -92,7 +101,7 @@ def ablate(opts: Options) -> None:
     started, asked = time.monotonic(), opts.target.defense
     device = pick_device(opts.run.device)
     classifier = open_classifier(opts.target).to(device)
-    model = open_model(asked.model, device)
+    model, base = open_model(asked.model, device), config_of(asked.model, asked.method)
     prompts = Path(asked.prompts or SHIPPED)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
     batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on)
@@ -107,16 +116,15 @@ def ablate(opts: Options) -> None:
         "images": len(batch.ids),
         "seed": opts.run.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",
-        "options": flat(opts) | asdict(asked.config),
+        "options": flat(opts) | asdict(base),
         "sha256": {"model": model_hashes(asked.model), "prompts": sha256(prompts)},
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
-    base = asked.config
     for name in names:
         if name == "examples":
-            results[name] = show(opts, build(opts, model, asked.prompt, base), classifier, batch, attacked)
+            results[name] = show(opts, build(opts, model, asked.prompt_kind, base), classifier, batch, attacked)
             continue
-        settings = bar(STUDIES[name](asked.prompt, base), name, opts.run.quiet)
+        settings = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
         results[name] = []
         for s in settings:
             target = Defended(build(opts, model, s.prompt, s.cfg), classifier)

@@ -37,7 +37,7 @@ from diffender.utils.images import save_png
 from diffender.utils.markdown import table
 from diffender.utils.progress import bar
 
-JITTERS = {"smoke": 1, "laptop": 2, "paper": 8}  # frames of each pose
+JITTERS = {"smoke": 1, "laptop": 2, "paper": 8, "strong": 8}  # frames of each pose
 PATCHES = {"digital": "made for the file", "eot": "made over poses", "photographed": "as photographed"}
 
 

@@ -48,6 +48,7 @@ NAMES = {
 }  # fmt: skip
 TUNING = {  # of Table 2, by preset
     "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--held-out 16 --rounds 20", "paper": "",
+    "strong": "",
 }  # fmt: skip
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 

@@ -7,6 +7,7 @@ the same classes, narrower and shallower, with the weights in this repository.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ class LatentDiffusion(nn.Module):
 
     alphas_cumprod: Tensor
     micro_batch: int | None = None  # at most so many images or latents go through a network at a time
+    settings: Any = None  # a DIFFenderConfig that suits the model, where its file brings one
     keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
 
     def __init__(self, cfg: ModelConfig):

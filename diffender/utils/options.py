@@ -43,10 +43,13 @@ def part(default: Any, *only: str) -> Any:
     return field(default=default, metadata={"only": only})
 
 
-def given(defaults: Any, *only: str) -> Any:
-    """A field that is a dict of those options of a dataclass that are given; `defaults` holds the others. `only` names
-    those that are flags; none: all."""
-    return field(default_factory=dict, metadata={"defaults": defaults, "only": only})
+def given(defaults: Any, *only: str, **beside: Any) -> Any:
+    """A field that is a dict of those options of a dataclass that are given.
+
+    The help shows the others as they are in `defaults`, and where they differ in the instances `beside`. `only` names
+    those that are flags; none: all.
+    """
+    return field(default_factory=dict, metadata={"defaults": defaults, "only": only, "beside": beside})
 
 
 class Leaf(NamedTuple):
@@ -66,7 +69,10 @@ def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
         default = getattr(opts, f.name)
         if "defaults" in f.metadata:
             for leaf in leaves(f.metadata["defaults"], f.metadata["only"]):
-                yield leaf._replace(hint=leaf.hint | None, default=None)
+                others = {name: getattr(opts, leaf.name) for name, opts in f.metadata["beside"].items()}
+                notes = [f"; {name}: {value}" for name, value in others.items() if value != leaf.default]
+                shown = f"{leaf.default}{''.join(notes)}"
+                yield leaf._replace(hint=leaf.hint | None, default=None, shown=shown)
         elif "only" in f.metadata:
             yield from leaves(default, f.metadata["only"])
         elif not only or f.name in only:

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
+from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
+from diffender.config import PAPER, DIFFenderConfig
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import make_alphas_cumprod
 from diffender.stable_diffusion.text import TextConfig
 from diffender.stable_diffusion.unet import UNet, UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.files import digest, one_line, open_safetensors, save_atomic
+from diffender.utils.files import digest, one_line, open_safetensors, read_header, save_atomic
 from diffender.weights.layouts import PREFIXES, Signature, signature
 from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan, stranger
 
@@ -84,7 +86,23 @@ def load_model(
         tensors = read(found.tensors, module.state_dict(), dtype if isinstance(module, UNet) else torch.float32)
         module.load_state_dict(tensors, assign=True)
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
+    model.settings = settings_of(path, name)
     return model.requires_grad_(False).eval()
+
+
+def settings_of(weights: str | Path | None, name: str = "auto") -> DIFFenderConfig:
+    """The settings of the method that suit a model: those in its file's header, else EMBEDDED for files of ours and
+    PAPER for all others. Reads no tensor."""
+    if weights is None and name in ("auto", "tiny"):
+        weights = EMBEDDED / "tiny.safetensors"
+    path = Path(weights).expanduser() if weights not in (None, RANDOM) else None
+    header = read_header(path) if path is not None and path.is_file() else {}
+    if "config" not in header:
+        return EMBEDDED_SETTINGS if name == "tiny" else PAPER
+    try:
+        return DIFFenderConfig(**header["settings"]) if "settings" in header else EMBEDDED_SETTINGS
+    except (TypeError, InputError) as e:
+        raise InputError(f"{path} has damaged settings ({one_line(e)}); fetch or copy it again") from e
 
 
 def random_model(name: str, dtype: torch.dtype) -> LatentDiffusion:
