@@ -27,7 +27,7 @@ def build(layout: torch.memory_format, exact: bool, images: int, device: str) ->
     for module in model.modules():
         if isinstance(module, GroupNorm) and not exact:
             module.forward = nn.GroupNorm.forward.__get__(module)
-    defense = DIFFender(model, contexts_for("tuned", model).detach(), EMBEDDED)
+    defense = DIFFender(model, contexts_for("tuned", model), EMBEDDED)
     return task_for(Defended(defense, load_classifier("efficientnet_lite0").to(device)), images)
 
 

@@ -46,7 +46,7 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
     """The defence that the flags ask for, on its device; `model` where it is open already."""
     model = open_model(opts.model, device) if model is None else model
-    contexts = contexts_for(opts.prompt_kind, model, Path(opts.prompts or SHIPPED)).detach()
+    contexts = contexts_for(opts.prompt_kind, model, Path(opts.prompts or SHIPPED))
     return DIFFender(model, contexts, config_of(opts.model, opts.method))
 
 

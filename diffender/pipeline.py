@@ -64,10 +64,21 @@ class DIFFender(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.contexts = contexts
+        for name, context in contexts._asdict().items():  # buffers: they go where the model goes
+            self.register_buffer(f"context_{name}", context, persistent=False)
         self.cfg = cfg or model.settings or DIFFenderConfig()
         self.size = size or (model.cfg.image_size,) * 2
         self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
+        self.eval()
+
+    @property
+    def contexts(self) -> Contexts:
+        return Contexts(*(getattr(self, f"context_{name}") for name in Contexts._fields))
+
+    @contexts.setter
+    def contexts(self, contexts: Contexts) -> None:
+        for name, context in contexts._asdict().items():
+            setattr(self, f"context_{name}", context)
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise:
         """The k-th noise of these images for this purpose, on the model's device."""
@@ -106,6 +117,10 @@ class DIFFender(nn.Module):
     ) -> Purified:
         """The purified image and how it came about; `backward` chooses the backward pass."""
         check_images(x)
+        if len(noise.image) != len(x):
+            raise InputError(
+                f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
+            )
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
@@ -140,6 +155,7 @@ class Defended(nn.Module):
         super().__init__()
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.sample_noise = defense.sample_noise
+        self.eval()
 
     def forward(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor:
         return self.classifier(self.defense(x, noise, self.backward).image)
@@ -168,6 +184,7 @@ class WithFreshNoise(nn.Module):
     def __init__(self, victim: Defended, seed: int = 0):
         super().__init__()
         self.victim, self.seed, self.calls = victim, seed, 0
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -181,6 +198,7 @@ class Undefended(nn.Module):
     def __init__(self, classifier: "Classifier"):
         super().__init__()
         self.classifier = classifier
+        self.eval()
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> None:
         return None
@@ -190,9 +208,11 @@ class Undefended(nn.Module):
 
 
 def check_images(x: Tensor) -> None:
-    """Raises InputError unless x is (B, 3, H, W) in [0, 1], within rounding."""
+    """Raises InputError unless x is float32 (B, 3, H, W) in [0, 1], within rounding."""
     if x.ndim != 4 or x.shape[1] != 3:
         raise InputError(f"images of shape {tuple(x.shape)}; they are (B, 3, H, W)")
+    if x.dtype != torch.float32:
+        raise InputError(f"images of dtype {x.dtype}; they are torch.float32: convert them by .float()")
     low, high = x.detach().aminmax()
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise InputError(

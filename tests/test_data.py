@@ -1,5 +1,6 @@
 """Data sets, preprocessing and the classifier: real accuracy on real photographs, and clear words for bad input."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,6 +62,47 @@ def test_csv(tmp_path):
     table.write_text("name,class\n")
     with pytest.raises(InputError, match="wanted are file, label"):
         list_items(str(table))
+
+
+def test_labels_may_be_wnids(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.jpg,n01440764\nb.jpg, 7\n")
+    assert [item.label for item in list_items(str(tmp_path / "labels.csv"))] == [0, 7]
+    (tmp_path / "labels.csv").write_text("file,label\na.jpg,n99999999\n")
+    with pytest.raises(InputError, match="'n99999999'; labels are class indices from 0 to 999, or ImageNet-1k wnids"):
+        list_items(str(tmp_path / "labels.csv"))
+
+
+def validation_images(folder):
+    folder.mkdir(parents=True)
+    for i in (1, 2, 3):
+        (folder / f"ILSVRC2012_val_{i:08}.JPEG").touch()
+
+
+def test_imagenets_validation_layout_of_kaggle(tmp_path):
+    images = tmp_path / "ILSVRC/Data/CLS-LOC/val"
+    validation_images(images)
+    with pytest.raises(InputError, match="validation images without labels; put LOC_val_solution.csv"):
+        list_items(str(images))
+    lines = ["ImageId,PredictionString", *(f"ILSVRC2012_val_{i:08},n0144{i:04} 1 2 3 4" for i in (1, 2, 3))]
+    wnids = {1: "n01440764", 2: "n01443537", 3: "n15075141"}
+    lines[1:] = [f"ILSVRC2012_val_{i:08},{wnid} 85 1 499 272" for i, wnid in wnids.items()]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
+    assert [item.label for item in list_items(str(images))] == [0, 1, 999]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines[:3]))
+    with pytest.raises(InputError, match="has no label for ILSVRC2012_val_00000003.JPEG"):
+        list_items(str(images))
+
+
+def test_imagenets_development_kit(tmp_path):
+    """Its numbers of classes are its own, not the ranks of wnids."""
+    scipy_io = pytest.importorskip("scipy.io", reason="scipy is not installed: meta.mat cannot be written")
+    validation_images(tmp_path / "val")
+    kit = tmp_path / "ILSVRC2012_devkit_t12/data"
+    kit.mkdir(parents=True)
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n2\n")
+    synsets = np.array([(1, "n15075141"), (2, "n01440764")], [("ILSVRC2012_ID", object), ("WNID", object)])
+    scipy_io.savemat(kit / "meta.mat", {"synsets": synsets})
+    assert [item.label for item in list_items(str(tmp_path / "val"))] == [0, 999, 0]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])

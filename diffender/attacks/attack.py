@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin
+from diffender.utils.errors import InputError
 
 Made = TypeVar("Made", bound="Attack")
 Callback = Callable[[int], None]
@@ -42,6 +43,8 @@ class Attack:
         `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback(step)` is called
         after each step.
         """
+        if task.x.shape[-2] != task.x.shape[-1]:
+            raise InputError(f"images of {tuple(task.x.shape[-2:])} pixels; attacks take square ones: crop them")
         task = task._replace(loss=self.loss(task))
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)

@@ -5,6 +5,8 @@ import hashlib
 import importlib.util
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +39,20 @@ class Batch(NamedTuple):
 
 
 def list_items(data: str) -> list[Item]:
-    """`samples`, a folder of wnid folders, or a csv file with the columns file and label (0-based class index)."""
+    """The images of `data`.
+
+    samples             the photographs of foolbox
+    a folder            of a folder for each wnid; or ImageNet's validation images in one folder, with
+                        LOC_val_solution.csv or the development kit's ground truth in it or in a folder above
+    a csv file          with the columns file and label, which is a 0-based class index or a wnid
+    """
     if data == "samples":
         return sample_items()
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_file() and path.suffix == ".csv":
         items = csv_items(path)
     elif path.is_dir():
-        items = folder_items(path)
+        items = validation_items(path) or folder_items(path)
     else:
         raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
     if not items:
@@ -68,11 +76,59 @@ def csv_items(table: Path) -> list[Item]:
     for number, row in enumerate(read_csv(table, "file", "label"), start=2):
         if not row["file"]:
             raise InputError(f"{table}, line {number}: no file")
-        label = row["label"] or ""
-        if not label.isdecimal() or int(label) > 999:
-            raise InputError(f"{table}, line {number}: label {label!r}; labels are class indices from 0 to 999")
-        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], int(label)))
+        label = (row["label"] or "").strip()
+        if label not in ranks() and not (label.isdecimal() and int(label) <= 999):
+            raise InputError(
+                f"{table}, line {number}: label {label!r}; labels are class indices from 0 to 999, or ImageNet-1k wnids"
+            )
+        rank = ranks()[label] if label in ranks() else int(label)
+        items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], rank))
     return items
+
+
+@cache
+def ranks() -> dict[str, int]:
+    """The 0-based class index of every ImageNet-1k wnid: its rank among all."""
+    from timm.data import ImageNetInfo
+
+    return {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+
+
+def validation_items(root: Path) -> list[Item]:
+    """ImageNet's own validation images, flat in a folder, with the published labels; empty for any other folder."""
+    images = sorted(p for p in root.glob("ILSVRC2012_val_*") if p.suffix.lower() in SUFFIXES)
+    if not images:
+        return []
+    places = [root, *root.absolute().parents[:4]]
+    solution = next((p for d in places if (p := d / "LOC_val_solution.csv").is_file()), None)
+    if solution is not None:
+        rows = read_csv(solution, "ImageId", "PredictionString")
+        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    else:
+        wnids = ground_truth(places)
+    if unknown := [p.name for p in images if wnids.get(p.stem) not in ranks()]:
+        raise InputError(f"{solution or root} has no label for {', '.join(unknown[:5])}; fetch the labels again")
+    return [Item(p.stem, p, ranks()[wnids[p.stem]]) for p in images]
+
+
+def ground_truth(places: Sequence[Path]) -> dict[str, str]:
+    """Wnids by image, of the development kit's ILSVRC2012_validation_ground_truth.txt and meta.mat."""
+    kits = [k for d in places for k in (d, d / "data", d / "ILSVRC2012_devkit_t12" / "data")]
+    name = "ILSVRC2012_validation_ground_truth.txt"
+    kit = next((k for k in kits if (k / name).is_file() and (k / "meta.mat").is_file()), None)
+    if kit is None:
+        raise InputError(
+            f"{places[0]} has ImageNet's validation images without labels; put LOC_val_solution.csv, or the "
+            f"development kit's {name} and meta.mat, beside them or in a folder above"
+        )
+    try:
+        from scipy.io import loadmat
+    except ImportError as e:
+        raise InputError(f"{kit / 'meta.mat'} is read by scipy: pip install scipy, or use LOC_val_solution.csv") from e
+    synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    numbers = (kit / name).read_text(encoding="utf-8").split()
+    return {f"ILSVRC2012_val_{i:08}": wnids.get(int(n), "") for i, n in enumerate(numbers, start=1)}
 
 
 def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
@@ -93,9 +149,7 @@ def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
 
 def folder_items(root: Path) -> list[Item]:
     """root/<wnid>/* or root/<wnid>_*: the class is the wnid's rank among all 1000, however few of them are there."""
-    from timm.data import ImageNetInfo
-
-    rank = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    rank = ranks()
     files = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
     wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in files]
     unknown = sorted(set(wnids) - set(rank))

@@ -160,6 +160,8 @@ class Options:
 
 def fill(opts: Options) -> Options:
     """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
+    opts = replace(opts, attack=tidy(opts.attack), defense=tidy(opts.defense, ":"))
+    opts = opts if opts.grad is None else replace(opts, grad=tidy(opts.grad))
     preset = budget(opts, opts.preset)
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
     allowed = GRADIENTS["diffender" if opts.defense == "diffender" else "others"]
@@ -184,6 +186,12 @@ def fill(opts: Options) -> Options:
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     return opts
+
+
+def tidy(names: str, until: str | None = None) -> str:
+    """Names in lower case, without blanks; what follows `until` stays as it is."""
+    head, sign, rest = names.partition(until) if until else (names, "", "")
+    return "".join(head.split()).lower() + sign + rest.strip()
 
 
 def budget(opts: Options, preset: str) -> dict:
@@ -217,7 +225,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
-    chosen = PAPER if opts.table or opts.figure else tuple(attacks(opts))
+    chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
@@ -237,8 +245,8 @@ def refuse_unread(opts: Options) -> None:
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
-        "prompts": (defense.prompts, "--defense diffender --prompt tuned", prompted(opts)),
-    } | dict.fromkeys(defense.method, (True, "--defense diffender", opts.defense == "diffender"))
+        "prompts": (defense.prompts, "--defense diffender --prompt tuned", prompted(filled)),
+    } | dict.fromkeys(defense.method, (True, "--defense diffender", filled.defense == "diffender"))
     for flag, (given, reader, there) in conditions.items():
         if given and not there:
             raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")

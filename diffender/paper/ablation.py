@@ -155,7 +155,7 @@ def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
 
 def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConfig) -> DIFFender:
     contexts = contexts_for(prompt, model, Path(opts.target.defense.prompts or SHIPPED))
-    return DIFFender(model, contexts.detach(), cfg)
+    return DIFFender(model, contexts, cfg)
 
 
 def measure(

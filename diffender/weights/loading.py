@@ -19,12 +19,14 @@ from diffender.stable_diffusion.unet import UNet, UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import digest, one_line, open_safetensors, read_header, save_atomic
+from diffender.utils.options import keep_freed_memory
 from diffender.weights.layouts import PREFIXES, Signature, signature
 from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan, stranger
 
 PACKAGE = Path(__file__).parents[1]
 EMBEDDED = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
 RANDOM = "random"
+SMALL = 64  # width of UNets whose activations a laptop can keep for a backward pass through every evaluation
 
 
 def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
@@ -87,6 +89,8 @@ def load_model(
         module.load_state_dict(tensors, assign=True)
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
     model.settings = settings_of(path, name)
+    model.keep = cfg.unet.model_channels <= SMALL
+    keep_freed_memory()
     return model.requires_grad_(False).eval()
 
 
