@@ -19,18 +19,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.utils.errors import InputError
 from diffender.weights import official
+from diffender.weights.__main__ import NAMES
 from diffender.weights.loading import EMBEDDED
 from tests.conftest import ROOT
 
 CONTENT = (EMBEDDED / "prompts.safetensors").read_bytes()
+KNOWN = hashlib.sha256(CONTENT).hexdigest()
 FETCH = """
 import sys
 from diffender.utils import options as cli
 from diffender.weights import official
 from diffender.weights import __main__ as weights
-official.FILES["sd2-inpainting"] = official.Published("some/model", "m.safetensors", {bytes}, "{sha256}")
+official.FILES["sd2-inpainting"] = official.Published("some/model", "m.safetensors", {bytes}, {sha256!r})
 sys.argv = ["weights", "fetch", "sd2-inpainting"]
 cli.run(weights.main)
 """
@@ -74,9 +77,13 @@ def hub():
 
 
 def fetch(
-    home, endpoint: str, sha256: str = "", stderr: int = subprocess.PIPE, **env: str
+    home,
+    endpoint: str,
+    sha256: str | None = hashlib.sha256(CONTENT).hexdigest(),
+    stderr: int = subprocess.PIPE,
+    **env: str,
 ) -> subprocess.CompletedProcess:
-    code = FETCH.format(bytes=len(CONTENT), sha256=sha256 or hashlib.sha256(CONTENT).hexdigest())
+    code = FETCH.format(bytes=len(CONTENT), sha256=sha256)
     env = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint} | env
     for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         env.pop(proxy, None)
@@ -105,6 +112,25 @@ def test_fetch_checks_the_hash_and_uses_the_cache(hub, tmp_path):
     assert "is not the published file" in wrong.stderr.splitlines()[-1]
 
 
+def test_without_a_known_hash_the_hubs_counts(hub, tmp_path):
+    """And what was fetched is found again, as load_classifier does; a damaged copy is refused."""
+    endpoint, _ = hub
+    run = fetch(tmp_path, endpoint, sha256=None)
+    assert run.returncode == 0, run.stderr
+    path = Path(run.stdout.strip())
+    blob = path.resolve()
+    blob.write_bytes(CONTENT[:-1] + b"x")
+    damaged = fetch(tmp_path, endpoint, sha256=None, HF_HUB_OFFLINE="1")
+    assert damaged.returncode == 2
+    assert f"expected {len(CONTENT)} and {blob.name}" in damaged.stderr
+
+
+def test_classifiers_are_published_under_the_names_of_the_registry():
+    for name, cfg in CLASSIFIERS.items():
+        assert cfg.package or official.FILES[name] == official.Published(f"timm/{cfg.tag}", "model.safetensors")
+    assert tuple(official.FILES) == NAMES
+
+
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {}], ids=["offline", "not on the mirror"])
 def test_fetch_fails_in_one_line(hub, tmp_path, env):
     endpoint = hub[0] + "/elsewhere"
@@ -118,7 +144,7 @@ def test_fetch_fails_in_one_line(hub, tmp_path, env):
 def test_the_published_files_are_those_of_the_manifest(manifest):
     published = {(f["path"], f["bytes"], f["sha256"]) for f in manifest("official-files")}
     for f in official.FILES.values():
-        assert (f.file, f.bytes, f.sha256) in published
+        assert (f.file, f.bytes, f.sha256) in published or f.repository.startswith("timm/")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffender.utils.errors import InputError, check_finite, nearest
 from diffender.utils.files import check_fit, load_tensors
+from diffender.weights.official import fetched
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -143,15 +144,17 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
         )
     net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
+    weights = weights or fetched(name)
     if weights is not None:
-        state = {k: v for k, v in load_tensors(Path(weights)).items() if not k.startswith("AuxLogits.")}
+        state = {k: v for k, v in load_tensors(Path(weights).expanduser()).items() if not k.startswith("AuxLogits.")}
         check_fit(Path(weights), name, state, net.state_dict())
         net.load_state_dict(state)
     elif cfg.package:
         net.load_state_dict(package_weights(cfg.package, net.state_dict()))
     else:
+        how = f"python -m diffender.weights fetch {name} downloads them, or " if name in CLASSIFIERS else ""
         raise InputError(
-            f"classifier {name!r} has no weights in this package; give --classifier-weights the file "
+            f"classifier {name!r} has no weights in this package; {how}give --classifier-weights the file "
             f"model.safetensors of timm/{cfg.tag}"
         )
     return Classifier(net, cfg)

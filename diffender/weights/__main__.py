@@ -1,6 +1,7 @@
 """Models from files: the embedded one, and official checkpoints in every layout they are published in.
 
 python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
+python -m diffender.weights fetch inception_v3       the same for a classifier of the paper
 python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
 python -m diffender.weights convert FOLDER           the same for every .bin file of a Hugging Face folder
 python -m diffender.weights inspect PATH             what a file or folder holds
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from diffender.utils.options import Parser, run
 
+NAMES = ("sd15-inpainting", "sd2-inpainting", "inception_v3", "swin_s", "resnet50", "vit_b_16")
+
 
 def main() -> None:
     parser = Parser(
@@ -18,7 +21,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")
-    fetch.add_argument("name", choices=("sd15-inpainting", "sd2-inpainting"))
+    fetch.add_argument("name", choices=NAMES)
     convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
     convert.add_argument("file", type=Path, help="a .ckpt or .bin file, or a folder of .bin files")
     convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")

@@ -16,8 +16,8 @@ from diffender.utils.files import PICKLES, one_line, save_atomic, sha256
 class Published(NamedTuple):
     repository: str  # on the Hugging Face hub
     file: str
-    bytes: int
-    sha256: str
+    bytes: int | None = None
+    sha256: str | None = None  # None: the one that the hub states
 
 
 FILES = {
@@ -31,6 +31,11 @@ FILES = {
         "512-inpainting-ema.safetensors", 5_214_662_094,
         "b29e2ed9a8fe58e76f7e801bda091d23738bd74c1da3f339bcbe2d40922fcb60",
     ),
+    # The classifiers of the paper, by the exact names that timm publishes them under.
+    "inception_v3": Published("timm/inception_v3.tv_in1k", "model.safetensors"),
+    "swin_s": Published("timm/swin_small_patch4_window7_224.ms_in1k", "model.safetensors"),
+    "resnet50": Published("timm/resnet50.tv_in1k", "model.safetensors"),
+    "vit_b_16": Published("timm/vit_base_patch16_224.orig_in21k_ft_in1k", "model.safetensors"),
 }  # fmt: skip
 
 
@@ -50,13 +55,23 @@ def fetch(name: str) -> Path:
             f"cannot get {published.file} of {published.repository} from {constants.ENDPOINT} ({one_line(e)}); go "
             "online, set HF_ENDPOINT to a mirror, or copy the file here and give it as --weights"
         ) from e
-    found = path.stat().st_size, sha256(path)
-    if found != (published.bytes, published.sha256):
+    found, stated = sha256(path), published.sha256 or path.resolve().name  # the hub's cache names files by their hash
+    if found != stated:
         raise InputError(
-            f"{path} is not the published file: {found[0]} bytes and sha256 {found[1]}, expected {published.bytes} and "
-            f"{published.sha256}; delete it and fetch again"
+            f"{path} is not the published file: {path.stat().st_size} bytes and sha256 {found}, expected "
+            f"{published.bytes or 'as many as the hub has'} and {stated}; delete it and fetch again"
         )
     return path
+
+
+def fetched(name: str) -> Path | None:
+    """The file that an earlier `fetch` left in the hub's cache, or None."""
+    if name not in FILES:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(FILES[name].repository, FILES[name].file)
+    return Path(path) if isinstance(path, str) else None
 
 
 class Inert:
