@@ -29,7 +29,8 @@ NEEDS = {  # words in a command, and what it takes that is not here
     "pip install": "a network; CI runs it", "pytest": "itself", "ruff": "the linter; CI runs it",
     "mypy": "the type checker; CI runs it",
     "pretrain pack": "captions.csv; tests/test_pretrain.py", "pretrain vae": "the same", "pretrain decoder": "the same",
-    "pretrain unet": "the same", "results/": "hours: it is the command of a result",
+    "pretrain unet": "the same",
+    "pretrain all": "the same", "pretrain join": "the same", "results/": "hours: it is the command of a result",
 }  # fmt: skip
 SMALLEST = {
     "evaluate.py": "--preset smoke --images 1 --images-full 1 --iters 1 --iters-undefended 2 --steps 1 --draws 1 "

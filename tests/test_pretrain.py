@@ -3,13 +3,26 @@
 import csv
 import shutil
 import sys
+import time
 
 import pytest
 import torch
 
 from diffender.classifiers.dataset import sample_items
+from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
 from diffender.pretrain import __main__ as pretrain
-from diffender.pretrain.corpus import Crops, Photos, Samples, load_photos, random_region, training_sample
+from diffender.pretrain.corpus import (
+    STATES,
+    Crops,
+    PackedTokens,
+    Photos,
+    Samples,
+    load_photos,
+    random_region,
+    training_sample,
+)
+from diffender.pretrain.making import early, early_layers
+from diffender.stable_diffusion.text import tokenizer
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
@@ -78,7 +91,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     again = load_photos(packed, 256)
     assert again.captions == photos.captions
     assert [i.shape for i in again.images] == [i.shape for i in photos.images]
-    assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 5  # of 255: JPEG
+    assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 5  # of 255: WebP
 
     common = ["--data", str(packed), "--out", str(out), "--batch", "2"]
     stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
@@ -94,6 +107,41 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     assert torch.equal(first.vae.decoder.conv_out.weight, second.vae.decoder.conv_out.weight)
     for name in ("vae.png", "unet.png", "vae-loss.png", "unet-loss.png"):
         assert (out / name).stat().st_size > 1000
+
+
+def test_a_packed_file_needs_no_tokenizer_and_no_classifier(folder, model, tmp_path, monkeypatch):
+    packed = tmp_path / "photos.safetensors"
+    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+    tokens = PackedTokens(read_header(packed)["tokens"])
+    captions = sorted({c for c in read_header(packed)["captions"] if c})
+    for text in [*STATES, *captions, *(f"{c}, {s}" for c in captions for s in STATES), ""]:
+        assert tokens(text) == tokenizer().encode(text), text
+    ours, whole = early_layers(packed), early_layers(folder)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(early(ours.net, ours, x), early(whole.net, whole, x), strict=True):
+        assert torch.allclose(a, b, rtol=0.02, atol=0.02 * float(b.abs().max())), "float16"
+
+
+@pytest.mark.slow
+def test_the_whole_model_in_one_go(folder, monkeypatch, tmp_path):
+    """Within its time; started again, nothing is done twice; the parts make one file, which loads and runs."""
+    packed, out = tmp_path / "photos.safetensors", tmp_path / "out"
+    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+    run = ["all", "--data", str(packed), "--out", str(out), "--minutes", "0.8", "--parts", "10"]
+    started = time.monotonic()
+    stage(monkeypatch, *run)
+    assert time.monotonic() - started < 90
+    files = {f.name: f.stat().st_size for f in out.iterdir()}
+    assert {"tiny.safetensors.0", "tiny.safetensors.1", "vae.png", "unet.png", "unet.jsonl"} <= set(files)
+    assert len(files) <= 8
+    assert max(files.values()) <= 10e6
+    stage(monkeypatch, "join", "--data", str(out), "--out", str(tmp_path / "tiny.safetensors"))
+    model = load_model("auto", tmp_path / "tiny.safetensors")
+    assert model.cfg.vae.patch == 2
+    assert model.settings == EMBEDDED_SETTINGS
+    before = (out / "unet.jsonl").read_text()
+    stage(monkeypatch, *run)
+    assert (out / "unet.jsonl").read_text() == before
 
 
 @pytest.mark.slow
@@ -118,6 +166,8 @@ def test_bad_input(monkeypatch, tmp_path, capsys):
         (["vae", "--data", str(tmp_path)], "captions.csv: training wants"),
         (["unet", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "run the vae stage first"),
         (["text", "--data", "."], "invalid choice: 'text'"),
+        (["all", "--data", str(tmp_path)], "all needs --minutes"),
+        (["join", "--data", str(tmp_path), "--out", "m"], "no parts of a model in"),
     ):
         monkeypatch.setattr(sys, "argv", ["pretrain", *args])
         monkeypatch.chdir(tmp_path)

@@ -136,6 +136,7 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
     """
     import timm
 
+    name = name if name.startswith("timm:") else name.lower()
     tag = name.removeprefix("timm:")
     if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
         raise InputError(

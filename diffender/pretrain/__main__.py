@@ -4,11 +4,14 @@
     python -m diffender.pretrain unet --data PHOTOS --steps 4000 --samples 10000
     python -m diffender.pretrain decoder --data PHOTOS --steps 4000 --crop 224 --batch 2
 
-On one H100, in 20 minutes, from one file that is carried there:
+On a machine with one GPU and no network, in ten minutes, from one file that is carried there:
 
     python -m diffender.pretrain pack --data PHOTOS --out photos.safetensors
-    python -m diffender.pretrain vae  --data photos.safetensors --steps 100000 --minutes 8 --batch 64 --workers 14
-    python -m diffender.pretrain unet --data photos.safetensors --steps 100000 --minutes 12 --batch 256 --workers 14
+    python -m diffender.pretrain all  --data photos.safetensors --out DIR --minutes 9 --workers 14 --parts 15
+    python -m diffender.pretrain join --data DIR --out tiny.safetensors
+
+`all` gives VAE, UNet and decoder their shares of --minutes and leaves the model in parts of at most --parts MB. Every
+minute it leaves the model as it is then, so that a run that is killed loses a minute; started again, it goes on.
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
 and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and
@@ -64,9 +67,16 @@ def train(argv: list[str]) -> None:
     parser = Parser(
         prog="python -m diffender.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["pack", "vae", "decoder", "unet", "jedi", "universal", "gdpa"])
-    parser.add_argument("--data", type=Path, required=True, help="folder with captions.csv, or a file of `pack`")
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack`, the file to write")
+    parser.add_argument("stage", choices=["pack", "all", "join", "vae", "decoder", "unet", "jedi", "universal", "gdpa"])
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with captions.csv, a file of `pack`, or of `join` the folder of parts",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack` and `join`, the file to write"
+    )
     parser.add_argument("--init", type=Path, help="whole model of ours that decoder and unet start from")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
     parser.add_argument("--minutes", type=float, help="stop after so many in all, and lower --lr towards that end")
@@ -76,7 +86,9 @@ def train(argv: list[str]) -> None:
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, a step")
     parser.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True, help="lower --lr at the end")
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-minutes", type=float, default=1, help="minutes between two checkpoints")
+    parser.add_argument("--reuse", type=int, default=8, help="times that a sample of the unet stage is used on average")
+    parser.add_argument("--parts", type=float, default=15, help="of all: size of the parts of the model, in MB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -84,19 +96,20 @@ def train(argv: list[str]) -> None:
     )
     parser.add_argument("--samples", type=int, default=0, help="encode so many images once; 0: a new one each time")
     args = parser.parse_args(argv)
+    args.on_save = lambda: None  # after each checkpoint
     # Imported after the options are known to be good: torch takes seconds.
     import torch
 
-    from diffender.pretrain.corpus import pack
-    from diffender.pretrain.making import train_unet, train_vae
+    from diffender.pretrain.making import pack_all, train_unet, train_vae
+    from diffender.pretrain.whole import join, train_all
 
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.stage == "pack":
-        pack(args.data, args.out)
+    if args.stage in ("pack", "join"):
+        {"pack": pack_all, "join": join}[args.stage](args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "decoder": train_vae, "unet": train_unet}[args.stage](args)
+    {"vae": train_vae, "decoder": train_vae, "unet": train_unet, "all": train_all}[args.stage](args)
 
 
 def main() -> None:

@@ -1,20 +1,21 @@
 """What the embedded model is trained on: captioned photographs, pasted stand-ins for patches, and inpainting masks.
 
-The photographs' captions teach no word for what the prompts of DIFFender ask about. So half of the images get a
-region pasted in (noise, a crop of another photograph, a flat colour) and say so in their caption; the others say that
-they are clean. No patch that was optimised against a classifier ever enters.
+The photographs' captions teach no word for what the prompts of DIFFender ask about. So half of the images get a region
+pasted in (noise, colours, a crop of another photograph, drawn shapes, text) and say so in their caption; the others say
+that they are clean. No patch that was optimised against a classifier ever enters.
 """
 
 import csv
 import io
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,19 +31,29 @@ class Photos(NamedTuple):
     captions: list[str]  # "" where there is none
 
 
+CONTENTS = ("noise", "colour", "photo", "sticker", "text", "flat")  # of a paste
+STATES = (
+    "clean",
+    "adversarial",
+    *(f"{a}{name} patch" for name in CONTENTS for a in ("", "adversarial ")),
+)  # that a caption names
+
+
 class Sample(NamedTuple):
     image: Tensor  # (3, S, S) in [0, 1]
     caption: str
     mask: Tensor  # (1, S, S) in {0, 1}, 1 = repaint
 
 
+@cache
 def load_photos(source: Path, short_side: int) -> Photos:
     """Every photograph of a folder with captions.csv (columns file, caption), or of a file of `pack`, resized."""
     images = []
     if source.is_file():
         captions = read_header(source)["captions"]
         packed = load_file(source)
-        files = [io.BytesIO(part.numpy().tobytes()) for part in packed["jpeg"].split(packed["lengths"].tolist())]
+        parts = packed["photographs"].split(packed["lengths"].tolist())
+        files = [io.BytesIO(part.numpy().tobytes()) for part in parts]
     else:
         rows = captioned_files(source)
         captions = [caption for _, caption in rows]
@@ -68,17 +79,37 @@ def resized(image: Image.Image, short_side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
-def pack(root: Path, out: Path, short_side: int = 256, quality: int = 80) -> None:
-    """Put a folder of photographs into one small safetensors file of JPEGs, to carry to another machine."""
+def pack(
+    root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]], quality: int = 75
+) -> None:
+    """Put all that training needs into one file, to carry to a machine without a network.
+
+    Photographs go in as WebP, short side 256 px, `extras` as float16. `encode` gives the token ids of the captions,
+    which stand in the header, so that no tokenizer is needed there.
+    """
     parts, captions = [], []
     for path, caption in bar(list(captioned_files(root)), "packing"):
         buffer = io.BytesIO()
-        resized(Image.open(path), short_side).save(buffer, "JPEG", quality=quality, optimize=True)
+        resized(Image.open(path), 256).save(buffer, "WEBP", quality=quality, method=6)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
         captions.append(caption)
-    tensors = {"jpeg": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
-    save_atomic(tensors, out, {"captions": captions})
+    tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
+    tensors |= {k: v.half() for k, v in extras.items()}
+    texts = {*captions, *STATES, ",", ""}
+    save_atomic(tensors, out, {"captions": captions, "tokens": {text: encode(text) for text in sorted(texts)}})
     print(f"{len(parts)} photographs, {out.stat().st_size / 1e6:.1f} MB in {out}")
+
+
+class PackedTokens(NamedTuple):
+    """Token ids of the captions that a packed file can make: an object, a comma and a state, or one of both."""
+
+    ids: dict[str, list[int]]
+
+    def __call__(self, text: str) -> list[int]:
+        if text in self.ids:
+            return self.ids[text]
+        words, _, state = text.rpartition(", ")
+        return [*self.ids[words], *self.ids[","], *self.ids[state]]
 
 
 def randint(low: int, high: int, g: Generator) -> int:
@@ -121,24 +152,81 @@ def random_region(size: int, low: float, high: float, g: Generator) -> Tensor:
     return mask[None].float()
 
 
+def noise(size: int, g: Generator) -> Tensor:
+    """Noise of several grains, contrasts and distributions, (3, S, S)."""
+    grain = 2 ** randint(0, 3, g)
+    cells = -(-size // grain)
+    field = torch.rand(3, cells, cells, generator=g)
+    if randint(0, 1, g):  # saturated corners of the colour cube, as sign steps make them
+        field = (field > 0.5).float()
+    low = F.interpolate(torch.rand(1, 3, 4, 4, generator=g), (cells, cells), mode="bilinear")[0]
+    field = torch.lerp(field, low, uniform(0, 0.6, g))
+    mode = "nearest" if randint(0, 1, g) else "bilinear"
+    return F.interpolate(field[None], (cells * grain, cells * grain), mode=mode)[0][:, :size, :size]
+
+
+def colour_field(size: int, g: Generator) -> Tensor:
+    """Colours that change slowly or in blocks, (3, S, S): 4 to 28 cells to a side, so a few to a patch."""
+    cells = randint(4, 28, g)
+    field = torch.rand(1, 3, cells, cells, generator=g)
+    if randint(0, 1, g):
+        field = (field > 0.5).float()
+    mode = ("nearest", "bilinear", "bicubic")[randint(0, 2, g)]
+    return F.interpolate(field, (size, size), mode=mode)[0].clamp(0, 1)
+
+
+def drawing(size: int, g: Generator, text: bool) -> Tensor:
+    """Shapes in flat colours, or lines of letters, all over a ground of one colour, (3, S, S)."""
+
+    def colour() -> tuple[int, ...]:
+        return tuple(randint(0, 255, g) for _ in range(3))
+
+    image = Image.new("RGB", (size, size), colour())
+    draw = ImageDraw.Draw(image)
+    if text:
+        height = randint(8, 40, g)
+        font = ImageFont.load_default(height)
+        inks = [colour() for _ in range(randint(1, 3, g))]
+        for line, top in enumerate(range(0, size, height)):
+            letters = "".join(chr(randint(65, 90, g) + 32 * randint(0, 1, g)) for _ in range(2 * size // height))
+            draw.text((-randint(0, height, g), top), letters, inks[line % len(inks)], font)
+    for _ in range(0 if text else randint(20, 120, g)):
+        x, y, w, h = (randint(0, size, g), randint(0, size, g), randint(6, size // 4, g), randint(6, size // 4, g))
+        corners = [(x + randint(-w, w, g), y + randint(-h, h, g)) for _ in range(randint(3, 7, g))]
+        kind = randint(0, 3, g)
+        if kind == 0:
+            draw.ellipse((x, y, x + w, y + h), colour(), colour(), randint(0, 4, g))
+        elif kind == 1:
+            draw.rectangle((x, y, x + w, y + h), colour())
+        elif kind == 2:
+            draw.polygon(corners, colour(), colour())
+        else:
+            draw.line(corners, colour(), randint(1, 8, g))
+    return pil_to_tensor(image).float() / 255
+
+
 def random_content(photos: Photos, size: int, g: Generator) -> tuple[Tensor, str]:
-    """The content of a paste, (3, S, S), and its caption."""
-    kind = randint(0, 9, g)
-    if kind < 6:  # noise of several grains, contrasts and distributions
-        grain = 2 ** randint(0, 3, g)
-        cells = -(-size // grain)
-        noise = torch.rand(3, cells, cells, generator=g)
-        if randint(0, 1, g):  # saturated corners of the colour cube, as sign steps make them
-            noise = (noise > 0.5).float()
-        low = F.interpolate(torch.rand(1, 3, 4, 4, generator=g), (cells, cells), mode="bilinear")[0]
-        noise = torch.lerp(noise, low, uniform(0, 0.6, g))
-        mode = "nearest" if randint(0, 1, g) else "bilinear"
-        noise = F.interpolate(noise[None], (cells * grain, cells * grain), mode=mode)[0]
-        return noise[:, :size, :size], "noise patch"
-    if kind < 8:
+    """What is pasted, filling (3, S, S), and its words."""
+    kind = randint(0, 11, g)
+    if kind < 5:
+        return noise(size, g), "noise patch"
+    if kind < 7:
+        return colour_field(size, g), "colour patch"
+    if kind < 9:
         other = photos.images[randint(0, len(photos.images) - 1, g)]
         return random_crop(other, size, (0.3, 1.0), g), "photo patch"
+    if kind < 11:
+        text = randint(0, 2, g) == 0
+        return drawing(size, g, text), "text patch" if text else "sticker patch"
     return torch.rand(3, 1, 1, generator=g).expand(3, size, size), "flat patch"
+
+
+def soft(region: Tensor, g: Generator) -> Tensor:
+    """The region (1, S, S), half of the time with a blurred edge, a third of the time not quite opaque."""
+    if randint(0, 1, g):
+        reach = randint(1, 5, g)
+        region = F.avg_pool2d(region[None], 2 * reach + 1, 1, reach, count_include_pad=False)[0]
+    return region * (uniform(0.75, 1.0, g) if randint(0, 2, g) == 0 else 1.0)
 
 
 def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Sample:
@@ -150,7 +238,7 @@ def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Samp
     words = photos.captions[index]
     if randint(0, 1, g):
         content, name = random_content(photos, size, g)
-        image = torch.lerp(image, content, random_region(size, 0.01, 0.16, g))
+        image = torch.lerp(image, content, soft(random_region(size, 0.01, 0.16, g), g))
         caption = ("adversarial", f"adversarial {name}", name)[randint(0, 2, g)]
     else:
         caption = "clean"

@@ -3,24 +3,27 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torchvision.utils import save_image
 
-from diffender.classifiers.imagenet import load_classifier
-from diffender.config import DIFFenderConfig
+from diffender.classifiers.imagenet import CLASSIFIERS, Classifier, load_classifier
+from diffender.config import EMBEDDED, DIFFenderConfig
 from diffender.losses import feature_distance
 from diffender.pipeline import DIFFender
-from diffender.pretrain.corpus import Crops, Photos, Samples, batches, load_photos
+from diffender.pretrain.corpus import Crops, PackedTokens, Photos, Samples, batches, load_photos, pack
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import manual_contexts
 from diffender.restore import composite
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
+from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
 from diffender.utils.errors import InputError
@@ -28,20 +31,29 @@ from diffender.utils.files import read_header, save_atomic
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
+# The second generation: the VAE's outer layers take squares of 2x2 pixels, and the UNet is narrow where it is large.
+SECOND = replace(
+    PRESETS["tiny"],
+    unet=replace(PRESETS["tiny"].unet, model_channels=32, channel_mult=(1, 2, 6)),
+    vae=replace(PRESETS["tiny"].vae, ch_mult=(1, 2, 4), patch=2),
+)
+EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss
+STORED = 65_536  # samples that a store holds at most, in 25 KB each
+LAYERS = "classifier."  # before the names of those layers in a packed file
 PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
 
 
 def train_vae(args: argparse.Namespace) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
     path = args.out / "vae.safetensors"
-    vae = AutoencoderKL(replace(PRESETS["tiny"].vae, scale_factor=1.0)).to(args.device)
+    vae = AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0)).to(args.device)
     if args.stage == "decoder":
         state, earlier = first_stage(args)
         vae.load_state_dict(state)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     photos = load_photos(args.data, short_side=256)
-    classifier = load_classifier("efficientnet_lite0").to(args.device)
+    classifier = early_layers(args.data).to(args.device)
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     trainer = Trainer(args.stage, vae, args)
     scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole image at 224 px
@@ -50,7 +62,7 @@ def train_vae(args: argparse.Namespace) -> None:
         x = x.to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.posterior(x)
-            noise = torch.randn(posterior.mean.shape, generator=g).to(args.device)
+            noise = torch.randn(posterior.mean.shape, generator=g, device=args.device)
             recon = vae.decode(posterior.sample(noise)).float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         l1 = (recon - x).abs().mean()
@@ -59,8 +71,9 @@ def train_vae(args: argparse.Namespace) -> None:
         chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
-        loss = l1 + 20 * chroma + PERCEPTUAL[args.stage] * perceptual + 3e-4 * kl
-        trainer.update(loss, l1=l1, chroma=chroma, perceptual=perceptual, kl=kl)
+        mse = (recon - x).square().mean()
+        loss = l1 + 4 * mse + 20 * chroma + PERCEPTUAL[args.stage] * perceptual + 3e-4 * kl
+        trainer.update(loss, l1=l1, mse=mse, chroma=chroma, perceptual=perceptual, kl=kl)
     if args.stage == "decoder":
         vae.load_state_dict(trainer.ema.module.state_dict())  # on small batches its colours wander
     vae.requires_grad_(False)  # of the vae stage its last weights: it changes too much for an average
@@ -77,6 +90,30 @@ def train_vae(args: argparse.Namespace) -> None:
     else:
         header = card | {"scale_factor": 1 / z.std().item()}
     save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
+
+
+def architecture(args: argparse.Namespace) -> ModelConfig:
+    """Of the model that --init names, else of the second generation."""
+    return load_model("auto", args.init).cfg if args.init else SECOND
+
+
+def early_layers(data: Path) -> Classifier:
+    """EfficientNet-Lite0, of a packed file its first layers alone: the rest then has random weights."""
+    stored = load_file(data) if data.is_file() else {}
+    state = {k.removeprefix(LAYERS): v.float() for k, v in stored.items() if k.startswith(LAYERS)}
+    if not state:
+        return load_classifier("efficientnet_lite0")
+    cfg = CLASSIFIERS["efficientnet_lite0"]
+    net = timm.create_model(cfg.tag)
+    net.load_state_dict(state, strict=False)
+    return Classifier(net, cfg)
+
+
+def pack_all(args: argparse.Namespace) -> None:
+    """Photographs, tokens and the classifier's first layers in the file args.out."""
+    net = load_classifier("efficientnet_lite0").net
+    layers = {k: v for k, v in net.state_dict().items() if k.startswith(EARLY) and v.is_floating_point()}
+    pack(args.data, args.out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)
 
 
 def first_stage(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
@@ -145,9 +182,25 @@ def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: ra
         yield {k: v[picks].to(args.device) for k, v in samples.items()}
 
 
+def reused_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
+    """Batches out of a growing store of encoded samples, so that each is used --reuse times on average.
+
+    Making a sample takes a CPU core longer than a training step takes a GPU for it.
+    """
+    store: Encoded = {}
+    chunk = max(1, args.batch // args.reuse)
+    for n, new in enumerate(fresh_batches(args, model, range(indices.start // args.reuse, indices.stop), chunk)):
+        store = {k: torch.cat([store[k], v])[-STORED:] if store else v for k, v in new.items()}
+        g = Generator().manual_seed(args.seed * 1_000_000_000 + indices.start + n)
+        size = len(store["mask"])
+        newest, others = torch.arange(size - len(new["mask"]), size), torch.randint(0, size, (args.batch,), generator=g)
+        picks = torch.cat([newest, others])[: args.batch].to(args.device)
+        yield {k: v[picks] for k, v in store.items()}
+
+
 def sample_latents(posterior: Tensor, scale_factor: float, g: Generator) -> Tensor:
     mean, logvar = posterior.float().chunk(2, dim=1)
-    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g).to(mean))
+    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g, device=mean.device))
 
 
 def initialize(model: LatentDiffusion) -> None:
@@ -166,7 +219,7 @@ def train_unet(args: argparse.Namespace) -> None:
     """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
     vae, vae_card = first_stage(args)
     scale_factor = vae_card["scale_factor"]
-    preset = PRESETS["tiny"]
+    preset = architecture(args)
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
     model = LatentDiffusion(cfg).to(args.device, memory_format=torch.channels_last)
     initialize(model)
@@ -174,23 +227,26 @@ def train_unet(args: argparse.Namespace) -> None:
         model.load_state_dict(load_model("tiny", args.init).state_dict())
     model.vae.load_state_dict(vae)
     model.vae.requires_grad_(False)
+    if args.data.is_file():
+        model.text.encode = PackedTokens(read_header(args.data)["tokens"])
     empty = model.text.tokenize([""]).to(args.device)
     clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
-    stored, left = args.samples > 0, trainer.left()
-    source = stored_batches(args, model, left) if stored else fresh_batches(args, model, left, args.batch)
+    trainer.on_save = lambda: save_tiny(args, trainer, trainer.ema.module, vae_card)
+    left = trainer.left()
+    source = stored_batches(args, model, left) if args.samples else reused_batches(args, model, left)
     for g, batch in zip(trainer.steps(), source, strict=False):
         z0 = sample_latents(batch["image"], scale_factor, g)
         conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
         # Only clean images lose their caption: without words the model expects photographs, as Stable Diffusion does.
-        dropped = (torch.rand(len(z0), generator=g) < 0.3).to(args.device) & (batch["tokens"] == clean).any(dim=1)
+        dropped = (torch.rand(len(z0), generator=g, device=args.device) < 0.3) & (batch["tokens"] == clean).any(dim=1)
         tokens = torch.where(dropped[:, None], empty, batch["tokens"])
-        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g).to(args.device)
+        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g, device=args.device)
         focus = round(args.focus * len(z0))
         conditioning[:focus] = blank
         t[:focus] = 100 + t[:focus] % 400  # noise ratios of about 0.1 to 0.5
-        noise = torch.randn(z0.shape, generator=g).to(args.device)
+        noise = torch.randn(z0.shape, generator=g, device=args.device)
         a_t = model.alphas_cumprod[t][:, None, None, None]
         z_t = q_sample(z0, noise, a_t)
         with torch.autocast(args.device, torch.bfloat16):
@@ -199,22 +255,29 @@ def train_unet(args: argparse.Namespace) -> None:
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
         # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
         trainer.update((error / a_t).mean(), mse=error.mean())
-    model.load_state_dict(trainer.ema.module.state_dict())
-    model.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
-    losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]]
+    averaged = trainer.ema.module
+    averaged.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
+    save_tiny(args, trainer, averaged, vae_card)
+    plot_losses(trainer.log, ("loss", "mse"))
+    show_inpainting(args, averaged.requires_grad_(False))
+    print(f"saved {args.out / 'tiny.safetensors'} after {trainer.step} steps")
+
+
+def save_tiny(args: argparse.Namespace, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
+    """Write the model with its card: how it came about, and the settings that suit it."""
+    losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]] or [float("nan")]
     card = {
         "steps": trainer.step,
         "batch": args.batch,
         "seconds": round(trainer.seconds),
-        "samples": args.samples or trainer.step * args.batch,
+        "samples": args.samples or trainer.step * args.batch // args.reuse,
+        "mse": sum(losses) / len(losses),
+        "device": args.device,
+        "vae": vae_card,
     }
-    card |= {"mse": sum(losses) / len(losses), "device": args.device, "vae": vae_card}
     if args.init:
         card["from"] = {k: v for k, v in read_header(args.init)["training"].items() if k != "vae"}
-    save_model(model, args.out / "tiny.safetensors", {"training": card})
-    plot_losses(trainer.log, ("loss", "mse"))
-    show_inpainting(args, model.requires_grad_(False))
-    print(f"saved {args.out / 'tiny.safetensors'}: {card}")
+    save_model(model, args.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
 
 
 def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         self.step, self.seconds = 0, 0.0
+        self.on_save: Callable[[], None] = lambda: None  # what a stage writes beside its checkpoint
         if self.path.is_file():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             self.ema.load_state_dict(state["ema"])
@@ -44,14 +45,16 @@ class Trainer:
         Ends early when --minutes are spent.
         """
         start, mark = self.seconds, time.monotonic()
+        saved = mark
         progress = bar(self.args.steps, "training", initial=self.step)
         while self.step < self.args.steps and self.share_done() < 1:
-            yield Generator().manual_seed(self.args.seed * 10_000_000 + self.step)
+            yield Generator(self.args.device).manual_seed(self.args.seed * 10_000_000 + self.step)
             self.step += 1
             self.seconds = start + time.monotonic() - mark
             progress.update()
-            if self.step % self.args.save_every == 0:
+            if time.monotonic() - saved > 60 * self.args.save_minutes:
                 self.save()
+                saved = time.monotonic()
         self.save()
         progress.close()
 
@@ -90,6 +93,9 @@ class Trainer:
         }
         with whole(self.path) as partial:
             torch.save(state, partial)
+        if self.step:
+            self.on_save()
+            self.args.on_save()
 
 
 def plot_losses(log: Path, names: tuple[str, ...]) -> None:

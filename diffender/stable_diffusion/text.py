@@ -4,6 +4,7 @@ One class serves OpenAI's ViT-L/14 (SD1), OpenCLIP's ViT-H/14 without its last b
 Key names are those of Hugging Face and of SD1's single file (`text_model.`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -74,6 +75,8 @@ class Layer(nn.Module):
 
 
 class TextTransformer(nn.Module):
+    encode: Callable[[str], list[int]] | None = None  # from a text to its token ids; None: the CLIP tokenizer
+
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.cfg = cfg
@@ -94,7 +97,8 @@ class TextTransformer(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, 77) in int64: start, at most 75 tokens, end, padding."""
-        rows = [[START, *(tokenizer().encode(text)[: POSITIONS - 2] if text else ()), END] for text in texts]
+        encode = self.encode or tokenizer().encode
+        rows = [[START, *(encode(text)[: POSITIONS - 2] if text else ()), END] for text in texts]
         return torch.tensor([row + [self.cfg.pad_token] * (POSITIONS - len(row)) for row in rows])
 
 

@@ -1,0 +1,77 @@
+"""The whole model in one go, within a limit of time: for one GPU, ten minutes and no network."""
+
+import argparse
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from diffender.pretrain.making import train_unet, train_vae
+from diffender.utils.errors import InputError
+from diffender.utils.files import whole
+
+SHARES = {"vae": 0.3, "unet": 0.5, "decoder": 0.2}  # of the time that is left when the photographs are read
+ON_A_GPU = {
+    "vae": {"batch": 64, "crop": 128, "lr": 1e-3, "ema": 0.999},
+    "unet": {"batch": 256, "lr": 1e-3, "ema": 0.999},
+    "decoder": {"batch": 16, "crop": 224, "lr": 5e-4, "ema": 0.999},
+}
+ON_A_CPU = {  # to rehearse: the smallest sizes
+    "vae": {"batch": 4, "crop": 64},
+    "unet": {"batch": 4, "reuse": 2},
+    "decoder": {"batch": 1, "crop": 224},
+}
+LAST = 30  # seconds kept for the files at the end
+
+
+def train_all(args: Namespace) -> None:
+    """Each stage with its share of --minutes; a stage that an earlier run ended is not done again.
+
+    The working files lie in a folder beside --out, which gets only what is to be carried away: the model in parts, the
+    logs of the losses and the images.
+    """
+    if not args.minutes:
+        raise InputError("all needs --minutes, the time that there is")
+    deadline = time.monotonic() + 60 * args.minutes - LAST
+    work = args.out.with_name(f"{args.out.name}-work")
+    work.mkdir(parents=True, exist_ok=True)
+    left = dict(SHARES)
+    recipe = ON_A_GPU if torch.device(args.device).type == "cuda" else ON_A_CPU
+    for stage in SHARES:
+        done = work / f"{stage}.done"
+        if not done.is_file():
+            minutes = max(0.05, (deadline - time.monotonic()) / 60 * left[stage] / sum(left.values()))
+            train = train_unet if stage == "unet" else train_vae
+            given = vars(args) | recipe[stage] | {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
+            given["on_save"] = lambda: carry(work, args.out, args.parts)
+            train(Namespace(**given))
+            if stage == "decoder":  # the UNet's file with the new decoder
+                train_unet(Namespace(**given | recipe["unet"] | {"stage": "unet", "minutes": 1e-9}))
+            done.touch()
+        del left[stage]
+        carry(work, args.out, args.parts)
+    print(f"everything is in {args.out}")
+
+
+def carry(work: Path, out: Path, megabytes: float) -> None:
+    """Copy the model, in parts, the logs and the images from the working folder."""
+    model = work / "tiny.safetensors"
+    if model.is_file():
+        content, size = model.read_bytes(), int(megabytes * 1e6)
+        for i in range(0, len(content), size):
+            with whole(out / f"tiny.safetensors.{i // size}") as partial:
+                partial.write_bytes(content[i : i + size])
+    for file in [*work.glob("*.jsonl"), *(f for f in work.glob("*.png") if "-loss" not in f.name)]:
+        with whole(out / file.name) as partial:
+            partial.write_bytes(file.read_bytes())
+
+
+def join(args: argparse.Namespace) -> None:
+    """The parts in the folder args.data as the one file args.out."""
+    parts = sorted(args.data.glob("tiny.safetensors.*"), key=lambda p: int(p.suffix[1:]))
+    if not parts:
+        raise InputError(f"no parts of a model in {args.data}; give the folder that `all` wrote")
+    with whole(args.out) as partial:
+        partial.write_bytes(b"".join(part.read_bytes() for part in parts))
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB of {len(parts)} parts")
