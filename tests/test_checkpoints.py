@@ -4,16 +4,20 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
+from diffender.config import PAPER
+from diffender.evaluation import plan as plans
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
 from diffender.stable_diffusion.unet import UNet
 from diffender.utils.errors import InputError
+from diffender.utils.options import change
 from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
 from diffender.weights.loading import EMBEDDED, fill_random, load_model, save_model
@@ -244,6 +248,28 @@ def test_strangers_are_named(key, models, tmp_path):
     said = refused(write(state, tmp_path / "m.safetensors"))
     assert STRANGE[key] in said
     assert key in said
+
+
+def test_settings_follow_the_model(models, tmp_path):
+    """The paper's for an official checkpoint, without a flag; a flag wins; each says where it comes from."""
+    path = write(single_file(models["sd15-inpainting"], openclip=False), tmp_path / "m.safetensors")
+    assert (
+        load_model("auto", path).settings
+        == load_model("auto", folder(models["sd15-inpainting"], tmp_path / "f")).settings
+    )
+    assert load_model("auto", path).settings == PAPER
+    opts = change(plans.Options(), weights=str(path), steps=5)
+    assert plans.config_of(opts) == replace(PAPER, steps=5)
+    assert opts.target.defense.prompt_kind == "manual"
+    assert plans.sources(opts)["steps"] == "--steps"
+    assert plans.sources(opts)["theta"] == f"suits {path}"
+    assert plans.config_of(plans.Options()) == EMBEDDED_SETTINGS
+    assert plans.config_of(plans.Options(preset="paper")) == PAPER
+    assert plans.config_of(change(plans.Options(preset="paper"), theta=3.0)).theta == 3.0
+    assert plans.sources(plans.Options(preset="paper"))["theta"] == "--preset paper"
+    model = load_model()
+    save_model(model, tmp_path / "own.safetensors", {"settings": asdict(replace(PAPER, draws=6))})
+    assert plans.config_of(change(plans.Options(), weights=str(tmp_path / "own.safetensors"))).draws == 6
 
 
 def test_averaged_copies_are_taken_when_asked_for(models, tmp_path):
