@@ -25,6 +25,11 @@ class DIFFenderConfig:
     )
     draws: int = option(3, "Number of draws m in Eq. 2 (paper: 3).", low=1)
     theta: float = option(2.0, "Threshold of the difference map in standard deviations (paper: 2).", low=0)
+    grow: float = option(
+        0.0,
+        "Lower threshold: what exceeds it and is connected to what exceeds theta is masked too. 0: no growth (paper).",
+        low=0,
+    )
     score: str = option(
         "z",
         "Score of the difference map: z-score, or mad, from the median and the median absolute deviation.",

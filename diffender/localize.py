@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffender.config import EXACT, Backward, DIFFenderConfig
 from diffender.noise import Noise
-from diffender.ops import binarize, dilate, gaussian_blur, resize
+from diffender.ops import binarize, connected, dilate, gaussian_blur, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
@@ -67,6 +67,18 @@ def standardize_robustly(x: Tensor) -> Tensor:
 SCORES = {"z": standardize, "mad": standardize_robustly}
 
 
+def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = EXACT) -> Tensor:
+    """Threshold with hysteresis (Canny 1986): the regions above cfg.grow that hold a latent above theta, (B, 1, h, w).
+
+    An attacker hides half a patch from one threshold; here every latent that stays above theta gives away the whole.
+    Gradients pass straight through the lower threshold.
+    """
+    seeds, region = ((z_score > threshold).to(z_score.dtype) for threshold in (cfg.theta, cfg.grow))
+    reached = connected(seeds, region)
+    lower = binarize(z_score, cfg.grow, backward.ste, backward.ste_k)
+    return lower * reached if backward.ste == "soft" else straight_through(reached, lower)
+
+
 def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, backward: Backward = EXACT) -> Tensor:
     """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
 
@@ -77,6 +89,8 @@ def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, back
     theta standard deviations above its mean (20 % at 2): larger patches escape.
     """
     mask = binarize(z_score, cfg.theta, backward.ste, backward.ste_k)
+    if cfg.grow > 0:
+        mask = grown(z_score, cfg, backward)
     if cfg.sigma > 0:
         mask = gaussian_blur(mask, sigma=cfg.sigma)
     mask = resize(dilate(mask, cfg.dilation), size)

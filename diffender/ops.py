@@ -38,6 +38,17 @@ def dilate(x: Tensor, kernel: int = 3) -> Tensor:
     return F.max_pool2d(x, kernel, stride=1, padding=kernel // 2)
 
 
+def connected(seeds: Tensor, region: Tensor) -> Tensor:
+    """The part of `region` that is 8-connected, within it, to one of `seeds`; all (B, 1, H, W) in {0, 1}.
+
+    The fixed point of dilating the seeds within the region, for each image on its own.
+    """
+    found, before = seeds * region, None
+    while before is None or not torch.equal(found, before):
+        found, before = dilate(found) * region, found
+    return found
+
+
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize with antialiasing; the identity where the size is right already."""
     if x.shape[-2:] == tuple(size):

@@ -9,9 +9,9 @@ import torch
 
 from diffender.attacks.expectation import Task, samples
 from diffender.config import Backward, DIFFenderConfig
-from diffender.localize import difference_map, predict_pair, refine_mask, standardize, standardize_robustly
+from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
-from diffender.ops import binarize, dilate, gaussian_blur, straight_through
+from diffender.ops import binarize, dilate, gaussian_blur, resize, straight_through
 from diffender.pipeline import Defended, DIFFender, passes
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.restore import composite
@@ -95,6 +95,75 @@ def test_standardize_uses_the_unbiased_deviation():
     x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(1, 1, 2, 2)
     assert torch.allclose(standardize(x).flatten(), (x.flatten() - 3) / torch.tensor(14 / 3).sqrt())
     assert standardize(torch.ones(1, 1, 4, 4)).abs().max() == 0
+
+
+def as_map(*rows: str) -> torch.Tensor:
+    """A map (1, 1, h, w) from digits; a dot is 0."""
+    return torch.tensor([[float(c.replace(".", "0")) for c in row] for row in rows])[None, None]
+
+
+GROWN = {  # z-scores with theta 2.5 and grow 1: what is masked
+    "a seed in its region, and a region without": (("32..", "....", ".222"), ("11..", "....", "....")),
+    "a bridge": (("222.22", "232.22", "...2.."), ("111.11", "111.11", "...1..")),
+    "a gap": (("23.2", "22.2"), ("11..", "11..")),
+    "a ring": (("2222", "2..3", "2222"), ("1111", "1..1", "1111")),
+    "corners touch": (("3..", ".2.", "..2"), ("1..", ".1.", "..1")),
+    "along the border": (("2....2", "2....2", "223..2"), ("1.....", "1.....", "111...")),
+    "ties are not above": (("311", "..2"), ("1..", "...")),
+    "no seed": (("222", "222"), ("...", "...")),
+    "everything": (("33", "33"), ("11", "11")),
+}
+
+
+def flood(z: torch.Tensor, theta: float, grow: float) -> torch.Tensor:
+    """The same by walking from each seed, pixel by pixel."""
+    h, w = z.shape
+    todo = [tuple(p) for p in ((z > theta) & (z > grow)).nonzero().tolist()]
+    found = torch.zeros_like(z)
+    while todo:
+        r, c = todo.pop()
+        if 0 <= r < h and 0 <= c < w and z[r, c] > grow and not found[r, c]:
+            found[r, c] = 1
+            todo += [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return found
+
+
+GROW = DIFFenderConfig(theta=2.5, grow=1.0, sigma=0.0, dilation=1)
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_growth_on_hand_made_maps(case):
+    z, expected = (as_map(*rows) for rows in GROWN[case])
+    assert torch.equal(grown(z, GROW), expected)
+    assert torch.equal(flood(z[0, 0], 2.5, 1.0), expected[0, 0])
+
+
+def test_growth_of_a_batch_is_that_of_each_image():
+    z = 1.5 * torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    together = grown(z, GROW)
+    for i, one in enumerate(z):
+        assert torch.equal(together[i], grown(one[None], GROW)[0])
+        assert torch.equal(together[i, 0], flood(one[0], 2.5, 1.0))
+    assert 0 < together.mean() < 1
+
+
+def test_growth_goes_straight_through_and_agrees_with_finite_differences_when_soft():
+    z = (1.5 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(grown(z, GROW).sum(), z)
+    assert torch.equal(gradient, torch.ones_like(z)), "the identity, inside and outside"
+    soft = Backward(ste="soft", ste_k=3.0)
+    weights = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    assert torch.autograd.gradcheck(lambda z: (grown(z, GROW, soft) * weights).sum(), z, eps=1e-6)
+
+
+def test_without_growth_masks_are_the_old_ones():
+    z = 1.5 * torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    cfg, size = DIFFenderConfig(theta=2.5), (224, 224)
+    old = binarize(resize(dilate(gaussian_blur(binarize(z, 2.5), sigma=1.0)), size), 0.5)
+    assert torch.equal(refine_mask(z, size, cfg), old)
+    more = refine_mask(z, size, replace(cfg, grow=1.0))
+    assert (more >= old).all()
+    assert more.sum() > 1.5 * old.sum()
 
 
 def test_refine_mask_drops_lone_pixels_and_grows_blocks():
