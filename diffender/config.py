@@ -77,6 +77,11 @@ class Backward:
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
     surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)
     evasion: float = option(1.0, "Weight of hiding from the localiser in full+loc.", low=0)
+    hide: str = option(
+        "mean",
+        "What full+loc hides: the mean over the patch of what exceeds theta, or its highest latent (max).",
+        choices=("mean", "max"),
+    )
     decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc.", low=0)
 
     def __post_init__(self) -> None:

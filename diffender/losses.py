@@ -1,6 +1,6 @@
 """Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6), sum (Eq. 7).
 
-And two of the attacker against localisation: evasion and decoy.
+And those of the attacker against localisation: evasion and decoy.
 """
 
 from collections.abc import Sequence
@@ -61,6 +61,20 @@ def evasion(z_score: Tensor, patch: Tensor, theta: float, k: float = 1.0) -> Ten
     inside = F.interpolate(patch, z_score.shape[-2:], mode="area")
     excess = F.softplus(k * (z_score - theta)) / k
     return (excess * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)).clamp_min(1e-8)
+
+
+def evasion_max(z_score: Tensor, patch: Tensor, theta: float, temperature: float = 0.25) -> Tensor:
+    """How far the patch's most conspicuous latent sticks out, (B,): softplus of a soft maximum of z - theta over it.
+
+    Where masks grow, one latent above theta gives the whole patch away, and the mean of `evasion` hardly sees it.
+    Arguments as there; a latent counts by how much of it the patch covers.
+    """
+    inside = F.interpolate(patch, z_score.shape[-2:], mode="area").flatten(1)
+    highest = temperature * (z_score.flatten(1) / temperature + inside.log()).logsumexp(dim=1)
+    return F.softplus(highest - theta)
+
+
+EVASIONS = {"mean": evasion, "max": evasion_max}
 
 
 def decoy(heatmap: Tensor) -> Tensor:

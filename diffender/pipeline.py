@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffender.config import EXACT, Backward, DIFFenderConfig
 from diffender.localize import SCORES, difference_map, predict_pair, refine_mask
-from diffender.losses import decoy, evasion
+from diffender.losses import EVASIONS, decoy
 from diffender.noise import Noise, sample_noise, stack
 from diffender.ops import binarize, resize, straight_through
 from diffender.prompts import Contexts
@@ -171,7 +171,7 @@ class Defended(nn.Module):
             return logits, logits.new_zeros(len(x))
         assert isinstance(self.defense, DIFFender)  # no other defence has this mode
         assert out.z_score is not None and out.heatmap is not None
-        hide = evasion(out.z_score, patch, self.defense.cfg.theta)
+        hide = EVASIONS[b.hide](out.z_score, patch, self.defense.cfg.theta)
         return logits, b.evasion * hide + b.decoy * decoy(out.heatmap)
 
 

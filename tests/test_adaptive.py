@@ -25,7 +25,7 @@ from diffender.evaluation.verdicts import (
     through_files,
     verdict,
 )
-from diffender.losses import decoy, evasion
+from diffender.losses import decoy, evasion, evasion_max
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
 from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
@@ -178,6 +178,25 @@ def test_modes_differ_in_gradient_alone(target, attacked):
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert not torch.allclose(gradients[a], gradients[b], rtol=1e-3), (a, b)
+
+
+def test_the_highest_latent_of_a_patch():
+    """One conspicuous latent among a hundred: the soft maximum pushes it down alone, the mean hardly at all."""
+    z = torch.zeros(2, 1, 28, 28)
+    z[:, :, 5, 5], z[1, :, 20, 20] = 6.0, 9.0  # the second outside of the patch
+    z.requires_grad_()
+    patch = torch.zeros(2, 1, 224, 224)
+    patch[..., :80, :80] = 1
+    value = evasion_max(z, patch, 2.5)
+    assert value.tolist() == pytest.approx([F.softplus(torch.tensor(3.5)).item()] * 2, abs=0.01)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert (gradient >= 0).all(), "lowering it lowers z"
+    assert gradient[:, 0, 5, 5].tolist() == pytest.approx([0.97] * 2, abs=0.02)
+    assert gradient[1, 0, 20, 20] == 0
+    (mean,) = torch.autograd.grad(evasion(z, patch, 2.5).sum(), z)
+    assert mean[0, 0, 5, 5] < 0.02
+    assert (evasion_max(z - 1, patch, 2.5) < value).all()
+    assert torch.autograd.gradcheck(lambda z: evasion_max(z, patch.double(), 2.5), z.detach().double().requires_grad_())
 
 
 def test_straight_through_estimators(target, attacked):

@@ -121,7 +121,7 @@ class Options:
     )
     restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
     ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))
-    backward: Backward = part(Backward(), "ste_k", "evasion", "decoy")
+    backward: Backward = part(Backward(), "ste_k", "evasion", "hide", "decoy")
     queries: int | None = budgeted("queries", "Queries of rhde and sparse-rs to the defence, for each image.")
     queries_undefended: int | None = budgeted(
         "queries_undefended", "Queries of rhde and sparse-rs to the classifier alone, for each image."
@@ -240,6 +240,7 @@ def refuse_unread(opts: Options) -> None:
     conditions = {  # flag: whether it is given, what reads it, whether that is there
         "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
         "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc", "full+loc" in kinds(filled)),
+        "hide": (opts.backward.hide != plain.hide, "--grad full+loc", "full+loc" in kinds(filled)),
         "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc", "full+loc" in kinds(filled)),
         "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
