@@ -1,6 +1,6 @@
 """Evaluate DIFFender under adaptive patch attacks.
 
-    python evaluate.py                                  embedded model, sample photographs, AdvP; 4 minutes, 2 cores
+    python evaluate.py                                  embedded model, sample photographs, AdvP; minutes on 2 cores
     python evaluate.py --attack gdpa --eot 10           another attack; --attack all runs the paper's four
     python evaluate.py --grad bpda,bpda-mask,full       one attack after the other, each with its row in the table
     python evaluate.py --defense jpeg:quality=50        a baseline under the same attacks

@@ -184,7 +184,7 @@ def config_of(opts: Options) -> DIFFenderConfig:
     """The settings that suit the model, with fewer draws and steps for the embedded one, but for those given."""
     from diffender import factory
 
-    fewer = FEWER if opts.model.weights is None and opts.model.model in ("auto", "tiny") else {}
+    fewer = FEWER if opts.model.embedded else {}
     return factory.config_of(opts.model, fewer | opts.method)
 
 

@@ -15,7 +15,7 @@ from diffender.factory import machine
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.files import write_json, write_text
 from diffender.utils.markdown import table
-from diffender.utils.options import keep_freed_memory
+from diffender.utils.memory import keep_freed_memory
 from diffender.weights.layouts import unet_name, vae_name
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --tflops 300
 
-Passes of the defence an image are those that evaluate.py forecasts (`plans.costs`). A pass of SD1.5 at 512 px, m 3,
+Passes of the defence an image are those that evaluate.py forecasts (`forecast.costs`). A pass of SD1.5 at 512 px, m 3,
 T 20, takes its operations, counted, at the rate --tflops that the GPU sustains: an assumption, to be replaced by what
 benchmarks/defense.py and attack_step.py measure there (--pass-seconds). Images do not depend on each other, so GPUs
 divide the time.
@@ -12,7 +12,8 @@ import torch
 from common import parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffender.evaluation.plan import Options, costs, fill
+from diffender.evaluation.forecast import costs
+from diffender.evaluation.plan import Options, fill
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 from diffender.utils.options import change
 

@@ -135,6 +135,11 @@ class ModelOptions:
         "(default: if they take at most a quarter of the free memory).",
     )
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the embedded model, with its weights."""
+        return self.weights is None and self.model in ("auto", "tiny")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -162,8 +167,7 @@ class DefenseOptions:
     @property
     def prompt_kind(self) -> str:
         """tuned, manual or empty."""
-        fitting = self.prompts or (self.model.weights is None and self.model.model in ("auto", "tiny"))
-        return self.prompt or ("tuned" if fitting else "manual")
+        return self.prompt or ("tuned" if self.prompts or self.model.embedded else "manual")
 
 
 @dataclass(frozen=True)

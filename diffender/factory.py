@@ -18,7 +18,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.weights.loading import EMBEDDED, RANDOM, load_model, settings_of
+from diffender.weights.loading import RANDOM, WEIGHTS, load_model, settings_of
 from diffender.weights.prompts import SHIPPED, contexts_for
 from diffender.weights.reading import folder_files
 
@@ -96,7 +96,7 @@ def machine(device: torch.device) -> str:
 
 def model_hashes(opts: ModelOptions) -> list[str]:
     """sha256 of every file that the model is made of."""
-    given = (opts.weights or EMBEDDED / "tiny.safetensors", opts.vae, opts.locate_unet)
+    given = (opts.weights or WEIGHTS / "tiny.safetensors", opts.vae, opts.locate_unet)
     paths = [Path(p).expanduser() for p in given if p and str(p) != RANDOM]
     files = [[f for part in folder_files(p).values() for f in part] if p.is_dir() else [p] for p in paths]
     return [sha256(file) for parts in files for file in parts]

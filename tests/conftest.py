@@ -10,7 +10,7 @@ import torch
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.utils.options import keep_freed_memory
+from diffender.utils.memory import keep_freed_memory
 from diffender.weights.loading import load_model
 
 ROOT = Path(__file__).parents[1]

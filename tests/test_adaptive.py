@@ -13,6 +13,7 @@ from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.config import Backward, DIFFenderConfig
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
+from diffender.evaluation.forecast import costs, duration
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.verdicts import (
@@ -454,11 +455,11 @@ def test_presets_fill_what_was_not_given():
         ([2], True),
         ([3, 4], False),
     ]
-    assert plans.costs(strong, True) > 100 * plans.costs(plans.fill(plans.Options()), True) / 10
+    assert costs(strong, True) > 100 * costs(plans.fill(plans.Options()), True) / 10
     messy = plans.fill(plans.Options(attack="AdvP, LaVAN", grad="BPDA, Full", defense="diffender"))
     assert (messy.attack, messy.grad) == ("advp,lavan", "bpda,full"), "whatever their case, with blanks after commas"
     assert plans.fill(plans.Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
-    assert plans.duration(90) == "90 seconds" and plans.duration(86400 * 3) == "3 days"
+    assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
 
 
 def test_masks_of_attack_and_control_agree(photos):

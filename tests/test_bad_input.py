@@ -15,10 +15,10 @@ from diffender.__main__ import COMMANDS
 from diffender.classifiers.dataset import as_rgb, load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.utils import options as cli
-from diffender.weights.loading import EMBEDDED
+from diffender.weights.loading import WEIGHTS
 from diffender.weights.prompts import SHIPPED
 
-TINY = EMBEDDED / "tiny.safetensors"
+TINY = WEIGHTS / "tiny.safetensors"
 PROGRAMS = {"evaluate": "evaluate", "train": "train"} | {name: module for name, (module, _) in COMMANDS.items()}
 
 

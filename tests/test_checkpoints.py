@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
-from diffender.config import PAPER
+from diffender.config import EMBEDDED, PAPER
 from diffender.evaluation import plan as plans
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
@@ -20,7 +19,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.options import change
 from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
-from diffender.weights.loading import EMBEDDED, fill_random, load_model, save_model
+from diffender.weights.loading import WEIGHTS, fill_random, load_model, save_model
 from diffender.weights.official import convert_folder
 from tests.cases import CONFIGS
 from tests.conftest import ROOT
@@ -263,7 +262,7 @@ def test_settings_follow_the_model(models, tmp_path):
     assert opts.target.defense.prompt_kind == "manual"
     assert plans.sources(opts)["steps"] == "--steps"
     assert plans.sources(opts)["theta"] == f"suits {path}"
-    assert plans.config_of(plans.Options()) == EMBEDDED_SETTINGS
+    assert plans.config_of(plans.Options()) == EMBEDDED
     assert plans.config_of(plans.Options(preset="paper")) == PAPER
     assert plans.config_of(change(plans.Options(preset="paper"), theta=3.0)).theta == 3.0
     assert plans.sources(plans.Options(preset="paper"))["theta"] == "--preset paper"
@@ -353,7 +352,7 @@ def test_a_separate_unet_for_localisation(models, tmp_path):
     with pytest.raises(InputError, match="--locate-unet .* has 9 input channels"):
         load_model("auto", main, parts={"locator": main})
     with pytest.raises(InputError, match="no UNet of Stable Diffusion"):
-        load_model("auto", main, parts={"locator": EMBEDDED / "tiny.safetensors"})
+        load_model("auto", main, parts={"locator": WEIGHTS / "tiny.safetensors"})
 
 
 def test_the_wrong_family_says_which_is_right(models, tmp_path):
@@ -361,7 +360,7 @@ def test_the_wrong_family_says_which_is_right(models, tmp_path):
     with pytest.raises(InputError, match="holds sd2-inpainting, not sd15-inpainting; use --model sd2-inpainting"):
         load_model("sd15-inpainting", path)
     with pytest.raises(InputError, match="a model of its own configuration, not sd2-inpainting"):
-        load_model("sd2-inpainting", EMBEDDED / "tiny.safetensors")
+        load_model("sd2-inpainting", WEIGHTS / "tiny.safetensors")
     state = single_file(models["sd15-inpainting"], openclip=False)
     state |= {k: torch.cat([v, v], 1) for k, v in state.items() if k.endswith("attn2.to_k.weight")}
     with pytest.raises(
@@ -586,8 +585,8 @@ def test_a_separate_process_refuses_with_exit_code_2(tmp_path):
 
 
 def test_the_embedded_file_is_described():
-    assert "family: of our own" in weights.describe(weights.scan(EMBEDDED / "tiny.safetensors"))
-    assert load_file(EMBEDDED / "tiny.safetensors").keys() >= {
+    assert "family: of our own" in weights.describe(weights.scan(WEIGHTS / "tiny.safetensors"))
+    assert load_file(WEIGHTS / "tiny.safetensors").keys() >= {
         PREFIXES["unet"] + k for k in UNet(PRESETS["tiny"].unet).state_dict()
     }
 

@@ -23,10 +23,10 @@ from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.utils.errors import InputError
 from diffender.weights import official
 from diffender.weights.__main__ import NAMES
-from diffender.weights.loading import EMBEDDED
+from diffender.weights.loading import WEIGHTS
 from tests.conftest import ROOT
 
-CONTENT = (EMBEDDED / "prompts.safetensors").read_bytes()
+CONTENT = (WEIGHTS / "prompts.safetensors").read_bytes()
 KNOWN = hashlib.sha256(CONTENT).hexdigest()
 FETCH = """
 import sys

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffender.classifiers.dataset import sample_items
-from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
+from diffender.config import EMBEDDED
 from diffender.pretrain import __main__ as pretrain
 from diffender.pretrain.corpus import (
     STATES,
@@ -26,7 +26,7 @@ from diffender.stable_diffusion.text import tokenizer
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
-from diffender.weights.loading import EMBEDDED, load_model
+from diffender.weights.loading import WEIGHTS, load_model
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_the_whole_model_in_one_go(folder, monkeypatch, tmp_path):
     stage(monkeypatch, "join", "--data", str(out), "--out", str(tmp_path / "tiny.safetensors"))
     model = load_model("auto", tmp_path / "tiny.safetensors")
     assert model.cfg.vae.patch == 2
-    assert model.settings == EMBEDDED_SETTINGS
+    assert model.settings == EMBEDDED
     before = (out / "unet.jsonl").read_text()
     stage(monkeypatch, *run)
     assert (out / "unet.jsonl").read_text() == before
@@ -148,8 +148,8 @@ def test_the_whole_model_in_one_go(folder, monkeypatch, tmp_path):
 def test_training_goes_on_from_a_whole_model(folder, monkeypatch, tmp_path):
     """decoder and unet from the embedded weights: the decoder alone changes, then the UNet; the card keeps the past."""
     common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "1", "--steps", "1"]
-    stage(monkeypatch, "decoder", *common, "--crop", "32", "--init", str(EMBEDDED / "tiny.safetensors"))
-    stage(monkeypatch, "unet", *common, "--init", str(EMBEDDED / "tiny.safetensors"))
+    stage(monkeypatch, "decoder", *common, "--crop", "32", "--init", str(WEIGHTS / "tiny.safetensors"))
+    stage(monkeypatch, "unet", *common, "--init", str(WEIGHTS / "tiny.safetensors"))
     ours, shipped = (load_model("auto", tmp_path / "tiny.safetensors"), load_model("tiny"))
     assert torch.equal(ours.vae.encoder.conv_in.weight, shipped.vae.encoder.conv_in.weight)
     change = (ours.vae.decoder.conv_in.weight - shipped.vae.decoder.conv_in.weight).abs().max()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from diffender.prompts import PromptPair
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
-from diffender.weights.loading import EMBEDDED, load_model, save_model
+from diffender.weights.loading import WEIGHTS, load_model, save_model
 from diffender.weights.prompts import load_prompts, save_prompts
 
 
@@ -28,14 +28,14 @@ def test_round_trip_with_the_config_in_the_header(model, tmp_path):
 
 
 def test_embedded_files_are_within_budget():
-    assert (EMBEDDED / "tiny.safetensors").stat().st_size <= 24e6
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 26e6
-    assert read_header(EMBEDDED / "tiny.safetensors")["config"]["image_size"] == 224
-    assert (EMBEDDED / "README.md").read_text().count("sha256") >= 1
+    assert (WEIGHTS / "tiny.safetensors").stat().st_size <= 24e6
+    assert sum(p.stat().st_size for p in WEIGHTS.iterdir()) <= 26e6
+    assert read_header(WEIGHTS / "tiny.safetensors")["config"]["image_size"] == 224
+    assert (WEIGHTS / "README.md").read_text().count("sha256") >= 1
 
 
 def test_official_extras_are_passed_over(tmp_path):
-    state = load_file(EMBEDDED / "tiny.safetensors")
+    state = load_file(WEIGHTS / "tiny.safetensors")
     state["betas"] = torch.zeros(1000)
     state["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -44,13 +44,13 @@ def test_official_extras_are_passed_over(tmp_path):
 
 
 def metadata() -> dict[str, str]:
-    header = read_header(EMBEDDED / "tiny.safetensors")
+    header = read_header(WEIGHTS / "tiny.safetensors")
     del header["digest"]  # of the tensors as they are there
     return {"diffender": json.dumps(header)}
 
 
 def damaged(tmp_path, change) -> str:
-    state = load_file(EMBEDDED / "tiny.safetensors")
+    state = load_file(WEIGHTS / "tiny.safetensors")
     change(state)
     save_file(state, tmp_path / "damaged.safetensors", metadata=metadata())
     with pytest.raises(InputError) as e:
@@ -104,6 +104,6 @@ def test_prompts_round_trip_and_must_fit(tmp_path):
     ):
         load_prompts(tmp_path / "p.safetensors", 768)
     with pytest.raises(InputError, match="two tensors"):
-        load_prompts(EMBEDDED / "tiny.safetensors", 64)
+        load_prompts(WEIGHTS / "tiny.safetensors", 64)
     with pytest.raises(InputError, match="1 to 75"):
         PromptPair(76, 64)

@@ -20,14 +20,14 @@ from diffender.defenses.smoothing import mirrored
 from diffender.ops import dilate
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
-from diffender.weights.loading import EMBEDDED
+from diffender.weights.loading import WEIGHTS
 
 WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for images up to 800 pixels; MATLAB's ranges include both ends
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
 OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # mean and deviation of a window's entropy in clean images, bits
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
-WEIGHTS = EMBEDDED / "jedi.safetensors"
+COMPLETION = WEIGHTS / "jedi.safetensors"
 
 
 class Autoencoder(nn.Module):
@@ -69,7 +69,7 @@ def jedi(
     for name, value, known in allowed:
         if value not in known:
             raise InputError(f"unknown {name} {value!r} of Jedi; choose one of {', '.join(known)}")
-    header = read_header(WEIGHTS)
+    header = read_header(COMPLETION)
     mean, std = OFFICIAL if stats == "official" else (tuple(header["clean_mean"]), tuple(header["clean_std"]))
     return Jedi(load_autoencoder() if completion == "autoencoder" else None, mean, std, min_area, threshold)
 
@@ -118,7 +118,7 @@ def without_small(mask: Tensor, min_area: float) -> Tensor:
     return mask * (sizes >= min_area * pixels)
 
 
-def load_autoencoder(path: Path = WEIGHTS) -> Autoencoder:
+def load_autoencoder(path: Path = COMPLETION) -> Autoencoder:
     net = Autoencoder()
     net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return net.requires_grad_(False)

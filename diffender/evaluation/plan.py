@@ -1,4 +1,4 @@
-"""What an evaluation will do and what it will cost: from the command line to attacks, known before anything runs.
+"""What an evaluation will do: from the command line to a target and its attacks, known before anything runs.
 
 Torch is imported inside the functions, so that --help and mistakes on the command line answer at once.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from diffender.config import PAPER, Backward, DIFFenderConfig, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, option, part, with_hyphens
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from diffender.evaluation.verdicts import Plan
     from diffender.pipeline import Defended
     from diffender.stable_diffusion.model import LatentDiffusion
@@ -29,10 +27,6 @@ FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
 BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 COSTLY = ("surrogate", "full", "full+loc")
-WARM, LONG = 3, 2.0  # further passes that are measured, if the first took fewer seconds
-PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
-COST = {"bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "auto": 3.6}  # a step's, in
-# forward passes
 PRESETS = {  # what the options that default to none become
     "smoke": {
         "images": 2, "iters": 2, "iters_undefended": 20, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 3,
@@ -225,6 +219,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
+    ours, hiding = filled.defense == "diffender", "full+loc" in kinds(filled)
     chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
@@ -239,48 +234,42 @@ def refuse_unread(opts: Options) -> None:
     plain = Backward()
     conditions = {  # flag: whether it is given, what reads it, whether that is there
         "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
-        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc", "full+loc" in kinds(filled)),
-        "hide": (opts.backward.hide != plain.hide, "--grad full+loc", "full+loc" in kinds(filled)),
-        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc", "full+loc" in kinds(filled)),
+        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc", hiding),
+        "hide": (opts.backward.hide != plain.hide, "--grad full+loc", hiding),
+        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc", hiding),
         "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
-        "prompts": (defense.prompts, "--defense diffender --prompt tuned", prompted(filled)),
-    } | dict.fromkeys(defense.method, (True, "--defense diffender", filled.defense == "diffender"))
+        "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
+    } | dict.fromkeys(defense.method, (True, "--defense diffender", ours))
     for flag, (given, reader, there) in conditions.items():
         if given and not there:
             raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
 
 
+def method_of(opts: Options) -> dict[str, Any]:
+    """The settings of the method that are not to be the model's: --preset paper says all, and a flag wins."""
+    return (asdict(PAPER) if opts.preset == "paper" else {}) | opts.target.defense.method
+
+
 def config_of(opts: Options) -> DIFFenderConfig:
-    """The settings of the method: what was given, else the preset's, else those that suit the model."""
+    """The settings of the method, those that suit the model included."""
     from diffender import factory
 
-    defense = opts.target.defense
-    return factory.config_of(defense.model, preset_settings(opts) | defense.method)
-
-
-def preset_settings(opts: Options) -> dict[str, Any]:
-    """What --preset paper says of the method: everything."""
-    return asdict(PAPER) if opts.preset == "paper" else {}
+    return factory.config_of(opts.target.defense.model, method_of(opts))
 
 
 def sources(opts: Options) -> dict[str, str]:
     """Where each setting of the method comes from."""
-    defense = opts.target.defense
-    model = defense.model.weights or ("the embedded model" if defense.model.model in ("auto", "tiny") else "paper")
-    usual = dict.fromkeys(asdict(PAPER), f"suits {model}") | dict.fromkeys(preset_settings(opts), "--preset paper")
-    return usual | {name: flagged(name) for name in defense.method}
+    model, given = opts.target.defense.model, opts.target.defense.method
+    suits = f"suits {'the embedded model' if model.embedded else model.weights or model.model}"
+    usual = "--preset paper" if opts.preset == "paper" else suits
+    return {name: flagged(name) if name in given else usual for name in asdict(PAPER)}
 
 
 def flagged(name: str) -> str:
     return with_hyphens(f"--{name}")
-
-
-def prompted(opts: Options) -> bool:
-    """Whether tuned prompts are used."""
-    return opts.defense == "diffender" and opts.target.defense.prompt_kind == "tuned"
 
 
 def share(shard: str) -> tuple[int, int]:
@@ -319,8 +308,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     from diffender.evaluation.memory import GIB, fit_micro_batch, footprint, held_bytes, keep_or_recompute
     from diffender.factory import open_target, pick_device, pick_dtype
 
-    asked = change(opts.target, **preset_settings(opts) | opts.target.defense.method)
-    target = open_target(asked, pick_device(opts.run.device), model)
+    target = open_target(change(opts.target, **method_of(opts)), pick_device(opts.run.device), model)
     model, classifier = target.defense.model, target.classifier
     device = classifier.mean.device
     asked, draws = opts.target.defense.model, config_of(opts).draws
@@ -340,12 +328,17 @@ def recorded_steps(opts: Options) -> int:
     return cfg.steps * (1 if cfg.guidance == 1 else 2) if through else 0
 
 
+def attack_flags(opts: Options) -> dict[str, Any]:
+    """What an attack on the defence is made from, by `Attack.from_flags`."""
+    return vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts", "queries")}
+
+
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
     """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
     from diffender.evaluation.verdicts import Plan
     from diffender.pipeline import Defended
 
-    given = vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts", "queries")}
+    given = attack_flags(opts)
     eot = opts.eot if opts.patch.location == "eot" else 1
     bare = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []
@@ -381,118 +374,6 @@ def names() -> str:
         "--defense": DEFENSES,
     }
     return "\n".join(f"{flag}: {', '.join(of)}" for flag, of in known.items())
-
-
-class Forecast(NamedTuple):
-    """What an experiment will cost, from one measured pass of its defence."""
-
-    passes: float  # of attacks and verdicts
-    after: float  # of checks and curves, when all images are done
-    seconds: float  # of a pass
-    evaluations: int  # of a UNet in a pass, or what a pass is worth in them
-    memory: str  # in words
-
-    @property
-    def work(self) -> int:
-        return round(self.passes * self.evaluations)
-
-
-def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
-    """The forecast for the images of `parts`, from one pass measured on x (1, 3, S, S)."""
-    from diffender.utils.progress import Progress
-
-    noise = target.sample_noise(["estimate"], opts.run.seed, "estimate")
-    with Progress(target.defense.model, 0, "", quiet=True) as progress:
-        seconds = timed(target, x, noise)
-    for _ in range(WARM):  # a first pass waits for memory and for kernels, which counts where passes are short
-        seconds = min(seconds, timed(target, x, noise)) if seconds < LONG else seconds
-    count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
-    passes = sum(n * costs(opts, costly) for costly, n in count.items())
-    checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
-    after = opts.trust_images * checks * (opts.attack != "none") + curve_costs(opts) * sum(count.values())
-    return Forecast(passes, after, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
-
-
-def timed(target: Defended, x: Tensor, noise: object) -> float:
-    """Seconds of one pass."""
-    started = time.monotonic()
-    target(x, noise)
-    return time.monotonic() - started
-
-
-def announce(opts: Options, forecasts: list[Forecast]) -> None:
-    """Say before the start what will be done, what it will cost, and what it leaves out."""
-    total = sum((f.passes + f.after) * f.seconds for f in forecasts)
-    if len(forecasts) > 1:
-        print(f"{len(forecasts)} experiments, about {duration(total)}{max((f.memory for f in forecasts), key=len)}")
-    else:
-        (only,) = forecasts
-        each = f"{only.passes + only.after:.0f} passes of the defence of {only.seconds:.2f} s each"
-        print(f"about {duration(total)}: {each}{only.memory}")
-    if opts.preset == "paper" and opts.attack != "none":
-        step = opts.eot * sum(COST[kind] for kind in kinds(opts)) * sum(f.seconds for f in forecasts)
-        print(f"that is {step:.1f} s an image and step; the paper's 64 hours for 512 images and 100 steps are 4.5 s")
-    elif opts.preset != "strong" and opts.attack != "none":
-        strong = replace(opts, **budget(opts, "strong"))
-        whole = strong.images * costs(strong, True) * sum(f.seconds for f in forecasts)
-        print(
-            f"left out against --preset strong ({strong.images} images, {strong.iters} steps, EOT {strong.eot}, "
-            f"{strong.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
-            f"about {duration(whole)} here"
-        )
-
-
-def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
-    """The memory needed by a defence with a diffusion model, in words."""
-    from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
-    from diffender.factory import pick_dtype
-
-    model = target.defense.model
-    if model is None:
-        return ""
-    one = footprint(
-        model.cfg, pick_dtype(opts.target.defense.model.dtype, x.device), target.classifier.net, x.shape[-1]
-    )
-    draws = config_of(opts).draws
-    side_by_side = min(opts.batch_size, max((len(part) for part, _ in parts), default=1))
-    above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # verdicts take less
-    if model.keep:
-        rows = side_by_side * min(opts.eot, opts.eot_batch)
-        above = max(above, kept_bytes(one, rows, draws, recorded_steps(opts)))
-    peak = held_bytes(x.device) + above
-    return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
-
-
-def costs(opts: Options, costly: bool) -> float:
-    """What an image takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
-    total = float(opts.verdicts)
-    for cls in attacks(opts).values():
-        total += opts.verdicts
-        if cls.access == "queries":
-            total += opts.queries + opts.verdicts + 0.06 * opts.queries_undefended
-        elif cls.access == "gradient":
-            total += 0.25 * opts.iters_undefended
-            for kind in kinds(opts):
-                if kind != "transfer" and (costly or kind not in COSTLY):
-                    total += opts.verdicts + opts.restarts * (opts.eot * opts.iters * COST[kind] + 3 * max(3, opts.eot))
-    return total
-
-
-def curve_costs(opts: Options) -> float:
-    """What an image takes for --curves, in forward passes of the defence."""
-    if opts.curves == "off":
-        return 0
-    columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
-    sizes = len(AREAS) * costs(opts, costly=True) / max(1, len(attacks(opts))) if opts.curves == "all" else 0
-    return 3 * columns + sizes
-
-
-def duration(seconds: float) -> str:
-    """Rough words for a length of time."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def describe(opts: Options) -> str:

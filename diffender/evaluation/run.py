@@ -15,18 +15,16 @@ import torch
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.evaluation.curves import draw_curves
+from diffender.evaluation.forecast import PLAIN, announce, forecast
 from diffender.evaluation.plan import (
     COSTLY,
-    PLAIN,
     Options,
-    announce,
     attacks,
     build_plans,
     build_target,
     config_of,
     default_name,
     describe,
-    forecast,
     mine,
     share,
     split,

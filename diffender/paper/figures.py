@@ -6,7 +6,7 @@ runs/figure<N>-<preset>/.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
 from diffender.config import Backward
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, build_target, describe, fill
+from diffender.evaluation.plan import Options, attack_flags, build_target, describe, fill
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
@@ -83,24 +83,25 @@ def scene(opts: Options, most: int | None) -> Scene:
     )
 
 
-Told = dict[str, list[tuple[str, str]]]  # by column: a line above each image, and its colour
+class Column(NamedTuple):
+    title: str
+    images: Tensor  # (B, 1 or 3, S, S)
+    seen: Sequence[tuple[str, str]] = ()  # a line above each image, and its colour
 
 
-def draw(columns: dict[str, Tensor], path: Path, told: Told | None = None) -> None:
-    """Columns of images (B, 1 or 3, S, S) under their titles; a row an image."""
-    rows = len(next(iter(columns.values())))
+def draw(columns: Sequence[Column], path: Path) -> None:
+    """Columns of images under their titles; a row an image."""
+    rows = len(columns[0].images)
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * rows + 0.2), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
-    for c, (title, images) in enumerate(columns.items()):
+    for c, (title, images, seen) in enumerate(columns):
         for r, image in enumerate(images):
             shown = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(2)
             axes[r, c].imshow(shown, cmap="inferno" if "difference" in title else "gray", vmin=0, vmax=1)
             axes[r, c].set_axis_off()
-            if told and title in told:
-                text, colour = told[title][r]
-                axes[r, c].set_title(f"{title}\n{text}" if r == 0 else text, fontsize=8, color=colour)
-        if not told or title not in told:
-            axes[0, c].set_title(title, fontsize=8)
+            text, colour = seen[r] if seen else ("", "black")
+            lines = [line for line in (title if r == 0 else "", text) if line]
+            axes[r, c].set_title("\n".join(lines), fontsize=8, color=colour)
     save_figure(figure, path)
 
 
@@ -116,10 +117,9 @@ def figure_1(s: Scene, folder: Path) -> str:
         for name, context in (("x0, prompt", d.contexts.locate), ("x0, empty prompt", d.contexts.empty))
     }
     found = d.localize(s.made.image, noise)
-    draw(
-        {"attacked": s.made.image, **decoded, "difference": heat(found.heatmap, s.made.image), "mask": found.mask},
-        folder / "figure.png",
-    )
+    columns = {"attacked": s.made.image, **decoded}
+    columns |= {"difference": heat(found.heatmap, s.made.image), "mask": found.mask}
+    draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
     return f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict, decoded; their difference.\n"
 
 
@@ -133,21 +133,20 @@ def figure_2(s: Scene, folder: Path) -> str:
         answers = zip(classifier(x).argmax(dim=1).tolist(), y.tolist(), strict=True)
         return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
 
-    given = vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts")}
     victim = Defended(s.target.defense, classifier, Backward("bpda-mask"))
     task = Task(victim, s.batch.x, y, s.batch.ids, opts.run.seed)
-    made = {
-        "patch made on\nthe classifier": s.made,
-        "patch made on\nthe defence": AdvP.from_flags(given)(task, init=s.made.state),
-    }
-    columns, told, right = {"clean": s.batch.x}, {"clean": seen(s.batch.x)}, []
-    for title, attacked in made.items():
-        out, ending = s.target.defense(attacked.image, s.noise()), " " * title.count("defence")  # titles are unlike
-        columns |= {title: attacked.image, f"difference{ending}": heat(out.heatmap, attacked.image)}
-        columns |= {f"mask{ending}": out.mask, f"restored{ending}": out.image}
-        told |= {title: seen(attacked.image), f"restored{ending}": seen(out.image)}
-        right.append(sum(colour == "green" for _, colour in told[f"restored{ending}"]))
-    draw(columns, folder / "figure.png", told)
+    knowing = AdvP.from_flags(attack_flags(opts))(task, init=s.made.state)
+    columns, right = [Column("clean", s.batch.x, seen(s.batch.x))], []
+    for title, attacked in (("patch made on\nthe classifier", s.made), ("patch made on\nthe defence", knowing)):
+        out = s.target.defense(attacked.image, s.noise())
+        columns += [
+            Column(title, attacked.image, seen(attacked.image)),
+            Column("difference", heat(out.heatmap, attacked.image)),
+            Column("mask", out.mask),
+            Column("restored", out.image, seen(out.image)),
+        ]
+        right.append(sum(colour == "green" for _, colour in columns[-1].seen))
+    draw(columns, folder / "figure.png")
     return (
         f"Fig. 2: of {len(y)} images, {right[0]} are read right after restoration from patches made on the classifier, "
         f"{right[1]} after restoration from patches made on the defence (bpda-mask, {describe(opts)}).\n"
@@ -164,15 +163,15 @@ def heat(heatmap: Tensor, like: Tensor) -> Tensor:
 
 def figure_3(s: Scene, folder: Path) -> str:
     """Denoising the whole image: small ratios keep the patch, large ones lose the image."""
-    columns, rows = {"attacked": s.made.image}, []
+    columns, rows = [Column("attacked", s.made.image)], []
     for ratio in RATIOS:
         defended = build(f"diffpure:t_star={ratio}", s.target)
         out = defended.defense(s.made.image, s.noise(defended)).image
-        columns[f"t* = {ratio}"] = out
+        columns.append(Column(f"t* = {ratio}", out))
         right = defended.classifier(out).argmax(dim=1).eq(s.batch.y).float().mean().item()
         away = [((out - s.batch.x).abs() * m).sum() / (3 * m.sum()) for m in (s.made.mask, 1 - s.made.mask)]
         rows.append((str(ratio), f"{100 * right:.0f} %", *(f"{v:.3f}" for v in away)))
-    draw(columns | {"clean": s.batch.x}, folder / "figure.png")
+    draw([*columns, Column("clean", s.batch.x)], folder / "figure.png")
     return table(("t*", "right", "error to clean, in the patch", "outside"), rows)
 
 
@@ -195,19 +194,20 @@ def figure_4(s: Scene, folder: Path) -> str:
 
 def figure_5(s: Scene, folder: Path) -> str:
     """What each defence makes of the attacked image."""
-    columns, rows = {"attacked": s.made.image}, []
+    columns, rows = [Column("attacked", s.made.image)], []
     for name in IN_FIGURE_5:
         defended = build(name, s.target)
         out = defended.defense(s.made.image, s.noise(defended)).image
-        columns[name] = out
+        columns.append(Column(name, out))
         rows.append((NAMES[name], f"{defended.classifier(out).argmax(dim=1).eq(s.batch.y).sum()} of {len(out)}"))
-    draw(columns | {"clean": s.batch.x}, folder / "figure.png")
+    draw([*columns, Column("clean", s.batch.x)], folder / "figure.png")
     return table(("defence", "right"), rows)
 
 
 def figure_9(s: Scene, folder: Path) -> str:
     out = s.target.defense(s.made.image, s.noise())
-    draw({"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}, folder / "figure.png")
+    columns = {"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}
+    draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
     right = s.target.classifier(out.image).argmax(dim=1).eq(s.batch.y).sum()
     return f"Fig. 9: {right} of {len(out.image)} restored images are read right.\n"
 

@@ -10,7 +10,7 @@ On a machine with one GPU and no network, in ten minutes, from one file that is 
     python -m diffender.pretrain all  --data photos.safetensors --out DIR --minutes 9 --workers 14 --parts 15
     python -m diffender.pretrain join --data DIR --out tiny.safetensors
 
-`all` gives VAE, UNet and decoder their shares of --minutes and leaves the model in parts of at most --parts MB. Every
+`all` gives VAE, decoder and UNet their shares of --minutes and leaves the model in parts of at most --parts MB. Every
 minute it leaves the model as it is then, so that a run that is killed loses a minute; started again, it goes on.
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
@@ -96,7 +96,7 @@ def train(argv: list[str]) -> None:
     )
     parser.add_argument("--samples", type=int, default=0, help="encode so many images once; 0: a new one each time")
     args = parser.parse_args(argv)
-    args.on_save = lambda: None  # after each checkpoint
+    args.on_save = lambda: None  # after each checkpoint of the unet stage
     # Imported after the options are known to be good: torch takes seconds.
     import torch
 

@@ -29,12 +29,20 @@ if TYPE_CHECKING:
     from diffender.pretrain.__main__ import Beforehand
 
 
-def mean_gradient(task: Task, attacked: Tensor, covered: Tensor, step: int, eot: int) -> tuple[Tensor, float]:
-    """Mean gradient of the loss with respect to attacked images (B, 3, S, S) over fresh noise, and the mean loss."""
+def descend(
+    task: Task, attacked: Tensor, covered: Tensor, step: int, optimizer: torch.optim.Optimizer, eot: int
+) -> float:
+    """One step of the optimizer on the task's loss, a mean over fresh noise; returns that loss.
+
+    The attacked images (B, 3, S, S), patched where `covered` (B, 1, S, S) is 1, depend on what is optimised.
+    """
     gradient, value = torch.zeros_like(attacked), 0.0
     for s in samples(task, lambda k: (attacked.detach(), covered.detach(), task.noise(f"attack {step}", k)), eot):
         gradient, value = (gradient + s.gradient / eot, value + s.value.mean().item() / eot)
-    return gradient, value
+    optimizer.zero_grad()
+    attacked.backward(gradient)
+    optimizer.step()
+    return value
 
 
 def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
@@ -62,11 +70,7 @@ def universal_patch(
         patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
         attacked = apply_patch(x, patch, mask)
         task = Task(victim, x, aim, ids, opts.run.seed, lambda z, aim=aim: cross_entropy(z, aim))
-        gradient, value = mean_gradient(task, attacked, mask, step, opts.eot)
-        optimizer.zero_grad()
-        attacked.backward(gradient)
-        optimizer.step()
-        report(value)
+        report(descend(task, attacked, mask, step, optimizer, opts.eot))
     return (w.tanh() / 2 + 0.5).detach()
 
 
@@ -83,11 +87,7 @@ def train_generator(
         canvas, covered = place(*net(x), size)
         attacked = x * (1 - covered) + canvas
         task = Task(victim, x, y, ids, opts.run.seed, lambda z, y=y: margin(z, y))
-        gradient, value = mean_gradient(task, attacked, covered, step, opts.eot)
-        optimizer.zero_grad()
-        attacked.backward(gradient)
-        optimizer.step()
-        report(value)
+        report(descend(task, attacked, covered, step, optimizer, opts.eot))
     return net
 
 

@@ -32,11 +32,14 @@ class Photos(NamedTuple):
 
 
 CONTENTS = ("noise", "colour", "photo", "sticker", "text", "flat")  # of a paste
-STATES = (
-    "clean",
-    "adversarial",
-    *(f"{a}{name} patch" for name in CONTENTS for a in ("", "adversarial ")),
-)  # that a caption names
+
+
+def said(content: str) -> tuple[str, str, str]:
+    """How a caption may name a paste."""
+    return "adversarial", f"adversarial {content} patch", f"{content} patch"
+
+
+STATES = tuple(dict.fromkeys(["clean", *(state for content in CONTENTS for state in said(content))]))
 
 
 class Sample(NamedTuple):
@@ -206,19 +209,19 @@ def drawing(size: int, g: Generator, text: bool) -> Tensor:
 
 
 def random_content(photos: Photos, size: int, g: Generator) -> tuple[Tensor, str]:
-    """What is pasted, filling (3, S, S), and its words."""
+    """The content of a paste, (3, S, S), and its name of CONTENTS."""
     kind = randint(0, 11, g)
     if kind < 5:
-        return noise(size, g), "noise patch"
+        return noise(size, g), "noise"
     if kind < 7:
-        return colour_field(size, g), "colour patch"
+        return colour_field(size, g), "colour"
     if kind < 9:
         other = photos.images[randint(0, len(photos.images) - 1, g)]
-        return random_crop(other, size, (0.3, 1.0), g), "photo patch"
+        return random_crop(other, size, (0.3, 1.0), g), "photo"
     if kind < 11:
         text = randint(0, 2, g) == 0
-        return drawing(size, g, text), "text patch" if text else "sticker patch"
-    return torch.rand(3, 1, 1, generator=g).expand(3, size, size), "flat patch"
+        return drawing(size, g, text), "text" if text else "sticker"
+    return torch.rand(3, 1, 1, generator=g).expand(3, size, size), "flat"
 
 
 def soft(region: Tensor, g: Generator) -> Tensor:
@@ -239,7 +242,7 @@ def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Samp
     if randint(0, 1, g):
         content, name = random_content(photos, size, g)
         image = torch.lerp(image, content, soft(random_region(size, 0.01, 0.16, g), g))
-        caption = ("adversarial", f"adversarial {name}", name)[randint(0, 2, g)]
+        caption = said(name)[randint(0, 2, g)]
     else:
         caption = "clean"
     if words and randint(0, 1, g):  # half the captions name the object, all name the state

@@ -190,11 +190,13 @@ def reused_batches(args: argparse.Namespace, model: LatentDiffusion, indices: ra
     store: Encoded = {}
     chunk = max(1, args.batch // args.reuse)
     for n, new in enumerate(fresh_batches(args, model, range(indices.start // args.reuse, indices.stop), chunk)):
-        store = {k: torch.cat([store[k], v])[-STORED:] if store else v for k, v in new.items()}
+        store = store or {k: v.new_empty(STORED, *v.shape[1:]) for k, v in new.items()}
+        rows = (n * chunk + torch.arange(chunk)) % STORED  # the oldest make room
+        for k, v in new.items():
+            store[k][rows.to(v.device)] = v
         g = Generator().manual_seed(args.seed * 1_000_000_000 + indices.start + n)
-        size = len(store["mask"])
-        newest, others = torch.arange(size - len(new["mask"]), size), torch.randint(0, size, (args.batch,), generator=g)
-        picks = torch.cat([newest, others])[: args.batch].to(args.device)
+        others = torch.randint(0, min((n + 1) * chunk, STORED), (args.batch - chunk,), generator=g)
+        picks = torch.cat([rows, others]).to(args.device)
         yield {k: v[picks] for k, v in store.items()}
 
 
@@ -233,7 +235,12 @@ def train_unet(args: argparse.Namespace) -> None:
     clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
-    trainer.on_save = lambda: save_tiny(args, trainer, trainer.ema.module, vae_card)
+
+    def leave() -> None:
+        save_tiny(args, trainer, trainer.ema.module, vae_card)
+        args.on_save()
+
+    trainer.on_save = leave
     left = trainer.left()
     source = stored_batches(args, model, left) if args.samples else reused_batches(args, model, left)
     for g, batch in zip(trainer.steps(), source, strict=False):

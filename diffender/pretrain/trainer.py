@@ -95,7 +95,6 @@ class Trainer:
             torch.save(state, partial)
         if self.step:
             self.on_save()
-            self.args.on_save()
 
 
 def plot_losses(log: Path, names: tuple[str, ...]) -> None:

@@ -9,8 +9,9 @@ out of sight are not laid out, so that hundreds stay light.
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
@@ -60,43 +61,40 @@ def inline(path: Path) -> str:
 
 
 def chart(
-    title: str, curves: dict[str, Sequence[float]], axis: str, at: Sequence[float] = (), colours: dict | None = None
+    title: str,
+    curves: dict[str, Sequence[float]],
+    axis: str,
+    at: Sequence[float] = (),
+    span: tuple[float, float] | None = None,
+    colours: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Chart]:
-    """Lines over the numbers `at`, or over their own index, as an inline SVG; none where no curve has two points.
+    """Lines over the numbers `at`, or over their own index, as an inline SVG; `span` fixes the scale.
 
-    Accuracies (titles with "per cent") are drawn from 0 to 100.
+    None where no curve has two points.
     """
     curves = {name: values for name, values in curves.items() if len(values) > 1}
     if not curves:
         return []
-    with rc_context(STYLE | {"svg.hashsalt": title}):
-        return [Chart(title, draw(curves, axis, at, (0, 100) if "per cent" in title else None, colours or {}))]
-
-
-def draw(
-    curves: dict[str, Sequence[float]], axis: str, at: Sequence[float], span: tuple[float, float] | None, colours: dict
-) -> Markup:
-    """The SVG of one chart, without the head that a file would have."""
-    figure = Figure(figsize=(4.4, 2.2), layout="constrained")
-    axes = figure.subplots()
-    for (name, values), usual in zip(curves.items(), COLOURS * len(curves), strict=False):
-        x = list(at) or range(len(values))
-        axes.plot(x, values, color=colours.get(name, usual), label=name, gid="curve", marker="." if at else "")
-    axes.set_xlabel(axis)
-    if span:
-        margin = (span[1] - span[0]) / 30
-        axes.set_ylim(span[0] - margin, span[1] + margin)
-    if at:
-        axes.set_xticks(at, [f"{v:g}" for v in at])
-    else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8)
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    with rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
+        axes = figure.subplots()
+        for (name, values), usual in zip(curves.items(), COLOURS * len(curves), strict=False):
+            x = list(at) or range(len(values))
+            axes.plot(x, values, color=colours.get(name, usual), label=name, gid="curve", marker="." if at else "")
+        axes.set_xlabel(axis)
+        if span:
+            margin = (span[1] - span[0]) / 30
+            axes.set_ylim(span[0] - margin, span[1] + margin)
+        if at:
+            axes.set_xticks(at, [f"{v:g}" for v in at])
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, fontsize=8)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+    return [Chart(title, Markup(text[text.index("<svg") :]))]  # without the head that a file would have
 
 
 def along_steps(records: Sequence[dict], what: str) -> dict[str, list[float]]:
@@ -110,11 +108,11 @@ def along_steps(records: Sequence[dict], what: str) -> dict[str, list[float]]:
 
 def charts(results: dict, records: Sequence[dict]) -> list[Chart]:
     """Over the attacks' steps, and over theta and the patch's size where --curves asked for them."""
-    steps = "steps, evenly thinned"
+    steps, percent = "steps, evenly thinned", (0, 100)
     loss = along_steps(records, "loss")
     colours = dict(zip(loss, COLOURS * len(loss), strict=False))  # the same attack has the same one everywhere
     right = {name: [100 - 100 * v for v in values] for name, values in along_steps(records, "fooled").items()}
-    drawn = chart("accuracy that the attack saw, in per cent", right, steps, colours=colours)
+    drawn = chart("accuracy that the attack saw, in per cent", right, steps, span=percent, colours=colours)
     drawn += chart("attacker's loss, mean over images", loss, steps, colours=colours)
     titles = {
         "theta": ("accuracy of these patches at other thresholds, in per cent", "theta"),
@@ -124,7 +122,7 @@ def charts(results: dict, records: Sequence[dict]) -> list[Chart]:
         columns = dict(results.get("curves", {}).get(axis, {}))
         at = columns.pop("at", ())
         columns = {name: [100 * v for v in values] for name, values in columns.items()}
-        drawn += chart(title, columns, label, at, dict.fromkeys(columns, GREY) | colours)
+        drawn += chart(title, columns, label, at, percent, dict.fromkeys(columns, GREY) | colours)
     return drawn
 
 

@@ -4,7 +4,6 @@ Bad input ends in one line and exit code 2.
 """
 
 import argparse
-import ctypes
 import errno
 import math
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_type_h
 
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.interruption import Interrupted
+from diffender.utils.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -69,7 +69,7 @@ def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
         default = getattr(opts, f.name)
         if "defaults" in f.metadata:
             for leaf in leaves(f.metadata["defaults"], f.metadata["only"]):
-                others = {name: getattr(opts, leaf.name) for name, opts in f.metadata["beside"].items()}
+                others = {name: getattr(other, leaf.name) for name, other in f.metadata["beside"].items()}
                 notes = [f"; {name}: {value}" for name, value in others.items() if value != leaf.default]
                 shown = f"{leaf.default}{''.join(notes)}"
                 yield leaf._replace(hint=leaf.hint | None, default=None, shown=shown)
@@ -195,18 +195,6 @@ FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some sp
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
     "choose another place, or change its permissions",
 )  # of files, by what the system says
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks instead of giving each back to the kernel, which zeroes the next one page by
-    page. Elsewhere, nothing."""
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    for parameter in (trim_threshold, mmap_threshold):
-        mallopt(parameter, 2**31 - 1)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

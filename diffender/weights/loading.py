@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
-from diffender.config import EMBEDDED as EMBEDDED_SETTINGS
-from diffender.config import PAPER, DIFFenderConfig
+from diffender.config import EMBEDDED, PAPER, DIFFenderConfig
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import make_alphas_cumprod
 from diffender.stable_diffusion.text import TextConfig
@@ -19,12 +18,12 @@ from diffender.stable_diffusion.unet import UNet, UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import digest, one_line, open_safetensors, read_header, save_atomic
-from diffender.utils.options import keep_freed_memory
+from diffender.utils.memory import keep_freed_memory
 from diffender.weights.layouts import PREFIXES, Signature, signature
 from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan, stranger
 
 PACKAGE = Path(__file__).parents[1]
-EMBEDDED = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
+WEIGHTS = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
 RANDOM = "random"
 SMALL = 64  # width of UNets whose activations a laptop can keep for a backward pass through every evaluation
 
@@ -66,7 +65,7 @@ def load_model(
     if path is None:
         if name not in ("tiny", "auto"):
             raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
-        path = EMBEDDED / "tiny.safetensors"
+        path = WEIGHTS / "tiny.safetensors"
     given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
     if "digest" in main.header:
@@ -87,24 +86,32 @@ def load_model(
         module = getattr(model, part)
         tensors = read(found.tensors, module.state_dict(), dtype if isinstance(module, UNet) else torch.float32)
         module.load_state_dict(tensors, assign=True)
+    return ready(model, settings_in(main.header, main.path, name))
+
+
+def ready(model: LatentDiffusion, settings: DIFFenderConfig) -> LatentDiffusion:
+    """The model as users get it: frozen, in eval mode, with its settings, and as fast as memory allows."""
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
-    model.settings = settings_of(path, name)
-    model.keep = cfg.unet.model_channels <= SMALL
+    model.settings = settings
+    model.keep = model.cfg.unet.model_channels <= SMALL
     keep_freed_memory()
     return model.requires_grad_(False).eval()
 
 
 def settings_of(weights: str | Path | None, name: str = "auto") -> DIFFenderConfig:
-    """The settings of the method that suit a model: those in its file's header, else EMBEDDED for files of ours and
-    PAPER for all others. Reads no tensor."""
+    """The settings of the method that suit a model, without reading more of it than its file's header."""
     if weights is None and name in ("auto", "tiny"):
-        weights = EMBEDDED / "tiny.safetensors"
-    path = Path(weights).expanduser() if weights not in (None, RANDOM) else None
-    header = read_header(path) if path is not None and path.is_file() else {}
-    if "config" not in header:
-        return EMBEDDED_SETTINGS if name == "tiny" else PAPER
+        weights = WEIGHTS / "tiny.safetensors"
+    path = Path(weights or "").expanduser()
+    return settings_in(read_header(path) if path.is_file() else {}, path, name)
+
+
+def settings_in(header: dict, path: Path, name: str) -> DIFFenderConfig:
+    """Those in a file's header, else EMBEDDED for models of ours, and PAPER for all others."""
+    if "settings" not in header:
+        return EMBEDDED if "config" in header or name == "tiny" else PAPER
     try:
-        return DIFFenderConfig(**header["settings"]) if "settings" in header else EMBEDDED_SETTINGS
+        return DIFFenderConfig(**header["settings"])
     except (TypeError, InputError) as e:
         raise InputError(f"{path} has damaged settings ({one_line(e)}); fetch or copy it again") from e
 
@@ -119,8 +126,7 @@ def random_model(name: str, dtype: torch.dtype) -> LatentDiffusion:
     model.to_empty(device="cpu")
     fill_random(model, Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)  # as `read` has it
-    model.alphas_cumprod = make_alphas_cumprod()
-    return model.requires_grad_(False).eval()
+    return ready(model, settings_of(None, name))
 
 
 def fill_random(module: nn.Module, g: Generator) -> None:

@@ -6,9 +6,9 @@ from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_conte
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header, save_atomic
-from diffender.weights.loading import EMBEDDED
+from diffender.weights.loading import WEIGHTS
 
-SHIPPED = EMBEDDED / "prompts.safetensors"
+SHIPPED = WEIGHTS / "prompts.safetensors"
 
 
 def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
