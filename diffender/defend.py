@@ -114,11 +114,16 @@ def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(name, file) of every image given or in a folder given; a name is the file's path, unlike any other."""
     from diffender.classifiers.dataset import SUFFIXES
 
+    kinds = f"files of the kinds {', '.join(sorted(SUFFIXES))}"
+    if web := next((p for p in paths if "://" in p), None):
+        raise InputError(f"{web} is a web address; download it, and give the file")
     found = []
     for path in map(Path, paths):
+        if path.is_file() and path.suffix.lower() not in SUFFIXES and not readable(path):
+            raise InputError(f"{path} is no image that can be read; wanted are {kinds}, and folders of them")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise InputError(f"no images in {path}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+            raise InputError(f"no images in {path}; wanted are {kinds}")
         root = path if path.is_dir() else path.parent
         found += [("__".join(p.relative_to(root).with_suffix("").parts), p) for p in inside]
     if not found:
@@ -130,6 +135,17 @@ def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
         names.add(name)
         found[i] = name, file
     return found
+
+
+def readable(path: Path) -> bool:
+    """Whether Pillow knows files of this kind, by their first bytes."""
+    from PIL import Image
+
+    try:
+        Image.open(path).close()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def resolved(opts: Options) -> dict:

@@ -24,13 +24,15 @@ from diffender.weights.reading import folder_files
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {name} does not work here ({str(e).splitlines()[0]}); use auto or cpu") from e
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        found += ["mps"] * torch.backends.mps.is_available()
+        raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes the best") from e
 
 
 def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:

@@ -63,6 +63,10 @@ def test_names_of_images(tmp_path):
     assert [name for name, _ in find_images((str(tmp_path),))] == ["a", "a_", "sub__a"]
     with pytest.raises(InputError, match="no images given"):
         find_images(())
+    with pytest.raises(InputError, match="notes.txt is no image"):
+        find_images((str(tmp_path / "notes.txt"),))
+    with pytest.raises(InputError, match="is a web address"):
+        find_images(("https://example.org/a.png",))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images in"):
         find_images((str(tmp_path / "empty"),))
