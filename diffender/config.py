@@ -9,7 +9,7 @@ from typing import Any
 from diffender.utils.errors import InputError
 from diffender.utils.options import check_options, given, option, part
 
-GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "auto")
+GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade", "auto")
 STE = ("identity", "sigmoid", "none", "soft")
 
 
@@ -68,6 +68,8 @@ class Backward:
                surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
                full       exact through localisation and restoration, thresholds straight through
                full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
+               evade      the attacker fools the classifier alone, as if nothing were masked, and lowers those terms;
+                          restoration takes no part
                auto       of other defences: exact where they are differentiable, straight through elsewhere
     ste        through the threshold of the map: see `ops.binarize`
     """
@@ -76,13 +78,13 @@ class Backward:
     ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
     surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)
-    evasion: float = option(1.0, "Weight of hiding from the localiser in full+loc.", low=0)
+    evasion: float = option(1.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
     hide: str = option(
         "mean",
-        "What full+loc hides: the mean over the patch of what exceeds theta, or its highest latent (max).",
+        "What full+loc and evade hide: the mean over the patch of what exceeds theta, or its highest latent (max).",
         choices=("mean", "max"),
     )
-    decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc.", low=0)
+    decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc and evade.", low=0)
 
     def __post_init__(self) -> None:
         check_options(self)

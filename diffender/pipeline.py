@@ -125,7 +125,7 @@ class DIFFender(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         found = self.localize(x, noise, backward, posterior)
-        if backward.mode in ("bpda-mask", "surrogate"):
+        if backward.mode in ("bpda-mask", "surrogate", "evade"):
             x_hat = self.restore(x.detach(), found.mask.detach(), noise)
         if backward.mode == "surrogate":
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
@@ -161,18 +161,25 @@ class Defended(nn.Module):
         return self.classifier(self.defense(x, noise, self.backward).image)
 
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,); 0 but in full+loc.
+        """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,).
 
-        patch (B, 1, H, W) in {0, 1}: where the attacker's pixels are.
+        0 but in full+loc and evade; in evade the logits are those of the classifier alone. patch (B, 1, H, W) in
+        {0, 1}: where the attacker's pixels are.
         """
-        out = self.defense(x, noise, self.backward)
-        logits, b = self.classifier(out.image), self.backward
-        if b.mode != "full+loc":
+        b = self.backward
+        if b.mode not in ("full+loc", "evade"):
+            logits = self(x, noise)
             return logits, logits.new_zeros(len(x))
-        assert isinstance(self.defense, DIFFender)  # no other defence has this mode
-        assert out.z_score is not None and out.heatmap is not None
-        hide = EVASIONS[b.hide](out.z_score, patch, self.defense.cfg.theta)
-        return logits, b.evasion * hide + b.decoy * decoy(out.heatmap)
+        assert isinstance(self.defense, DIFFender) and isinstance(noise, Noise)  # no other defence has these modes
+        if b.mode == "evade":
+            found = self.defense.localize(x, noise, b)
+            logits, heatmap, z_score = self.classifier(x), found.heatmap, found.z_score
+        else:
+            out = self.defense(x, noise, b)
+            logits, heatmap, z_score = self.classifier(out.image), out.heatmap, out.z_score
+        assert z_score is not None and heatmap is not None
+        hide = EVASIONS[b.hide](z_score, patch, self.defense.cfg.theta)
+        return logits, b.evasion * hide + b.decoy * decoy(heatmap)
 
 
 class WithFreshNoise(nn.Module):

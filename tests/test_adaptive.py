@@ -163,7 +163,7 @@ def test_modes_differ_in_gradient_alone(target, attacked):
     noise = target.sample_noise(["a"], 0, "modes")
     inside = mask.expand_as(image) == 1
     values, gradients = {}, {}
-    for mode in ("bpda", "bpda-mask", "surrogate", "full", "full+loc"):
+    for mode in ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade"):
         x = image.clone().requires_grad_()
         victim = Defended(target.defense, target.classifier, Backward(mode, surrogate_steps=1))
         logits, penalty = victim.with_penalty(x, noise, mask)
@@ -172,7 +172,8 @@ def test_modes_differ_in_gradient_alone(target, attacked):
         (gradients[mode],) = torch.autograd.grad((logits * weights).sum() + penalty.sum(), x)
         assert gradients[mode].isfinite().all()
         assert (gradients[mode][inside] != 0).float().mean() > 0.99
-        assert (penalty > 0).all() == (mode == "full+loc")
+        assert (penalty > 0).all() == (mode in ("full+loc", "evade"))
+    assert torch.equal(values.pop("evade"), target.classifier(image)), "nothing is masked, it hopes"
     for mode, logits in values.items():
         assert torch.allclose(logits, values["full"], atol=1e-3), mode
     names = list(gradients)
@@ -245,10 +246,11 @@ def test_localisation_losses_by_hand():
     assert torch.allclose(decoy(peaked), decoy(3 * peaked))  # no reward for scale
 
 
-def test_hiding_loss_hides(target, attacked):
+@pytest.mark.parametrize("mode", ["full+loc", "evade"])
+def test_hiding_loss_hides(target, attacked, mode):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
-    victim = Defended(target.defense, target.classifier, Backward("full+loc", evasion=100.0))
+    victim = Defended(target.defense, target.classifier, Backward(mode, evasion=100.0))
     made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image[:1], y[:1], ["a"], 0), init=out.state[:1])
     assert made.trace[0, -1] < made.trace[0, 0]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffender.stable_diffusion.model import LatentDiffusion
 
 GRADIENTS = {  # by defence
-    "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc"),
+    "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade"),
     "others": ("transfer", "bpda", "auto"),
 }
 FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
@@ -219,7 +219,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
-    ours, hiding = filled.defense == "diffender", "full+loc" in kinds(filled)
+    ours, hiding = filled.defense == "diffender", {"full+loc", "evade"} & set(kinds(filled))
     chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
@@ -234,9 +234,9 @@ def refuse_unread(opts: Options) -> None:
     plain = Backward()
     conditions = {  # flag: whether it is given, what reads it, whether that is there
         "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
-        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc", hiding),
-        "hide": (opts.backward.hide != plain.hide, "--grad full+loc", hiding),
-        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc", hiding),
+        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc and evade", hiding),
+        "hide": (opts.backward.hide != plain.hide, "--grad full+loc and evade", hiding),
+        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc and evade", hiding),
         "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
