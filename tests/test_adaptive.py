@@ -451,7 +451,7 @@ def test_presets_fill_what_was_not_given():
     opts = plans.fill(plans.Options(attack="gdpa", eot=10))
     assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (6, 20, 10, 10), "no other flag changes"
     strong = plans.fill(plans.Options(preset="strong", iters=7))
-    assert (strong.images, strong.iters, strong.eot, strong.grad.split(",")[-1]) == (512, 7, 10, "full+loc")
+    assert (strong.images, strong.iters, strong.eot, strong.grad.split(",")[-1]) == (512, 7, 10, "evade")
     assert plans.split(plans.Options(images_full=3, batch_size=2), list(range(5))) == [
         ([0, 1], True),
         ([2], True),
