@@ -35,7 +35,7 @@ def main() -> None:
     refuse_unread(given)
     from diffender.evaluation.memory import GIB, most_held_bytes
     from diffender.evaluation.records import read_records
-    from diffender.evaluation.run import finish, load_images, prepare, resolved, work
+    from diffender.evaluation.run import finish, load_images, prepare, work
     from diffender.evaluation.workers import is_first, join, wait
     from diffender.report.folder import write_report
     from diffender.report.tables import markdown
@@ -56,7 +56,7 @@ def main() -> None:
         print(f"{prompt} prompts; {experiment.device}; {done} images done before; results in {folder}")
     work([experiment], batch)
     if opts.dry_run:
-        print(json.dumps(resolved(opts) | {"settings from": sources(opts)}, indent=1))
+        print(json.dumps(experiment.config | {"settings from": sources(opts)}, indent=1))
         return
     wait()
     if is_first() and finish(experiment, batch) is not None:

@@ -160,6 +160,17 @@ class Defended(nn.Module):
     def forward(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor:
         return self.classifier(self.defense(x, noise, self.backward).image)
 
+    def looks(
+        self, x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
+    ) -> Iterator[tuple[Purified, Tensor]]:
+        """What the defence makes of x with each noise, and the logits (B, K) of that; `batch` as in `passes`."""
+        for out in passes(self.defense, x, noises, batch):
+            yield out, self.classifier(out.image)
+
+    def under(self, backward: Backward) -> "Defended":
+        """The same victim with another backward pass."""
+        return Defended(self.defense, self.classifier, backward)
+
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,).
 

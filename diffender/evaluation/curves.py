@@ -93,7 +93,7 @@ def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
             adaptive={kind: (replace(attack, area=area), victim) for kind, (attack, victim) in last.items()},
         )
         for kind, made, _ in craft(sized, undefended, lambda n: None, {}):
-            seen = {kind: target.classifier(target.defense(made.image, noise).image)}
+            seen = {kind: target(made.image, noise)}
             if kind == "transfer":
                 seen["undefended"] = target.classifier(made.image)
             for name, logits in seen.items():

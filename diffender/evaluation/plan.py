@@ -336,7 +336,6 @@ def attack_flags(opts: Options) -> dict[str, Any]:
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
     """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
     from diffender.evaluation.verdicts import Plan
-    from diffender.pipeline import Defended
 
     given = attack_flags(opts)
     eot = opts.eot if opts.patch.location == "eot" else 1
@@ -351,8 +350,7 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
         elif cls.access == "gradient":
             for kind in kinds(opts):
                 if kind != "transfer":
-                    backward = replace(opts.backward, mode=kind, ste=opts.ste)
-                    adaptive[kind] = (attack, Defended(target.defense, target.classifier, backward))
+                    adaptive[kind] = (attack, target.under(replace(opts.backward, mode=kind, ste=opts.ste)))
         plans.append(Plan(name, base, adaptive))
     return plans
 

@@ -69,6 +69,7 @@ class Experiment(NamedTuple):
     own: Path  # the records of this process
     target: Defended
     plans: list[Plan]
+    config: dict  # everything that an image's result depends on
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +84,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
-    return Experiment(opts, folder, own, target, build_plans(opts, target))
+    return Experiment(opts, folder, own, target, build_plans(opts, target), resolved(opts))
 
 
 def load_images(opts: Options, target: Defended) -> Batch:
@@ -103,7 +104,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     """
     opts = experiments[0].opts
     there = [
-        read_records(e.folder) if opts.dry_run else open_run(e.folder, resolved(e.opts), e.own) for e in experiments
+        read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments
     ]
     done = [{r["id"] for r in records} for records in there]
     parts = split(opts, mine(opts, len(batch.ids)))

@@ -19,7 +19,7 @@ from diffender.attacks.patch import margin, masks_for
 from diffender.config import Backward
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
-from diffender.pipeline import Defended, DIFFender, Undefended, passes
+from diffender.pipeline import Defended, DIFFender, Undefended
 from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 
@@ -54,10 +54,10 @@ class Bench(NamedTuple):
         """Share of right answers over images and DRAWS purifications."""
         noises = [self.task.noise("trust verdict", k) for k in range(DRAWS)]
         if defense is None:
-            images = (out.image for out in passes(self.target.defense, x, noises))
+            readings = (logits for _, logits in self.target.looks(x, noises))
         else:
-            images = (defense(x, noise) for noise in noises)
-        right = [self.target.classifier(image).argmax(dim=1).eq(self.task.y).float().mean().item() for image in images]
+            readings = (self.target.classifier(defense(x, noise)) for noise in noises)
+        right = [logits.argmax(dim=1).eq(self.task.y).float().mean().item() for logits in readings]
         return sum(right) / DRAWS
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
@@ -179,7 +179,7 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
     gradient = patch_gradient(bench, victim, 1, "trust gradient")
     zeros = gradient[inside].eq(0).float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
-    cut = Defended(bench.target.defense, bench.target.classifier, replace(victim.backward, ste="none"))
+    cut = bench.target.under(replace(victim.backward, ste="none"))
     ratio = patch_gradient(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
     yield Check("its norm without the straight-through estimator", f"{ratio:.2g} of that with it", "", None)
     error = finite_difference_error(bench)
@@ -197,7 +197,7 @@ def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
     """|FD - <g, d>| / |FD| of the first image's margin along the sign of its gradient in the patch, for a soft mask
     and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
     b, soft = bench.task, Backward(mode="full", ste="soft", ste_k=2.0)
-    victim = Defended(bench.target.defense, bench.target.classifier, soft)
+    victim = bench.target.under(soft)
     y, mask = b.y[:1], bench.mask[:1]
     noise = victim.sample_noise(b.image_ids[:1], bench.task.seed, "trust finite differences")
     x = (0.1 + 0.8 * bench.image[:1]).requires_grad_()  # away from the ends of the range
@@ -294,7 +294,7 @@ def ste_sweep(bench: Bench) -> Iterator[Check]:
     shares = {}
     for ste, k in (("none", 1.0), ("identity", 1.0), ("sigmoid", 1.0), ("sigmoid", 5.0)):
         backward = replace(bench.adaptive[1].backward, ste=ste, ste_k=k)
-        victim = Defended(bench.target.defense, bench.target.classifier, backward)
+        victim = bench.target.under(backward)
         shares[ste if ste != "sigmoid" else f"sigmoid {k:g}"] = bench.accuracy(bench.attack(victim).image)
     text = ", ".join(f"{name}: {percent(share)}" for name, share in shares.items())
     with_ste = min(share for name, share in shares.items() if name != "none")

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffender.attacks.expectation import Attacked, Task, Victim
 from diffender.attacks.patch import to_8bit
 from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, wilson
-from diffender.pipeline import Defended, Purified, passes
+from diffender.pipeline import Defended, Purified
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
@@ -78,9 +78,9 @@ def purifications(
     like with like."""
     target, n = judge.target, judge.verdicts
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
-    outs = passes(target.defense, x, noises if noises[0] is not None else noises[:1], judge.batch)
-    first = next(outs)
-    readings = [read(target.classifier(out.image)) for out in (first, *outs)]
+    looks = target.looks(x, noises if noises[0] is not None else noises[:1], judge.batch)
+    first, logits = next(looks)
+    readings = [read(logits), *(read(logits) for _, logits in looks)]
     seen = [list(labels) * (n // len(readings)) for labels in zip(*(r.label for r in readings), strict=True)]
     return first, seen, readings[0].confidence  # without randomness one says it all
 

@@ -128,7 +128,7 @@ def run_table(number: int, opts: Options) -> str:
         own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
         experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
         batch = None if opts.frames else load_images(own, experiment.target)
-        open_run(experiment.folder, resolved(own), experiment.own)
+        open_run(experiment.folder, experiment.config, experiment.own)
         return run_film(experiment, batch) if batch else run_photographs(experiment)
     if number == 6 and opts.target.classifier not in RECOGNIZERS:
         raise InputError(
