@@ -13,6 +13,8 @@ _HOME = {
     "pipeline": ("DIFFender", "Defended", "WithFreshNoise"),
     "config": ("DIFFenderConfig", "EMBEDDED", "Backward"),
     "defend": ("Defender",),
+    "own": ("AnyModel", "benchmark"),
+    "defenses": ("Purifier",),
     "prompts": ("Contexts", "PromptPair"),
     "stable_diffusion.model": ("PRESETS", "LatentDiffusion", "ModelConfig"),
     "weights.loading": ("load_model",),

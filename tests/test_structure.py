@@ -25,7 +25,7 @@ faces defenses
 factory
 evaluation
 report defend tuning
-pretrain paper
+own pretrain paper
 """
 RANK = {room: i for i, line in enumerate(FLOORS.split("\n")) for room in line.split()}
 ROOMS = [name for name in COMMANDS if name not in ("ablate", "certify")]  # that are commands of their own, too

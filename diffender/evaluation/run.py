@@ -70,6 +70,7 @@ class Experiment(NamedTuple):
     target: Defended
     plans: list[Plan]
     config: dict  # everything that an image's result depends on
+    names: list[str] | None  # of the classes; none: ImageNet's
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +85,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
-    return Experiment(opts, folder, own, target, build_plans(opts, target), resolved(opts))
+    return Experiment(opts, folder, own, target, build_plans(opts, target), resolved(opts), target.classifier.names)
 
 
 def load_images(opts: Options, target: Defended) -> Batch:
@@ -103,9 +104,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
     opts = experiments[0].opts
-    there = [
-        read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments
-    ]
+    there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
     done = [{r["id"] for r in records} for records in there]
     parts = split(opts, mine(opts, len(batch.ids)))
     left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
@@ -172,7 +171,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
         "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
-        "names": e.target.classifier.names,  # of the classes; none: ImageNet's
+        "names": e.names,
         "seed": opts.run.seed,
         "setting": describe(opts),
         "verdicts": opts.verdicts,

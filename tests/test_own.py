@@ -1,0 +1,116 @@
+"""`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import diffender
+from diffender.own import AnyModel, digest
+from diffender.utils.errors import InputError
+
+FAST = {"iters": 3, "iters_undefended": 20, "curves": "off", "verdicts": 3}
+TEN = [f"class {i}" for i in range(10)]
+
+
+class Bright(nn.Module):
+    """Ten classes by the mean brightness of the image's middle; with `spread`, of a noisy one."""
+
+    def __init__(self, spread: float = 0.0):
+        super().__init__()
+        self.spread = spread
+        self.register_buffer("centres", torch.linspace(0, 1, 10))
+
+    def forward(self, x):
+        x = x + self.spread * torch.randn(x.shape)
+        return -100 * (x[..., 16:48, 16:48].mean(dim=(1, 2, 3))[:, None] - self.centres).square()
+
+
+@pytest.fixture
+def images():
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return (0.2 * x + torch.tensor([0.1, 0.4, 0.7])[:, None, None, None]).clamp(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def right(results, gradient):
+    return next(r["single"]["right"] for r in results["rows"] if r["gradient"] == gradient)
+
+
+def test_ten_classes(images, tmp_path):
+    model = Bright()
+    y = model(images).argmax(dim=1)
+    results = diffender.benchmark(model, images, y, name="ten", area=0.4, names=TEN, **FAST)
+    assert results["rows"][0]["single"]["accuracy"] == 1
+    assert right(results, "transfer") < 3, "the attack must hurt"
+    folder = tmp_path / "runs/ten"
+    assert {f.name for f in folder.iterdir()} >= {"config.json", "per_image.jsonl", "results.json", "report.html"}
+    assert TEN[y[0]] in (folder / "report.html").read_text("utf-8")
+    assert json.loads((folder / "results.json").read_text("utf-8"))["names"] == TEN
+    before = (folder / "per_image.jsonl").read_bytes()
+    again = diffender.benchmark(model, images, y, name="ten", area=0.4, names=TEN, **FAST)
+    assert again["rows"] == results["rows"]
+    assert (folder / "per_image.jsonl").read_bytes() == before, "nothing is done twice"
+    with pytest.raises(InputError, match="runs/ten holds a run with other settings"):
+        diffender.benchmark(model, 0.9 * images, y, name="ten", area=0.4, **FAST)
+
+
+def test_a_random_model_knows_no_batch(images):
+    victim = AnyModel(Bright(spread=2.0), images)
+    ids = ["a", "b", "c"]
+    noise = victim.sample_noise(ids, 0, "test")
+    state = torch.get_rng_state()
+    logits = victim(images, noise)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator is put back"
+    assert torch.equal(victim(images[1:2], victim.sample_noise(["b"], 0, "test"))[0], logits[1])
+    assert not torch.equal(victim(images, victim.sample_noise(ids, 0, "test", 1)), logits)
+    assert AnyModel(Bright(), images).sample_noise(ids, 0, "test") is None
+    y = Bright()(images).argmax(dim=1)
+    results = [
+        diffender.benchmark(Bright(2.0), images, y, name=f"batch {n}", batch_size=n, eot=2, **FAST) for n in (1, 3)
+    ]
+    assert results[0]["rows"] == results[1]["rows"]
+
+
+def test_a_purifier_of_ones_own(images, classifier, photos):
+    class Dim(nn.Module):
+        def forward(self, x):
+            return 0.9 * x
+
+    victim = diffender.Defended(diffender.Purifier(Dim()), classifier)
+    y = classifier(photos[:1]).argmax(dim=1)
+    results = diffender.benchmark(victim, photos[:1], y, gradient="bpda,auto", name="own", trust="off", **FAST)
+    assert [r["gradient"] for r in results["rows"]] == ["", "transfer", "bpda", "auto", ""]
+    assert results["defense"] == "dim"
+
+
+def test_the_defence_itself(model, classifier, photos):
+    cfg = diffender.DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=1, guidance=1.0, sampler="dpmpp")
+    victim = diffender.Defended(diffender.DIFFender(model, diffender.contexts_for("tuned", model), cfg), classifier)
+    y = classifier(photos[:1]).argmax(dim=1)
+    few = FAST | {"eot": 1, "trust": "off"}
+    results = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)
+    assert results["defense"] == "DIFFender"
+    assert results["masks"]["advp/transfer"]["auc"] > 0.5
+
+
+def test_wrong_input_is_one_clear_line(images):
+    for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
+        with pytest.raises(InputError, match="one whole number for each of the 3 images, from 0 to 9"):
+            diffender.benchmark(Bright(), images, labels)
+    with pytest.raises(InputError, match="divide by 255"):
+        diffender.benchmark(Bright(), 255 * images, [0, 1, 2])
+    with pytest.raises(InputError, match="nearest: advp"):
+        diffender.benchmark(Bright(), images, [0, 1, 2], attack="advq")
+    with pytest.raises(InputError, match="is read by"):
+        diffender.benchmark(Bright(), images, [0, 1, 2], queries=5)
+
+
+def test_a_digest_tells_values_apart():
+    a = torch.arange(6.0)
+    assert digest([a]) == digest([a.clone()]) != digest([a + 1])
