@@ -37,7 +37,8 @@ class AnyModel(Defended):
     """
 
     def __init__(self, model: nn.Module, x: Tensor):
-        super().__init__(Purifier(nn.Identity()), Alone(self, x))  # what there is of a defence is within the model
+        # What there is of a defence is within the model.
+        super().__init__(Purifier(nn.Identity()), Alone(self, x))  # type: ignore[arg-type]  # as good as a Classifier
         self.model, self.sample_noise = model, self.seeds
         with torch.no_grad():
             self.random = not torch.equal(model(x[:1]), model(x[:1]))
