@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import evaluate
 from diffender.evaluation.records import open_run
 from diffender.utils import options as cli
-from diffender.utils.images import STAGES
+from diffender.utils.images import STAGES, stage_files
 from tests.conftest import ROOT
 
 SMALL = [
@@ -62,8 +62,11 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert (folder / "table.md").read_text() in out
     assert Image.open(folder / "grid.png").size[0] > 500
     for record in records:
-        for stage in STAGES:
-            assert Image.open(folder / "images" / f"{record['file']}_{stage}.png").size == (224, 224)
+        for variant in record["attacks"]:
+            files = stage_files(folder / "images", record, variant)
+            assert set(files) == set(STAGES)
+            assert all(Image.open(file).size == (224, 224) for file in files.values())
+        assert set(stage_files(folder / "images", record)) == set(STAGES) - {"attacked"}
     for line in ("passes of the defence", "GiB", "left out against --preset strong", "peak memory"):
         assert line in out
 

@@ -109,7 +109,7 @@ def evaluate_batch(
     records: list[dict] = [
         {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
     ]
-    last = {"clean": x, "heatmap": clean.heatmap, "mask": clean.mask, "restored": clean.image}
+    save_stages(folder / "images", names, {"clean": x} | stages(clean))
     for plan in plans:
         for kind, made, seconds in craft(plan, task, on_step, kept):
             variant = f"{plan.name}/{kind}"
@@ -125,13 +125,16 @@ def evaluate_batch(
             for b, record in enumerate(records):
                 record["attacks"][variant] = {name: column[b] for name, column in columns.items()}
                 record["attacks"][variant]["seconds"] = seconds / len(ids)
-            last = {"clean": x, "attacked": image, "heatmap": out.heatmap, "mask": out.mask, "restored": out.image}
-    for b, name in enumerate(names):
-        stages = {stage: image[b].detach().cpu() for stage, image in last.items() if image is not None}
-        if "heatmap" in stages:
-            stages["heatmap"] = stretch(stages["heatmap"], x.shape[-2:])
-        save_stages(folder / "images", name, stages)
+            save_stages(folder / "images" / variant, names, {"attacked": image} | stages(out))
     return records
+
+
+def stages(out: Purified) -> dict[str, Tensor]:
+    """What there is to see of purified images, by name, each (B, C, H, W) in [0, 1]."""
+    found = {"mask": out.mask, "restored": out.image}
+    if out.heatmap is not None:
+        found["heatmap"] = torch.stack([stretch(h, out.image.shape[-2:]) for h in out.heatmap])
+    return {stage: images for stage, images in found.items() if images is not None}
 
 
 def answers(alone: Reading, seen: list[list[int]], sure: list[float]) -> dict[str, list]:

@@ -2,8 +2,8 @@
 
     python -m diffender.report page runs/NAME     write report.html there anew
 
-The page itself is page.html, a Jinja template, and page.css. Images are inlined, reduced to 224 pixels; cards that are
-out of sight are not laid out, so that hundreds stay light.
+The page itself is page.html, a Jinja template, and page.css. The worst images come first. Images are inlined, reduced
+to 224 pixels, and link to their files; cards that are out of sight are not laid out, so that hundreds stay light.
 """
 
 import base64
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffender.report.tables import accuracies, counted
-from diffender.utils.images import STAGES
+from diffender.utils.images import stage_files
 
 WIDTH = 224  # of an image on the page
 HERE = Path(__file__).parent
@@ -151,39 +152,51 @@ def states(record: dict) -> list[str]:
 
 
 def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
-    """One image for the template: its stages under the last attack, what is seen in each, and the answer to each
-    attack."""
-    label, attacks = record["label"], record["attacks"]
-    last = list(attacks.values())[-1] if attacks else record
-    clean, attacked = (r.get("confidence", (None, None)) for r in (record, last))
-
-    def short(c: int) -> str:
-        return names[c].split(",")[0]
+    """One image for the template: the clean photograph, and a row for each attack and for none, with its stages, what
+    is seen in them and the answer to it. `folder` holds the images of the run."""
+    label = record["label"]
 
     def answer(c: int, confidence: float | None = None) -> Answer:
-        return Answer(short(c), c == label, confidence)
+        return Answer(names[c].split(",")[0], c == label, confidence)
 
-    def vote(all_: Sequence[int], confidence: float | None = None) -> Answer:
-        return Answer(short(all_[0]), all_[0] == label, confidence, sum(c == all_[0] for c in all_), len(all_))
+    def row(name: str, found: dict, variant: str = "") -> dict:
+        alone, sure = found.get("confidence", (None, None))
+        seen = found["defended"]
+        restored = answer(seen[0], sure)
+        told = {"attacked": answer(found["undefended"], alone), "restored": restored}
+        files = {s: f for s, f in stage_files(folder, record, variant).items() if variant or s != "clean"}
+        shown = [figure(s, f, folder, told.get(s)) for s, f in files.items() if s != "clean"]
+        before = "attacked" if variant else "clean"
+        verdict = restored._replace(agree=seen.count(seen[0]), votes=len(seen))
+        return {"name": name, "figures": shown, "before": before if "restored" in files else None, "verdict": verdict}
 
-    told = {
-        "clean": answer(record["undefended"], clean[0]),
-        "attacked": answer(last["undefended"], attacked[0]),
-        "restored": vote(last["defended"], attacked[1]),
-    }
-    files = {stage: folder / f"{record['file']}_{stage}.png" for stage in STAGES}
-    stages = [{"name": s, "uri": inline(f), "answer": told.get(s)} for s, f in files.items() if f.is_file()]
-    shown = {stage["name"] for stage in stages}
-    before = "attacked" if "attacked" in shown else "clean"
+    clean, _ = record.get("confidence", (None, None))
+    photograph = stage_files(folder, record).get("clean")
+    rows = [row("no patch", record), *(row(name, a, name) for name, a in record["attacks"].items())]
     return {
         "id": record["id"],
-        "label": short(label),
+        "label": names[label].split(",")[0],
         "states": states(record),
-        "stages": stages,
-        "slide": before if {before, "restored"} <= shown else None,
-        "clean": vote(record["defended"]),
-        "attacks": {name: vote(a["defended"]) for name, a in attacks.items()},
+        "clean": [figure("clean", photograph, folder, answer(record["undefended"], clean))] if photograph else [],
+        "rows": rows,
+        "shown": {rows[min(1, len(rows) - 1)]["name"], rows[-1]["name"]},  # at first: who knows nothing, who knows most
     }
+
+
+def figure(stage: str, file: Path, folder: Path, told: Answer | None) -> dict:
+    """An image for the template, and where its file lies beside the page."""
+    return {
+        "name": stage,
+        "uri": inline(file),
+        "file": quote(f"{folder.name}/{file.relative_to(folder).as_posix()}"),
+        "answer": told,
+    }
+
+
+def harm(record: dict) -> float:
+    """The share of purifications, over all attacks, that are read wrong."""
+    seen = [c != record["label"] for a in record["attacks"].values() for c in a["defended"]]
+    return sum(seen) / max(1, len(seen))
 
 
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
@@ -199,6 +212,7 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
         accuracy={"head": head, "rows": rows},
         charts=charts(results, records),
         filters=[{"name": k, "title": title, "count": counts[k]} for k, title in FILTERS.items()],
-        cards=[card(r, folder, names) for r in records],
+        attacks=["no patch", *dict.fromkeys(name for r in records for name in r["attacks"])],
+        cards=[card(r, folder, names) for r in sorted(records, key=harm, reverse=True)],
         settings={k: json.dumps(v) for k, v in config.items()},
     )

@@ -37,10 +37,17 @@ def load_png(path: Path) -> Tensor:
         return pil_to_tensor(image.convert("RGB")).float() / 255
 
 
-def save_stages(folder: Path, name: str, stages: dict[str, Tensor]) -> None:
-    """One PNG a stage: name_clean.png, name_attacked.png, ... from (C, H, W) in [0, 1]."""
-    for stage, image in stages.items():
-        save_png(image, folder / f"{name}_{stage}.png")
+def save_stages(folder: Path, names: Sequence[str], stages: dict[str, Tensor]) -> None:
+    """One PNG an image and stage: NAME_clean.png, NAME_attacked.png, ... from (B, C, H, W) in [0, 1]."""
+    for stage, images in stages.items():
+        for name, image in zip(names, images, strict=True):
+            save_png(image, folder / f"{name}_{stage}.png")
+
+
+def stage_files(folder: Path, record: dict, variant: str = "") -> dict[str, Path]:
+    """The stages of an image that a run saved in `folder`, under one of its attacks or, without one, clean."""
+    files = {s: folder / ("" if s == "clean" else variant) / f"{record['file']}_{s}.png" for s in STAGES}
+    return {stage: file for stage, file in files.items() if file.is_file()}
 
 
 def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
@@ -53,16 +60,18 @@ def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
-    """A row an image: clean, attacked, difference map, mask, restored, with what the classifier sees in each."""
+    """A row an image, under its last attack: clean, attacked, difference map, mask, restored, with what the classifier
+    sees in each."""
     from matplotlib.figure import Figure
 
     records = records[:rows]
-    stages = [stage for stage in STAGES if (folder / f"{records[0]['file']}_{stage}.png").is_file()]
+    stages = list(stage_files(folder, records[0], list(records[0]["attacks"] or [""])[-1]))
     figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), len(stages), squeeze=False)
     for row, record in zip(axes, records, strict=True):
-        for axis, stage in zip(row, stages, strict=True):
-            image = Image.open(folder / f"{record['file']}_{stage}.png")
+        files = stage_files(folder, record, list(record["attacks"] or [""])[-1])
+        for axis, (stage, file) in zip(row, files.items(), strict=False):
+            image = Image.open(file)
             axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(stage, fontsize=8)
