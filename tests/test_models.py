@@ -135,6 +135,25 @@ def test_a_vae_on_squares_of_pixels_has_the_same_latents_and_sees_each_pixel_onc
     assert gradient.ne(0).all()
 
 
+def test_a_unet_on_squares_of_latents_has_the_same_inputs_and_outputs_and_sees_each_latent():
+    cfg = UNetConfig(
+        model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=8, num_heads=2,
+        norm_groups=4, patch=2,
+    )  # fmt: skip
+    unet = UNet(cfg)
+    assert cfg.multiple == 4
+    assert unet.input_blocks[0][0].weight.shape == (8, 36, 3, 3)
+    assert unet.out[2].weight.shape == (16, 8, 3, 3)
+    g = torch.Generator().manual_seed(0)
+    x, t, context = torch.randn(2, 9, 8, 12, generator=g).requires_grad_(), torch.tensor([3, 900]), torch.ones(2, 5, 8)
+    eps = unet(x, t, context)
+    assert eps.shape == (2, 4, 8, 12)
+    (gradient,) = torch.autograd.grad(eps.square().sum(), x)
+    assert gradient.ne(0).all()
+    with pytest.raises(ValueError, match="must be multiples of 4"):
+        unet(x[..., :10], t, context)
+
+
 def test_tokens_are_those_of_the_published_tokenizers(model):
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert model.text.tokenize(["a photo of a cat"])[0].tolist() == cat + [49407] * 70

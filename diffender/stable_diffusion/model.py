@@ -30,8 +30,8 @@ class ModelConfig:
 
     @property
     def multiple(self) -> int:
-        """Sides of images are multiples of this many pixels: the VAE's factor, doubled by each UNet level."""
-        return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
+        """Sides of images are multiples of this many pixels."""
+        return self.vae.factor * self.unet.multiple
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

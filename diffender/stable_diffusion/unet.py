@@ -28,7 +28,13 @@ class UNetConfig:
     head_dim: int = 64
     norm_groups: int = 32
     prediction: str = "epsilon"  # what the output means: the noise, or "v" of Salimans & Ho 2022
+    patch: int = 1  # side of the squares of latents that the first layer takes, and the last gives, as channels
     linear_proj: bool = False  # proj_in and proj_out of a transformer: linear (SD2) or 1x1 convolution (SD1)
+
+    @property
+    def multiple(self) -> int:
+        """The sides of latents are multiples of this: of a square's side, doubled by each level but the first."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
         return self.num_heads or channels // self.head_dim
@@ -177,7 +183,7 @@ class UNet(nn.Module):
 
         c = cfg.model_channels
         last = len(cfg.channel_mult) - 1
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, c, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.patch**2 * cfg.in_channels, c, 3, padding=1))])
         skips = [c]  # widths of what the way down leaves for the way up
         for level, mult in enumerate(cfg.channel_mult):
             for _ in range(cfg.num_res_blocks):
@@ -200,24 +206,25 @@ class UNet(nn.Module):
                     layers.append(Upsample(c))
                 self.output_blocks.append(Block(*layers))
 
-        self.out = nn.Sequential(GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.out_channels, 3, padding=1))
+        last_layer = nn.Conv2d(c, cfg.patch**2 * cfg.out_channels, 3, padding=1)
+        self.out = nn.Sequential(GroupNorm(cfg.norm_groups, c), nn.SiLU(), last_layer)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).
 
-        h and w must be multiples of 2 ** (levels - 1). With n contexts for each image, context (n B, L, context_dim)
+        h and w must be multiples of `cfg.multiple`. With n contexts for each image, context (n B, L, context_dim)
         -> eps (n B, ...), row k B + b of both belongs to image b, and what comes before the first text is computed
         once.
         """
-        multiple = 2 ** (len(self.cfg.channel_mult) - 1)
+        multiple = self.cfg.multiple
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
             raise ValueError(f"latents of {tuple(x.shape[-2:])}: both sides must be multiples of {multiple}")
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
-        skips, h = [], x
+        skips, h = [], F.pixel_unshuffle(x, self.cfg.patch)
         for block in self.input_blocks:
             h = block(h, emb, context)
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = block(torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1), emb, context)
-        return self.out(h)
+        return F.pixel_shuffle(self.out(h), self.cfg.patch)
