@@ -10,6 +10,7 @@ import torch
 
 from diffender.classifiers.dataset import sample_items
 from diffender.config import EMBEDDED
+from diffender.losses import evasion
 from diffender.pretrain import __main__ as pretrain
 from diffender.pretrain.corpus import (
     STATES,
@@ -21,6 +22,7 @@ from diffender.pretrain.corpus import (
     random_region,
     training_sample,
 )
+from diffender.pretrain.locating import hide, location_loss, score
 from diffender.pretrain.making import early, early_layers
 from diffender.stable_diffusion.text import tokenizer
 from diffender.utils import options as cli
@@ -67,6 +69,7 @@ def test_samples_say_what_was_pasted(photos):
     assert all("patch" in s.caption or "adversarial" in s.caption for s in samples if "clean" not in s.caption)
     assert 25 < sum(bool(s.mask.all()) for s in samples) < 80
     assert all(s.image.min() >= 0 and s.image.max() <= 1 for s in samples)
+    assert all(s.region.any() == ("clean" not in s.caption) for s in samples)
 
 
 def test_the_nth_sample_is_always_the_same(photos, model):
@@ -77,6 +80,29 @@ def test_the_nth_sample_is_always_the_same(photos, model):
     crops = Crops(photos, 32, (0.2, 0.5), seed=0)
     assert crops[3].shape == (3, 32, 32)
     assert torch.equal(crops[3], crops[3])
+
+
+def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, photos):
+    """On a noisy square: the true region costs less than another, hiding lowers what sticks out of it, and no more."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.stack([photos.images[i][:, :224, :224].float() / 255 for i in range(2)])
+    x[..., 64:128, 64:128] = torch.rand(2, 3, 64, 64, generator=g)
+    region = torch.zeros(2, 1, 28, 28)
+    region[..., 8:16, 8:16] = 1
+    z_0 = model.encode(x, torch.zeros(2, 4, 28, 28))
+    words = model.text.tokenize(["adversarial", ""])
+    contexts, blank = model.text(model.text.embed(words)), model.blank_conditioning((224, 224))
+
+    def loss(region, steps=0):
+        return location_loss(model, z_0, region, contexts, blank, steps, torch.Generator().manual_seed(1))
+
+    assert loss(region) < loss(region.roll((12, 12), dims=(2, 3)))
+    at = torch.randn(z_0.shape, generator=g), torch.tensor([200, 300]), contexts, blank
+    hidden = hide(model, z_0, region, at, 8, g)
+    seen, before = score(model, hidden, *at), score(model, z_0, *at)
+    assert (evasion(seen, region, 1.0) < evasion(before, region, 1.0)).all()
+    assert torch.equal(hidden * (1 - region), z_0 * (1 - region))
+    assert loss(region, steps=3) > loss(region), "a region that hides is harder to find"
 
 
 def stage(monkeypatch, *args: str) -> None:
@@ -149,7 +175,8 @@ def test_training_goes_on_from_a_whole_model(folder, monkeypatch, tmp_path):
     """decoder and unet from the embedded weights: the decoder alone changes, then the UNet; the card keeps the past."""
     common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "1", "--steps", "1"]
     stage(monkeypatch, "decoder", *common, "--crop", "32", "--init", str(WEIGHTS / "tiny.safetensors"))
-    stage(monkeypatch, "unet", *common, "--init", str(WEIGHTS / "tiny.safetensors"))
+    heavier = ["--batch", "2", "--locate", "1", "--hiding", "2"]
+    stage(monkeypatch, "unet", *common, *heavier, "--init", str(WEIGHTS / "tiny.safetensors"))
     ours, shipped = (load_model("auto", tmp_path / "tiny.safetensors"), load_model("tiny"))
     assert torch.equal(ours.vae.encoder.conv_in.weight, shipped.vae.encoder.conv_in.weight)
     change = (ours.vae.decoder.conv_in.weight - shipped.vae.decoder.conv_in.weight).abs().max()

@@ -94,6 +94,10 @@ def train(argv: list[str]) -> None:
     parser.add_argument(
         "--focus", type=float, default=0.35, help="share of a unet batch trained as localisation uses it"
     )
+    parser.add_argument(
+        "--locate", type=float, default=0.0, help="weight of Eq. 4 on pasted regions, in the unet stage"
+    )
+    parser.add_argument("--hiding", type=int, default=0, help="steps at most by which half of the regions hide from it")
     parser.add_argument("--samples", type=int, default=0, help="encode so many images once; 0: a new one each time")
     args = parser.parse_args(argv)
     args.on_save = lambda: None  # after each checkpoint of the unet stage

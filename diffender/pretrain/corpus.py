@@ -46,6 +46,7 @@ class Sample(NamedTuple):
     image: Tensor  # (3, S, S) in [0, 1]
     caption: str
     mask: Tensor  # (1, S, S) in {0, 1}, 1 = repaint
+    region: Tensor  # (1, S, S) in {0, 1}, 1 = pasted
 
 
 @cache
@@ -237,18 +238,19 @@ def training_sample(photos: Photos, index: int, size: int, g: Generator) -> Samp
 
     A quarter of the masks cover everything, and no mask says anything about where the paste is.
     """
-    image = random_crop(photos.images[index], size, (0.6, 1.0), g)
+    image, region = random_crop(photos.images[index], size, (0.6, 1.0), g), torch.zeros(1, size, size)
     words = photos.captions[index]
     if randint(0, 1, g):
         content, name = random_content(photos, size, g)
-        image = torch.lerp(image, content, soft(random_region(size, 0.01, 0.16, g), g))
+        region = random_region(size, 0.01, 0.16, g)
+        image = torch.lerp(image, content, soft(region, g))
         caption = said(name)[randint(0, 2, g)]
     else:
         caption = "clean"
     if words and randint(0, 1, g):  # half the captions name the object, all name the state
         caption = f"{words}, {caption}"
     mask = torch.ones(1, size, size) if randint(0, 3, g) == 0 else random_region(size, 0.01, 0.5, g)
-    return Sample(image, caption, mask)
+    return Sample(image, caption, mask, region)
 
 
 class Crops(Dataset):
@@ -264,15 +266,15 @@ class Crops(Dataset):
 
 
 class Samples(Dataset):
-    """The UNet's training set: images, masks and the tokens of their captions, the n-th always the same."""
+    """The UNet's training set: images, masks, tokens of captions and pasted regions, the n-th always the same."""
 
     def __init__(self, photos: Photos, size: int, tokenize: Callable[[list[str]], Tensor], seed: int):
         self.photos, self.size, self.tokenize, self.seed = photos, size, tokenize, seed
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         g = Generator().manual_seed(self.seed * 1_000_000_000 + 500_000_000 + n)
         sample = training_sample(self.photos, n % len(self.photos.images), self.size, g)
-        return sample.image, sample.mask, self.tokenize([sample.caption])[0]
+        return sample.image, sample.mask, self.tokenize([sample.caption])[0], sample.region
 
 
 def batches(dataset: Dataset, indices: range, batch: int, workers: int) -> DataLoader:

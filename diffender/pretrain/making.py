@@ -18,8 +18,9 @@ from diffender.config import EMBEDDED, DIFFenderConfig
 from diffender.losses import feature_distance
 from diffender.pipeline import DIFFender
 from diffender.pretrain.corpus import Crops, PackedTokens, Photos, Samples, batches, load_photos, pack
+from diffender.pretrain.locating import location_loss
 from diffender.pretrain.trainer import Trainer, plot_losses
-from diffender.prompts import manual_contexts
+from diffender.prompts import MANUAL, manual_contexts
 from diffender.restore import composite
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
@@ -145,15 +146,16 @@ def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
     return torch.stack(crops)
 
 
-Encoded = dict[str, Tensor]  # posteriors of images and masked images, masks on the latent grid, tokens
+Encoded = dict[str, Tensor]  # posteriors of images and masked images, tokens; masks and regions on the latent grid
 
 
-def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor) -> Encoded:
+def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor, region: Tensor) -> Encoded:
     with torch.autocast(x.device.type, torch.bfloat16):
         image = torch.cat(model.vae.posterior(x), dim=1)
         masked = torch.cat(model.vae.posterior(x * (1 - mask) + 0.5 * mask), dim=1)
-    small = F.interpolate(mask, image.shape[-2:], mode="nearest")
-    return {"image": image.half(), "masked": masked.half(), "mask": small.bool(), "tokens": tokens}
+    small = F.interpolate(mask, image.shape[-2:], mode="nearest").bool()
+    pasted = F.interpolate(region, image.shape[-2:], mode="area").half()
+    return {"image": image.half(), "masked": masked.half(), "mask": small, "tokens": tokens, "region": pasted}
 
 
 def fresh_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
@@ -231,7 +233,7 @@ def train_unet(args: argparse.Namespace) -> None:
     model.vae.requires_grad_(False)
     if args.data.is_file():
         model.text.encode = PackedTokens(read_header(args.data)["tokens"])
-    empty = model.text.tokenize([""]).to(args.device)
+    empty, prompt = (model.text.tokenize([words]).to(args.device) for words in ("", MANUAL[0]))
     clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
@@ -261,7 +263,14 @@ def train_unet(args: argparse.Namespace) -> None:
             eps = model(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
         # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
-        trainer.update((error / a_t).mean(), mse=error.mean())
+        loss, terms = (error / a_t).mean(), {"mse": error.mean()}
+        if args.locate:
+            half = len(z0) // 2
+            pair = model.text(model.text.embed(torch.cat([prompt, empty])))
+            region = batch["region"][:half].float()
+            terms["mask"] = location_loss(model, z0[:half], region, pair, blank, args.hiding, g)
+            loss = loss + args.locate * terms["mask"]
+        trainer.update(loss, **terms)
     averaged = trainer.ema.module
     averaged.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
     save_tiny(args, trainer, averaged, vae_card)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffender.utils.progress import bar
 
 
 class Trainer:
-    """AdamW with warm-up and gradient clipping, EMA weights, checkpoints and a log."""
+    """AdamW with warm-up, a cosine schedule and gradient clipping, EMA weights, checkpoints and a log."""
 
     def __init__(self, name: str, model: nn.Module, args: argparse.Namespace):
         self.path = args.out / f"{name}.ckpt"
@@ -68,8 +69,8 @@ class Trainer:
         if not loss.isfinite():
             raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; resume with a lower --lr")
         lr = self.args.lr * min(1.0, (self.step + 1) / 100)
-        if self.args.decay:  # to a tenth over the last fifth: what the average cannot give
-            lr *= min(1.0, max(0.1, (1 - self.share_done()) / 0.2))
+        if self.args.decay:
+            lr *= 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.share_done()))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
