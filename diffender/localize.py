@@ -15,7 +15,7 @@ from diffender.noise import Noise
 from diffender.ops import binarize, connected, dilate, gaussian_blur, resize, straight_through
 from diffender.prompts import Contexts
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, predict_x0, q_sample
 
 
 def predict_pair(
@@ -30,7 +30,7 @@ def predict_pair(
     """
     b, m = noise.draws.shape[:2]
     t = noise_timestep(cfg.noise_ratio)
-    a_t = model.alphas_cumprod[t].item()
+    a_t = ALPHAS_CUMPROD[t]
     z0 = repeat(z0, "b c h w -> (b m) c h w", m=m)
     z_t = q_sample(z0, rearrange(noise.draws, "b m c h w -> (b m) c h w"), a_t)
     if contexts.locate is not None:

@@ -40,8 +40,7 @@ class AnyModel(Defended):
         # What there is of a defence is within the model.
         super().__init__(Purifier(nn.Identity()), Alone(self, x))  # type: ignore[arg-type]  # as good as a Classifier
         self.model, self.sample_noise = model, self.seeds
-        with torch.no_grad():
-            self.random = not torch.equal(model(x[:1]), model(x[:1]))
+        self.random = not torch.equal(model(x[:1]), model(x[:1]))
 
     def seeds(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
         """A seed for each image, (B,)."""
@@ -102,8 +101,7 @@ def benchmark(
     y = torch.as_tensor(labels)
     check_images(images)
     victim = model if isinstance(model, Defended) else AnyModel(model, images)
-    with torch.no_grad():
-        classes = victim.classifier(images[:1]).shape[1]
+    classes = victim.classifier(images[:1]).shape[1]
     if y.shape != (len(images),) or y.is_floating_point() or not 0 <= y.min() <= y.max() < classes:
         raise InputError(
             f"labels of shape {tuple(y.shape)} and type {y.dtype}; they are one whole number for each of the "

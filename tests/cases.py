@@ -24,7 +24,7 @@ from diffender.prompts import Contexts
 from diffender.restore import inpaint
 from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.samplers import SAMPLERS
-from diffender.stable_diffusion.schedule import predict_x0, q_sample
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, predict_x0, q_sample
 from diffender.stable_diffusion.text import TextConfig
 from diffender.stable_diffusion.unet import UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
@@ -150,7 +150,7 @@ def ours_unet(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor]:
         grads = torch.autograd.grad((eps * weights).sum(), (z, context))
         out[f"gradient sample {name}"], out[f"gradient context {name}"] = grads
     z0, context = (normal("z0", 1, 4, 8, 8, dtype=dtype), normal("context x0", 1, 77, 64, dtype=dtype))
-    a_t = model.alphas_cumprod[481].item()
+    a_t = ALPHAS_CUMPROD[481]
     z_t = q_sample(z0, normal("noise x0", 1, 4, 8, 8, dtype=dtype), a_t)
     eps = model.eps_from_text(z_t, 481, context, model.blank_conditioning((64, 64)))
     out["unet one-step x0"] = predict_x0(z_t, eps, a_t)
@@ -185,7 +185,7 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
     for name, (sampler, steps, strength, eta, prediction) in RUNS.items():
         method = SAMPLERS[sampler]
         model.unet.cfg = replace(model.cfg.unet, prediction=prediction)
-        grid = method.grid(model.alphas_cumprod, steps, strength)
+        grid = method.grid(ALPHAS_CUMPROD, steps, strength)
         z_t = start if strength == 1 else q_sample(image, start, grid[0].a_t)
         noise = normal("steps", 1, steps, 4, 8, 8, dtype=dtype)
         eps = partial(guided, model, contexts=contexts, conditioning=conditioning)

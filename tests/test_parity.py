@@ -138,7 +138,7 @@ def grid(patch, name: str, change) -> None:
 
 
 def no_offset(a, steps):
-    return [s._replace(t=s.t - 1, a_t=a[s.t - 1].item(), a_prev=a[max(s.t - 2, 0)].item()) for s in steps]
+    return [s._replace(t=s.t - 1, a_t=a[s.t - 1], a_prev=a[max(s.t - 2, 0)]) for s in steps]
 
 
 def swapped_skips(self, x, t, context):

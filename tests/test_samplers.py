@@ -5,10 +5,10 @@ import torch
 
 from diffender.config import DIFFenderConfig
 from diffender.stable_diffusion.samplers import SAMPLERS, Step, ddim, ddim_grid, ddim_step, dpmpp, dpmpp_grid
-from diffender.stable_diffusion.schedule import make_alphas_cumprod, q_sample
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, q_sample
 from diffender.utils.errors import InputError
 
-A = make_alphas_cumprod()
+A = ALPHAS_CUMPROD
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_ddim_timesteps(steps, head, last):
 
 def test_ddim_ends_at_the_first_alpha_not_at_one():
     grid = ddim_grid(A, 20)
-    assert grid[-1].a_prev == A[0].item()
+    assert grid[-1].a_prev == A[0]
     assert [s.a_prev for s in grid[:-1]] == [s.a_t for s in grid[1:]]
 
 
@@ -51,20 +51,20 @@ def test_the_true_noise_leads_back(name):
     sampler = SAMPLERS[name]
     grid = sampler.grid(A, 7)
     z_t = q_sample(x0, noise, grid[0].a_t)
-    z_0 = sampler.run(lambda z, t: (z - A[t].item() ** 0.5 * x0) / (1 - A[t].item()) ** 0.5, z_t, grid)
+    z_0 = sampler.run(lambda z, t: (z - A[t] ** 0.5 * x0) / (1 - A[t]) ** 0.5, z_t, grid)
     assert torch.allclose(z_0, q_sample(x0, noise, grid[-1].a_prev), atol=1e-9)
 
 
 def gaussian_eps(z: torch.Tensor, t: int) -> torch.Tensor:
     """The exact eps of data that is normal with standard deviation 0.3: then the solution of the ODE is known."""
-    a = A[t].item()
+    a = A[t]
     return (1 - a) ** 0.5 * z / (0.09 * a + 1 - a)
 
 
 def test_dpmpp_needs_fewer_steps_than_ddim():
     """On Gaussian data: the error of 10 DPM-Solver++ steps is below that of 10 DDIM steps from the same t."""
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, end = A[999].item(), A[0].item()
+    a, end = A[999], A[0]
     exact = z * ((0.09 * end + 1 - end) / (0.09 * a + 1 - a)) ** 0.5
     grid = [s._replace(a_prev=s.a_prev if s.a_prev < 1 else end) for s in dpmpp_grid(A, 10)]
     errors = [(run(gaussian_eps, z, grid) - exact).norm() for run in (dpmpp, ddim)]
@@ -75,7 +75,7 @@ def test_eta_one_keeps_the_marginal_variance():
     """With x0 = 0 and unit noise, a stochastic step must keep var(x_t) = 1 - a_t."""
     g = torch.Generator().manual_seed(2)
     noise, fresh = torch.randn(2, 400_000, generator=g, dtype=torch.float64)
-    step = Step(500, A[500].item(), A[400].item())
+    step = Step(500, A[500], A[400])
     x = ddim_step((1 - step.a_t) ** 0.5 * noise, noise, step, eta=1.0, noise=fresh)
     assert x.var().item() == pytest.approx(1 - step.a_prev, rel=0.01)
     with pytest.raises(ValueError, match="needs its noise"):

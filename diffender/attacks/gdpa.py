@@ -238,7 +238,7 @@ class GDPA(GradientAttack):
         corners = [torch.tensor([[top, left]] * len(pattern)) for top in line for left in line]
         noise, losses = task.noise("search"), []
         for corner in corners:
-            worse = [paste(task.x, p, corner.to(pattern.device))[0] for p in (torch.full_like(pattern, 0.5), pattern)]
+            worse = [paste(task.x, p, corner)[0] for p in (torch.full_like(pattern, 0.5), pattern)]
             losses.append(torch.minimum(*(task.loss(task.victim(image, noise)).detach() for image in worse)))
         order = torch.stack(losses).argsort(dim=0, stable=True)
         table = torch.stack(corners).to(pattern.device)

@@ -14,7 +14,7 @@ from diffender.noise import generator
 from diffender.ops import resize
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.samplers import Step, ddim
-from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, TRAIN_STEPS, q_sample
 from diffender.utils.errors import InputError
 
 
@@ -52,6 +52,6 @@ class DiffPure:
 
     def grid(self) -> list[Step]:
         """Evenly spaced timesteps from t* down; the last step ends at alphas_cumprod[0]."""
-        table = self.model.alphas_cumprod
+        a = ALPHAS_CUMPROD
         timesteps = torch.linspace(0, self.t_star * TRAIN_STEPS, self.steps + 1).round().long().flip(0).tolist()
-        return [Step(t, table[t].item(), table[p].item()) for t, p in zip(timesteps, timesteps[1:], strict=False)]
+        return [Step(t, a[t], a[p]) for t, p in zip(timesteps, timesteps[1:], strict=False)]

@@ -29,7 +29,7 @@ from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import NAMES, Row, run_rows, share
 from diffender.pipeline import Defended, Undefended
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, predict_x0, q_sample
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
@@ -110,7 +110,7 @@ def figure_1(s: Scene, folder: Path) -> str:
     d, cfg = s.target.defense, s.target.defense.cfg
     model, noise = d.model, s.noise()
     t = noise_timestep(cfg.noise_ratio)
-    a_t = model.alphas_cumprod[t].item()
+    a_t = ALPHAS_CUMPROD[t]
     z_t = q_sample(model.encode(s.made.image, noise.image), noise.draws[:, 0], a_t)
     decoded = {
         name: one_step(model, z_t, t, a_t, context, d.blank)

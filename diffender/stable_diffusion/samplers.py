@@ -6,7 +6,7 @@ given latents at the first step's a_t.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,7 +23,7 @@ class Step(NamedTuple):
     a_prev: float  # and where it ends
 
 
-def ddim_grid(alphas_cumprod: Tensor, steps: int, strength: float = 1.0) -> list[Step]:
+def ddim_grid(alphas_cumprod: Sequence[float], steps: int, strength: float = 1.0) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
     The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models).
@@ -31,15 +31,15 @@ def ddim_grid(alphas_cumprod: Tensor, steps: int, strength: float = 1.0) -> list
     check_steps(steps)
     stride = TRAIN_STEPS // steps
     timesteps = [min(k * stride + 1, TRAIN_STEPS - 1) for k in reversed(range(steps))]
-    grid = [Step(t, alphas_cumprod[t].item(), alphas_cumprod[max(t - stride, 0)].item()) for t in timesteps]
+    grid = [Step(t, alphas_cumprod[t], alphas_cumprod[max(t - stride, 0)]) for t in timesteps]
     return last_steps(grid, strength)
 
 
-def dpmpp_grid(alphas_cumprod: Tensor, steps: int, strength: float = 1.0) -> list[Step]:
+def dpmpp_grid(alphas_cumprod: Sequence[float], steps: int, strength: float = 1.0) -> list[Step]:
     """Evenly spaced from t = 999 to, but without, 0; the last step ends free of noise (a_prev = 1)."""
     check_steps(steps)
     timesteps = [round(k * (TRAIN_STEPS - 1) / steps) for k in reversed(range(1, steps + 1))]
-    a = [alphas_cumprod[t].item() for t in timesteps]
+    a = [alphas_cumprod[t] for t in timesteps]
     return last_steps(list(map(Step, timesteps, a, [*a[1:], 1.0])), strength)
 
 

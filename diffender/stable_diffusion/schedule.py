@@ -1,4 +1,10 @@
-"""The noise schedule (Ho et al. 2020, with Stable Diffusion's "scaled linear" betas), as pure functions of tensors."""
+"""The noise schedule (Ho et al. 2020, with Stable Diffusion's "scaled linear" betas), as pure functions of tensors.
+
+a_t is alphas_cumprod[t]: a number where one timestep holds for all, so that nothing is copied to a device or waited
+for, or a tensor that broadcasts to the latents.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,22 +19,27 @@ def make_alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - betas, dim=0).float()
 
 
+ALPHAS_CUMPROD: tuple[float, ...] = tuple(make_alphas_cumprod().tolist())
+"""The table as numbers."""
+
+
+def sqrt(a: Tensor | float) -> Tensor | float:
+    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+
+
 def q_sample(x0: Tensor, noise: Tensor, a_t: Tensor | float) -> Tensor:
-    """Noise x0 to the level a_t = alphas_cumprod[t]: sqrt(a_t) x0 + sqrt(1 - a_t) noise."""
-    a_t = torch.as_tensor(a_t, dtype=x0.dtype, device=x0.device)
-    return a_t.sqrt() * x0 + (1 - a_t).sqrt() * noise
+    """Noise x0 to the level a_t: sqrt(a_t) x0 + sqrt(1 - a_t) noise."""
+    return sqrt(a_t) * x0 + sqrt(1 - a_t) * noise
 
 
 def predict_x0(x_t: Tensor, eps: Tensor, a_t: Tensor | float) -> Tensor:
     """The one-step estimate of x0 from x_t and the predicted noise; the inverse of `q_sample`."""
-    a_t = torch.as_tensor(a_t, dtype=x_t.dtype, device=x_t.device)
-    return (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    return (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
 
 
 def eps_from_v(x_t: Tensor, v: Tensor, a_t: Tensor | float) -> Tensor:
     """The noise that a v-prediction stands for (Salimans & Ho 2022): v = sqrt(a_t) eps - sqrt(1 - a_t) x0."""
-    a_t = torch.as_tensor(a_t, dtype=x_t.dtype, device=x_t.device)
-    return a_t.sqrt() * v + (1 - a_t).sqrt() * x_t
+    return sqrt(a_t) * v + sqrt(1 - a_t) * x_t
 
 
 def noise_timestep(noise_ratio: float) -> int:
