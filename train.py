@@ -14,19 +14,24 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import EMBEDDED, PAPER, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
+from diffender.config import EMBEDDED, PAPER, Backward, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffender.attacks.expectation import Attacked, Task
     from diffender.classifiers.dataset import Batch
     from diffender.classifiers.imagenet import Classifier
     from diffender.pipeline import Defended
-    from diffender.tuning import Shots, Tuning
+    from diffender.tuning import Tuning, Work
 
 
+HIDING = Backward("evade", evasion=3.0, hide="max")  # of --adaptive
 FEWER = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
 
 
@@ -51,6 +56,7 @@ class Options:
     )
     area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9)
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
+    adaptive_iters: int = option(20, "Steps of AdvP through the defence, of --adaptive.", low=1)
     classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet.")
     classifier_weights: str | None = option(
         None, "Safetensors file of the classifier, in timm's names. None for the embedded one."
@@ -66,19 +72,17 @@ def main() -> None:
     # Imported after the options are known to be good: torch and timm take seconds.
     import torch
 
-    from diffender.attacks import AdvP
     from diffender.attacks.expectation import Task
     from diffender.classifiers.imagenet import load_classifier
     from diffender.evaluation.memory import footprint, keep_or_recompute
-    from diffender.evaluation.workers import own_device, start
+    from diffender.evaluation.workers import add_up, own_device, start
     from diffender.factory import open_model, pick_device, pick_dtype
     from diffender.noise import generator
     from diffender.pipeline import Defended, DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
-    from diffender.tuning import Shots, Tuning
+    from diffender.tuning import Shots, Tuning, Work
     from diffender.utils.errors import InputError
     from diffender.utils.files import place_for
-    from diffender.utils.progress import bar
     from diffender.weights.prompts import save_prompts
 
     started = time.monotonic()
@@ -98,13 +102,8 @@ def main() -> None:
     model, cfg = open_model(opts.model, device), config_of(opts)
     x, y = batch.x.to(device), batch.y.to(device)
 
-    attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
-    with bar(attack.iters, "attacking the photographs", opts.run.quiet or rank > 0) as progress:
-        task = Task(Undefended(classifier), x, y, batch.ids, opts.tuning.seed)
-        attacked = attack(task, callback=lambda _: progress.update())
-    fooled = int((classifier(attacked.image).argmax(dim=1) != y).sum())
-    if rank == 0 and not opts.run.quiet:
-        print(f"{fooled} of {len(y)} attacked photographs fool {opts.classifier}; tuning on {device}")
+    task = Task(Undefended(classifier), x, y, batch.ids, opts.tuning.seed)
+    attacked = attack_alone(opts, task, rank == 0 and not opts.run.quiet)
 
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.tuning.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
@@ -117,7 +116,12 @@ def main() -> None:
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
     tuning = Tuning(prompts, opts.tuning, math.ceil(opts.shots / opts.tuning.batch_size))
-    tune_and_save(opts, Defended(defense, classifier), tuning, every, rank, workers)
+    target = Defended(defense, classifier)
+    attack_anew = partial(attack_through, opts, task._replace(victim=target.under(HIDING)), attacked.state)
+    shots, held_out = torch.arange(len(batch.ids)).tensor_split([opts.shots])
+    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
+    batches = [(rows, len(rows) / n) for rows, n in mine]
+    tune_and_save(opts, target, tuning, Work(every, batches, held_out, attack_anew, add_up), rank == 0)
     if rank > 0:
         return
 
@@ -125,6 +129,33 @@ def main() -> None:
     save_prompts(prompts, path, flat(opts) | asdict(cfg) | told)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
+
+
+def attack_alone(opts: Options, task: Task, speaks: bool) -> Attacked:
+    """The images of the task attacked on the undefended classifier."""
+    from diffender.attacks import AdvP
+    from diffender.utils.progress import bar
+
+    attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
+    with bar(attack.iters, "attacking the photographs", not speaks) as progress:
+        attacked = attack(task, callback=lambda _: progress.update())
+    if speaks:
+        fooled = int((task.victim(attacked.image, None).argmax(dim=1) != task.y).sum())
+        print(f"{fooled} of {len(task.y)} attacked photographs fool {opts.classifier}")
+    return attacked
+
+
+def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
+    """The images of the task (B, 3, S, S) attacked through its victim, from `starts`: states of earlier attacks."""
+    import torch
+
+    from diffender.attacks import AdvP
+
+    attack, images = AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), []
+    for i, image_id in enumerate(task.image_ids):  # one at a time, so that memory stays small
+        one = task._replace(x=task.x[i : i + 1], y=task.y[i : i + 1], image_ids=[image_id])
+        images.append(attack(one, init=starts[i : i + 1]).image)
+    return torch.cat(images)
 
 
 def photographs(opts: Options, classifier: Classifier) -> Batch:
@@ -146,31 +177,25 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
     return batch
 
 
-def tune_and_save(opts: Options, target: Defended, tuning: Tuning, every: Shots, rank: int, workers: int) -> None:
-    """Tune on the first --shots images. Of each batch this process takes every `workers`-th image, from the `rank`-th.
-
-    After each round a file beside --out holds all that the next one needs, so that the same command goes on.
-    """
+def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, first: bool) -> None:
+    """Tune. After each round the first process leaves a file beside --out with all that the next one needs, so that the
+    same command goes on."""
     import torch
 
-    from diffender.evaluation.workers import add_up
     from diffender.factory import command
-    from diffender.tuning import Share, tune
+    from diffender.tuning import tune
     from diffender.utils.files import whole
     from diffender.utils.interruption import patient
     from diffender.utils.progress import TRACKERS, bar
 
     if unfinished(opts).is_file():
         tuning.load_state_dict(read_unfinished(opts))
-    shots, held_out = torch.arange(len(every.ids)).tensor_split([opts.shots])
-    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
-    batches = [Share(every.part(rows), len(rows) / n) for rows, n in mine]
-    speaks = rank == 0 and not opts.run.quiet
-    log = TRACKERS[opts.track if rank == 0 else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
+    speaks = first and not opts.run.quiet
+    log = TRACKERS[opts.track if first else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
-        for terms in tune(target, tuning, batches, every.part(held_out), opts.tuning, add_up):
-            if rank == 0:
+        for terms in tune(target, tuning, work, opts.tuning):
+            if first:
                 with whole(unfinished(opts)) as partial:
                     torch.save(tuning.state_dict() | {"settings": resolved(opts)}, partial)
             if speaks:

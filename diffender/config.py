@@ -100,6 +100,12 @@ class TuningConfig:
     rounds: int = option(50, "Passes over the images (paper: 50).", low=1, group="tuning")
     batch_size: int = option(4, "Images in an optimizer step.", low=1)
     lr: float = option(0.01, "Learning rate of Adam. Falls to zero along a cosine.", low=0)
+    adaptive: int = option(
+        0,
+        "Attack the images anew, through the present prompts, after every so many rounds. Earlier ones stay. 0: never "
+        "(paper).",
+        low=0,
+    )
     printed_eq4: bool = option(False, "Use Eq. 4 as printed, without its negative term.")
     without: str = option(
         "none", "Term of Eq. 7 to leave out, as in Table 2.", choices=("none", "mask", "l1", "feature")

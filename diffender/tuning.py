@@ -44,8 +44,18 @@ class Share(NamedTuple):
     share: float  # of the batch's images
 
 
+class Work(NamedTuple):
+    """What a tuning works on, of all images by their indices."""
+
+    every: Shots
+    batches: Sequence[tuple[Tensor, float]]  # of this process: images, and their share of the batch
+    held_out: Tensor  # images that the prompts are not tuned on
+    attack: Callable[[], Tensor]  # all images attacked through the target's prompts, (B, 3, S, S)
+    all_reduce: Callable[..., None] = lambda *tensors: None  # adds up each tensor over all processes, in place
+
+
 class Tuning:
-    """All that a round changes: the prompts, their optimizer and schedule, and the best round so far."""
+    """All that a round changes: the prompts, their optimizer and schedule, the best round so far, and new attacks."""
 
     def __init__(self, prompts: PromptPair, cfg: TuningConfig, batches: int):
         self.prompts = prompts
@@ -54,42 +64,66 @@ class Tuning:
         self.rounds = 0  # done
         self.best: dict[str, float] = {}  # its terms
         self.kept: dict[str, Tensor] = {}  # its prompts
+        self.attacked: list[Tensor] = []  # all images as attacked anew, uint8 (B, 3, S, S), oldest first
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in ("prompts", "optimizer", "schedule")}
-        return parts | {"rounds": self.rounds, "best": self.best, "kept": self.kept}
+        return parts | {name: getattr(self, name) for name in ("rounds", "best", "kept", "attacked")}
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("prompts", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.rounds, self.best, self.kept = state["rounds"], state["best"], state["kept"]
+        self.attacked = state["attacked"]
 
 
-def tune(
-    target: Defended,
-    tuning: Tuning,
-    batches: Sequence[Share],
-    held_out: Shots,
-    cfg: TuningConfig,
-    all_reduce: Callable[..., None] = lambda *tensors: None,
-) -> Iterator[dict[str, float]]:
+def tune(target: Defended, tuning: Tuning, work: Work, cfg: TuningConfig) -> Iterator[dict[str, float]]:
     """Run the rounds that are left; yields the mean terms of each. At the end the prompts are those of the best round.
 
-    A round is the best if its masks fit `held_out` best, or if it is the last and nothing is held out.
-    `all_reduce(*tensors)` adds up each tensor over all processes, in place.
+    A round is the best if its masks fit the images held out best, or if it is the last and nothing is held out. With
+    cfg.adaptive all images are attacked anew after some rounds, and only these rounds are compared, each under the
+    attack that knows its prompts.
     """
-    empty = ours(target).contexts.empty
+    empty, every, held_out = ours(target).contexts.empty, work.every, work.held_out
+    versions = [every, *(attacked_anew(target, every, images) for images in tuning.attacked)]
     while tuning.rounds < cfg.rounds:
-        steps = [step(target, tuning, batch, empty, cfg, all_reduce) for batch in batches]
+        batches = [Share(mixed(versions, rows, tuning.rounds), share) for rows, share in work.batches]
+        steps = [step(target, tuning, batch, empty, cfg, work.all_reduce) for batch in batches]
         terms = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-        if held_out.ids:
-            terms["held_out_iou"] = mask_fit(target, tuning.prompts, held_out, empty, cfg.seed)
-        if not tuning.best or terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", 0):
+        anew = cfg.adaptive > 0 and (tuning.rounds + 1) % cfg.adaptive == 0
+        if anew:
+            ours(target).contexts = tuning.prompts(ours(target).model, empty).detach()
+            tuning.attacked.append((work.attack() * 255).round().byte())
+            versions.append(attacked_anew(target, every, tuning.attacked[-1]))
+        if len(held_out) and (anew or cfg.adaptive == 0):
+            found = versions[-1].part(held_out)
+            terms["held_out_iou"] = mask_fit(target, tuning.prompts, found, empty, cfg.seed)
+        compared = "held_out_iou" in terms or not len(held_out)
+        better = terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", 0)
+        if not tuning.best or (compared and better):
             tuning.best = terms
             tuning.kept = {name: value.clone() for name, value in tuning.prompts.state_dict().items()}
         tuning.rounds += 1
         yield terms
     tuning.prompts.load_state_dict(tuning.kept)
+
+
+def attacked_anew(target: Defended, every: Shots, images: Tensor) -> Shots:
+    """The shots with other attacked images, uint8 (B, 3, S, S), at the same places."""
+    attacked = images.to(every.clean) / 255
+    return every._replace(attacked=attacked, posterior=ours(target).posterior(attacked))
+
+
+def mixed(versions: Sequence[Shots], rows: Tensor, rounds: int) -> Shots:
+    """These images, each in another version from round to round."""
+    if len(versions) == 1:
+        return versions[0].part(rows)
+    parts = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]
+    ids, clean, attacked, mask, posteriors, features = zip(*parts, strict=True)
+    posterior = Posterior(*map(torch.cat, zip(*posteriors, strict=True)))
+    maps = [torch.cat(layer) for layer in zip(*features, strict=True)]
+    images = torch.cat(clean), torch.cat(attacked), torch.cat(mask)
+    return Shots([i for part in ids for i in part], *images, posterior, maps)
 
 
 def ours(target: Defended) -> DIFFender:

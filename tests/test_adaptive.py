@@ -31,6 +31,8 @@ from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
 from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
 from diffender.report.tables import markdown, trust_table
+from diffender.stable_diffusion.vae import Posterior
+from diffender.tuning import Shots, mixed
 from diffender.utils.errors import InputError
 from diffender.utils.images import load_png
 from diffender.weights.prompts import contexts_for
@@ -471,3 +473,21 @@ def test_masks_of_attack_and_control_agree(photos):
     assert torch.equal(grey.mask, masks_for(task, "patch", 0.05))
     half = torch.full_like(photos[:2], 0.5)
     assert torch.allclose(grey.image, to_8bit(apply_patch(to_8bit(photos[:2]), half, grey.mask)), atol=1e-3)
+
+
+# Tuning on images that are attacked anew
+
+
+def test_versions_take_turns():
+    """Each image is in another version from round to round, and every version comes up equally often."""
+    ids, mask = ["a", "b", "c"], torch.ones(3, 1, 8, 8)
+    clean = torch.rand(3, 3, 8, 8)
+    shots = [
+        Shots(ids, clean, torch.full((3, 3, 8, 8), v / 4), mask, Posterior(mask + v, mask), [mask]) for v in range(2)
+    ]
+    rows = torch.tensor([2, 0])
+    seen = [mixed(shots, rows, r) for r in range(4)]
+    assert all(s.ids == ["c", "a"] and torch.equal(s.clean, clean[rows]) for s in seen)
+    assert [[round(4 * v) for v in s.attacked[:, 0, 0, 0].tolist()] for s in seen] == [[0, 0], [1, 1], [0, 0], [1, 1]]
+    assert all(torch.equal(s.posterior.mean[:, 0, 0, 0], 1 + 4 * s.attacked[:, 0, 0, 0]) for s in seen)
+    assert torch.equal(mixed(shots[:1], rows, 5).attacked, shots[0].attacked[rows])

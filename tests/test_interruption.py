@@ -119,8 +119,9 @@ def test_a_second_ctrl_c_does_not_wait():
         may_stop()
 
 
-def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd):
-    small = ["--shots", "2", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1"]
+@pytest.mark.parametrize("more", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
+def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd, more):
+    small = ["--shots", "2", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1", *more]
     monkeypatch.chdir(tmp_path)
 
     def tune(name, *more):

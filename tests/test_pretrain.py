@@ -22,7 +22,7 @@ from diffender.pretrain.corpus import (
     random_region,
     training_sample,
 )
-from diffender.pretrain.locating import hide, location_loss, score
+from diffender.pretrain.locating import Asked, hide, location_loss, score
 from diffender.pretrain.making import early, early_layers
 from diffender.stable_diffusion.text import tokenizer
 from diffender.utils import options as cli
@@ -91,13 +91,13 @@ def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, ph
     region[..., 8:16, 8:16] = 1
     z_0 = model.encode(x, torch.zeros(2, 4, 28, 28))
     words = model.text.tokenize(["adversarial", ""])
-    contexts, blank = model.text(model.text.embed(words)), model.blank_conditioning((224, 224))
+    asked = Asked(model.text(model.text.embed(words)), model.blank_conditioning((224, 224)))
 
     def loss(region, steps=0):
-        return location_loss(model, z_0, region, contexts, blank, steps, torch.Generator().manual_seed(1))
+        return location_loss(model, z_0, region, asked, steps, torch.Generator().manual_seed(1))
 
     assert loss(region) < loss(region.roll((12, 12), dims=(2, 3)))
-    at = torch.randn(z_0.shape, generator=g), torch.tensor([200, 300]), contexts, blank
+    at = torch.randn(z_0.shape, generator=g), torch.tensor([200, 300]), asked
     hidden = hide(model, z_0, region, at, 8, g)
     seen, before = score(model, hidden, *at), score(model, z_0, *at)
     assert (evasion(seen, region, 1.0) < evasion(before, region, 1.0)).all()

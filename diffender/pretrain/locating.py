@@ -4,6 +4,8 @@ A model of this size, trained on captions alone, sees pastes dimly; the few shot
 Hiding is self-adversarial training (as of the segmenter in SAC, Liu et al. 2022): no classifier takes part.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Generator, Tensor
 
@@ -18,25 +20,28 @@ LOWER = 1.0  # what a whole region hides under; its highest latent hides under t
 STRIDES = (0.15, 0.5)  # of a step that hides, in standard deviations of latents
 
 
-def score(model: LatentDiffusion, z_0: Tensor, noise: Tensor, t: Tensor, contexts: Tensor, blank: Tensor) -> Tensor:
-    """The z-scores (B, 1, h, w) of the difference between the predictions with two contexts (2, L, D), as Eq. 2 of one
-    draw; t (B,) timesteps."""
+class Asked(NamedTuple):
+    """What the UNet is asked with, twice."""
+
+    contexts: Tensor  # (2, L, D): of the prompt, and of the empty one
+    blank: Tensor  # (1, 5, h, w): everything is masked
+
+
+def score(model: LatentDiffusion, z_0: Tensor, noise: Tensor, t: Tensor, asked: Asked) -> Tensor:
+    """The z-scores (B, 1, h, w) of the difference between the predictions with both contexts, as Eq. 2 of one draw; t
+    (B,) timesteps."""
     a_t = model.alphas_cumprod[t][:, None, None, None]
     z_t = q_sample(z_0, noise, a_t)
     b = len(z_0)
     with torch.autocast(z_0.device.type, torch.bfloat16):
-        eps = model(model.unet, z_t, t, contexts.expand(b, -1, -1, -1), blank.expand(b, -1, -1, -1)).float()
+        contexts, blank = (told.expand(b, -1, -1, -1) for told in asked)
+        eps = model(model.unet, z_t, t, contexts, blank).float()
     x_0 = [predict_x0(z_t, eps[:, i], a_t) for i in range(2)]
     return standardize((x_0[0] - x_0[1]).abs().mean(dim=1, keepdim=True))
 
 
 def hide(
-    model: LatentDiffusion,
-    z_0: Tensor,
-    region: Tensor,
-    at: tuple[Tensor, Tensor, Tensor, Tensor],
-    steps: int,
-    g: Generator,
+    model: LatentDiffusion, z_0: Tensor, region: Tensor, at: tuple[Tensor, Tensor, Asked], steps: int, g: Generator
 ) -> Tensor:
     """Latents whose region has moved by signed steps that lower its score; `at` is the rest of `score`'s arguments."""
     low, high = STRIDES
@@ -52,7 +57,7 @@ def hide(
 
 
 def location_loss(
-    model: LatentDiffusion, z_0: Tensor, region: Tensor, contexts: Tensor, blank: Tensor, steps: int, g: Generator
+    model: LatentDiffusion, z_0: Tensor, region: Tensor, asked: Asked, steps: int, g: Generator
 ) -> Tensor:
     """Eq. 4 of latents (B, 4, h, w) with pasted regions (B, 1, h, w) in [0, 1], some empty, at random noise levels.
 
@@ -64,7 +69,7 @@ def location_loss(
     hides = (torch.rand(b, generator=g, device=g.device) < 0.5) & region.flatten(1).any(dim=1)
     if steps and hides.any():
         n = int(torch.randint(1, steps + 1, (), generator=g, device=g.device))
-        at = noise[hides], t[hides], contexts.detach(), blank
+        at = noise[hides], t[hides], asked._replace(contexts=asked.contexts.detach())
         z_0 = z_0.clone()
         z_0[hides] = hide(model, z_0[hides], region[hides].round(), at, n, g)
-    return mask_cross_entropy(score(model, z_0, noise, t, contexts, blank) - THETA, region)
+    return mask_cross_entropy(score(model, z_0, noise, t, asked) - THETA, region)

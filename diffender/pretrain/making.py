@@ -18,7 +18,7 @@ from diffender.config import EMBEDDED, DIFFenderConfig
 from diffender.losses import feature_distance
 from diffender.pipeline import DIFFender
 from diffender.pretrain.corpus import Crops, PackedTokens, Photos, Samples, batches, load_photos, pack
-from diffender.pretrain.locating import location_loss
+from diffender.pretrain.locating import Asked, location_loss
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import MANUAL, manual_contexts
 from diffender.restore import composite
@@ -268,7 +268,7 @@ def train_unet(args: argparse.Namespace) -> None:
             half = len(z0) // 2
             pair = model.text(model.text.embed(torch.cat([prompt, empty])))
             region = batch["region"][:half].float()
-            terms["mask"] = location_loss(model, z0[:half], region, pair, blank, args.hiding, g)
+            terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), args.hiding, g)
             loss = loss + args.locate * terms["mask"]
         trainer.update(loss, **terms)
     averaged = trainer.ema.module
