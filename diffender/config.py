@@ -199,3 +199,9 @@ class TargetOptions:
     classifier_weights: str | None = option(
         None, "Safetensors file of the classifier, in timm's names. None for the embedded ones."
     )
+    classes: int | None = option(
+        None,
+        "Number of classes of a classifier of your own. --data is then a folder with a folder for each class, which "
+        "count in the order of their names, or a csv with labels from 0.",
+        low=2,
+    )

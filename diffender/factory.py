@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffender.classifiers.dataset import Item, list_items
+from diffender.classifiers.dataset import Item, list_items, own_classes, own_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
 from diffender.config import DefenseOptions, DIFFenderConfig, ModelOptions, TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
@@ -66,14 +66,17 @@ def open_classifier(opts: TargetOptions) -> Classifier:
     """The classifier that the flags ask for; a recogniser of faces takes its gallery from --data."""
     if opts.classifier in RECOGNIZERS:
         return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
-    return load_classifier(opts.classifier, opts.classifier_weights)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes)
+    if opts.classes is not None:
+        classifier.names = own_classes(opts.data, opts.classes)
+    return classifier
 
 
 def open_items(opts: TargetOptions) -> list[Item]:
-    """The images that --data names; of faces, the probes."""
+    """The images that --data names; of faces, the probes. Raises InputError where they do not fit --classes."""
     if opts.classifier in RECOGNIZERS:
         return split_faces(list_faces(opts.data), opts.fold).probes
-    return list_items(opts.data)
+    return list_items(opts.data) if opts.classes is None else own_items(opts.data, opts.classes)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,14 +1,20 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
 import json
+import sys
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import diffender
+import evaluate
 from diffender.own import AnyModel, digest
+from diffender.utils import options as cli
 from diffender.utils.errors import InputError
+from diffender.utils.images import save_png
 
 FAST = {"iters": 3, "iters_undefended": 20, "curves": "off", "verdicts": 3}
 TEN = [f"class {i}" for i in range(10)]
@@ -114,3 +120,34 @@ def test_wrong_input_is_one_clear_line(images):
 def test_a_digest_tells_values_apart():
     a = torch.arange(6.0)
     assert digest([a]) == digest([a.clone()]) != digest([a + 1])
+
+
+def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
+    """A folder for each class, a network with so many outputs: attacked from the command line, with their names."""
+    net = timm.create_model("efficientnet_lite0", num_classes=2)
+    net.classifier.bias.data[0] = 100.0  # it sees cats everywhere
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    for name, photo in zip(("cats", "dogs"), photos, strict=False):
+        save_png(photo, tmp_path / "pets" / name / "a.png")
+    common = ["--data", "pets", "--classifier", "efficientnet_lite0", "--classes", "2"]
+    weights = ["--classifier-weights", "net.safetensors"]
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+        with pytest.raises(SystemExit) as e:
+            cli.run(evaluate.main)
+        return e.value.code, capfd.readouterr().err
+
+    code, error = run(*common, *weights, "--preset", "smoke", "--attack", "none", "--trust", "off", "--name", "own")
+    assert code == 0, error
+    assert json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))["names"] == ["cats", "dogs"]
+    code, error = run(*common)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "2 classes of your own need --classifier-weights" in error
+    code, error = run(*common, *weights, "--classes", "3")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "pets has 2 folders (cats, dogs); --classes 3 wants one for each class" in error
+    (tmp_path / "labels.csv").write_text("file,label\npets/cats/a.png,2\n")
+    code, error = run("--data", "labels.csv", "--classes", "2", *weights)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "label '2'; with --classes 2 they are 0 to 1" in error

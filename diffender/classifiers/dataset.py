@@ -154,9 +154,46 @@ def folder_items(root: Path) -> list[Item]:
     wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in files]
     unknown = sorted(set(wnids) - set(rank))
     if unknown:
-        raise InputError(f"{root} has images under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}")
+        raise InputError(
+            f"{root} has images under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}; for your own "
+            "classes give --classes and --classifier-weights"
+        )
     ids = [str(p.relative_to(root).with_suffix("")) for p in files]
     return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, files, wnids, strict=True)]
+
+
+def own_items(data: str, classes: int) -> list[Item]:
+    """Images of classes that are not ImageNet's: a folder for each class, as torchvision's ImageFolder takes them, or a
+    csv. Raises InputError unless there are `classes` of them."""
+    path = Path(data).expanduser()
+    if path.is_file() and path.suffix == ".csv":
+        rows = [(path.parent / row["file"], row["label"].strip()) for row in read_csv(path, "file", "label")]
+        if wrong := next((label for _, label in rows if not (label.isdecimal() and int(label) < classes)), None):
+            raise InputError(f"{path} has the label {wrong!r}; with --classes {classes} they are 0 to {classes - 1}")
+        items = [Item(str(file.relative_to(path.parent).with_suffix("")), file, int(label)) for file, label in rows]
+    else:
+        folders = own_classes(data, classes)
+        files = [(file, i) for i, name in enumerate(folders) for file in sorted((path / name).rglob("*"))]
+        images = [(file, i) for file, i in files if file.suffix.lower() in SUFFIXES]
+        items = [Item(str(file.relative_to(path).with_suffix("")), file, i) for file, i in images]
+    if not items:
+        raise InputError(f"no images in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+    return items
+
+
+def own_classes(data: str, classes: int) -> list[str]:
+    """The names of the classes: those of the folders in `data`, in order; of a csv, numbers."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return [str(i) for i in range(classes)]
+    if not path.is_dir():
+        raise InputError(f"no folder at {data!r}; --classes wants one with a folder for each class, or a csv")
+    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    if len(names) != classes:
+        raise InputError(
+            f"{data} has {len(names)} folders ({', '.join(names[:5])}); --classes {classes} wants one for each class"
+        )
+    return names
 
 
 def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:

@@ -129,10 +129,11 @@ def channels_last(y: Tensor) -> bool:
     return y.shape[1] == y.shape[2] != y.shape[3]
 
 
-def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
+def load_classifier(name: str, weights: str | Path | None = None, classes: int | None = None) -> Classifier:
     """A classifier of `CLASSIFIERS` with real weights: those of its package, or a safetensors file in timm's names.
 
-    Raises InputError where the name is unknown or there are no weights to be had.
+    `classes` is their number where it is not ImageNet's. Raises InputError where the name is unknown or there are no
+    weights to be had.
     """
     import timm
 
@@ -143,7 +144,12 @@ def load_classifier(name: str, weights: str | Path | None = None) -> Classifier:
             f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}, or timm:TAG with a name of timm"
             f"{nearest(name, CLASSIFIERS)}"
         )
-    net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag)
+    if classes is not None and weights is None:
+        raise InputError(
+            f"{classes} classes of your own need --classifier-weights, the file of a network trained on them"
+        )
+    own = {} if classes is None else {"num_classes": classes}
+    net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)
     if weights is not None:
