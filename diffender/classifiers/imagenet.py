@@ -9,6 +9,7 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ def load_classifier(name: str, weights: str | Path | None = None, classes: int |
         raise InputError(
             f"{classes} classes of your own need --classifier-weights, the file of a network trained on them"
         )
-    own = {} if classes is None else {"num_classes": classes}
+    own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)
