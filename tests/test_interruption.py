@@ -23,7 +23,7 @@ from tests.test_scripts import SMALL, here
 FORKING = """if True:
     import os, signal, sys, time
     sys.path.insert(0, sys.argv[1])
-    import evaluate, timm, diffender.experiment
+    import evaluate, timm, diffender.evaluation.run
     from diffender.utils import options as cli
     for line in sys.stdin:
         delay, *args = line.split()
