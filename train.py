@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from diffender.tuning import Tuning, Work
 
 
-HIDING = Backward("evade", evasion=3.0, hide="max")  # of --adaptive
+HIDING = Backward("evade")  # of --adaptive
 FEWER = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
 
 

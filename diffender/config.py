@@ -78,10 +78,10 @@ class Backward:
     ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
     surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)
-    evasion: float = option(1.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
+    evasion: float = option(3.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
     hide: str = option(
-        "mean",
-        "What full+loc and evade hide: the mean over the patch of what exceeds theta, or its highest latent (max).",
+        "max",
+        "What full+loc and evade hide: the patch's highest latent, or the mean over it of what exceeds theta (mean).",
         choices=("mean", "max"),
     )
     decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc and evade.", low=0)

@@ -126,7 +126,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --attack rhde --iters-undefended 9", "--iters-undefended 9 is read by advp, lavan, gdpa"),
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
-    ("evaluate --hide max", "--hide is read by --grad full+loc and evade alone"),
+    ("evaluate --hide mean", "--hide is read by --grad full+loc and evade alone"),
     ("evaluate --images-full 3", "--images-full is read by --grad surrogate, full, full+loc alone"),
     ("evaluate --attack gdpa --generator {bad}/other.safetensors", "--generator is read by --gdpa-mode amortised"),
     ("evaluate --defense jpeg --theta 3", "--theta is read by --defense diffender alone"),

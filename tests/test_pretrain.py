@@ -126,7 +126,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     assert first.unet.cfg.prediction == "v"
     assert read_header(out / "tiny.safetensors")["training"]["steps"] == 1
     capsys.readouterr()
-    stage(monkeypatch, "unet", *common, "--steps", "2", "--samples", "16")
+    stage(monkeypatch, "unet", *common, "--steps", "5", "--samples", "16")
     assert "resuming" in capsys.readouterr().out
     second = load_model("auto", out / "tiny.safetensors")
     assert not torch.equal(first.unet.out[2].weight, second.unet.out[2].weight)
