@@ -32,10 +32,10 @@ from diffender.utils.files import read_header, save_atomic
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
-# The second generation: the VAE's outer layers take squares of 2x2 pixels, and the UNet is narrow where it is large.
+# The second generation: the VAE's outer layers take squares of 2x2 pixels, those of the UNet squares of 2x2 latents.
 SECOND = replace(
     PRESETS["tiny"],
-    unet=replace(PRESETS["tiny"].unet, model_channels=32, channel_mult=(1, 2, 6)),
+    unet=replace(PRESETS["tiny"].unet, model_channels=96, channel_mult=(1, 2), attention_levels=(0,), patch=2),
     vae=replace(PRESETS["tiny"].vae, ch_mult=(1, 2, 4), patch=2),
 )
 EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss

@@ -15,12 +15,12 @@ SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of the time that is left w
 ON_A_GPU = {
     "vae": {"batch": 64, "crop": 128, "lr": 1e-3, "ema": 0.999},
     "decoder": {"batch": 16, "crop": 224, "lr": 5e-4, "ema": 0.999},
-    "unet": {"batch": 256, "lr": 1e-3, "ema": 0.999},
+    "unet": {"batch": 256, "lr": 1e-3, "ema": 0.999, "locate": 1.0, "hiding": 4},
 }
 ON_A_CPU = {  # to rehearse: the smallest sizes
     "vae": {"batch": 4, "crop": 64},
     "decoder": {"batch": 1, "crop": 224},
-    "unet": {"batch": 4, "reuse": 2},
+    "unet": {"batch": 4, "reuse": 2, "locate": 1.0, "hiding": 1},
 }
 LAST = 30  # seconds kept for the files at the end
 
