@@ -252,7 +252,7 @@ def test_localisation_losses_by_hand():
 def test_hiding_loss_hides(target, attacked, mode):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
-    victim = Defended(target.defense, target.classifier, Backward(mode, evasion=100.0))
+    victim = Defended(target.defense, target.classifier, Backward(mode, evasion=100.0, hide="mean"))
     made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image[:1], y[:1], ["a"], 0), init=out.state[:1])
     assert made.trace[0, -1] < made.trace[0, 0]
 
