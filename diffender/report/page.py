@@ -164,7 +164,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
         seen = found["defended"]
         restored = answer(seen[0], sure)
         told = {"attacked": answer(found["undefended"], alone), "restored": restored}
-        files = {s: f for s, f in stage_files(folder, record, variant).items() if variant or s != "clean"}
+        files = stage_files(folder, record, variant)
         shown = [figure(s, f, folder, told.get(s)) for s, f in files.items() if s != "clean"]
         before = "attacked" if variant else "clean"
         verdict = restored._replace(agree=seen.count(seen[0]), votes=len(seen))
