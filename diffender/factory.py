@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffender.classifiers.dataset import Item, list_items, own_classes, own_items
+from diffender.classifiers.dataset import Item, list_items, own_classes
 from diffender.classifiers.imagenet import Classifier, load_classifier
 from diffender.config import DefenseOptions, DIFFenderConfig, ModelOptions, TargetOptions
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, split_faces
@@ -76,7 +76,7 @@ def open_items(opts: TargetOptions) -> list[Item]:
     """The images that --data names; of faces, the probes. Raises InputError where they do not fit --classes."""
     if opts.classifier in RECOGNIZERS:
         return split_faces(list_faces(opts.data), opts.fold).probes
-    return list_items(opts.data) if opts.classes is None else own_items(opts.data, opts.classes)
+    return list_items(opts.data, opts.classes)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

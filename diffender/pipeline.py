@@ -183,14 +183,12 @@ class Defended(nn.Module):
             return logits, logits.new_zeros(len(x))
         assert isinstance(self.defense, DIFFender) and isinstance(noise, Noise)  # no other defence has these modes
         if b.mode == "evade":
-            found = self.defense.localize(x, noise, b)
-            logits, heatmap, z_score = self.classifier(x), found.heatmap, found.z_score
+            out = Purified(x, *self.defense.localize(x, noise, b))
         else:
             out = self.defense(x, noise, b)
-            logits, heatmap, z_score = self.classifier(out.image), out.heatmap, out.z_score
-        assert z_score is not None and heatmap is not None
-        hide = EVASIONS[b.hide](z_score, patch, self.defense.cfg.theta)
-        return logits, b.evasion * hide + b.decoy * decoy(heatmap)
+        assert out.z_score is not None and out.heatmap is not None
+        hide = EVASIONS[b.hide](out.z_score, patch, self.defense.cfg.theta)
+        return self.classifier(out.image), b.evasion * hide + b.decoy * decoy(out.heatmap)
 
 
 class WithFreshNoise(nn.Module):

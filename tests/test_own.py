@@ -150,4 +150,4 @@ def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
     (tmp_path / "labels.csv").write_text("file,label\npets/cats/a.png,2\n")
     code, error = run("--data", "labels.csv", "--classes", "2", *weights)
     assert (code, len(error.splitlines())) == (2, 1)
-    assert "label '2'; with --classes 2 they are 0 to 1" in error
+    assert "line 2: label '2'; labels are 0 to 1" in error

@@ -38,19 +38,23 @@ class Batch(NamedTuple):
     hashes: list[str]  # of the files, so that two uses of an image can be told
 
 
-def list_items(data: str) -> list[Item]:
+def list_items(data: str, classes: int | None = None) -> list[Item]:
     """The images of `data`.
 
     samples             the photographs of foolbox
     a folder            of a folder for each wnid; or ImageNet's validation images in one folder, with
                         LOC_val_solution.csv or the development kit's ground truth in it or in a folder above
     a csv file          with the columns file and label, which is a 0-based class index or a wnid
+
+    With `classes`, their number where they are not ImageNet's: a folder with a folder for each, or a csv of indices.
     """
-    if data == "samples":
+    if data == "samples" and classes is None:
         return sample_items()
     path = Path(data).expanduser()
     if path.is_file() and path.suffix == ".csv":
-        items = csv_items(path)
+        items = csv_items(path, classes)
+    elif classes is not None:
+        items = own_items(path, classes)
     elif path.is_dir():
         items = validation_items(path) or folder_items(path)
     else:
@@ -71,17 +75,16 @@ def sample_items() -> list[Item]:
     return [Item(p.stem, p, int(p.stem.split("_")[2])) for p in paths]
 
 
-def csv_items(table: Path) -> list[Item]:
-    items = []
+def csv_items(table: Path, classes: int | None) -> list[Item]:
+    wnids, items = ranks() if classes is None else {}, []
+    allowed = "class indices from 0 to 999, or ImageNet-1k wnids" if classes is None else f"0 to {classes - 1}"
     for number, row in enumerate(read_csv(table, "file", "label"), start=2):
         if not row["file"]:
             raise InputError(f"{table}, line {number}: no file")
         label = (row["label"] or "").strip()
-        if label not in ranks() and not (label.isdecimal() and int(label) <= 999):
-            raise InputError(
-                f"{table}, line {number}: label {label!r}; labels are class indices from 0 to 999, or ImageNet-1k wnids"
-            )
-        rank = ranks()[label] if label in ranks() else int(label)
+        if label not in wnids and not (label.isdecimal() and int(label) < (classes or 1000)):
+            raise InputError(f"{table}, line {number}: label {label!r}; labels are {allowed}")
+        rank = wnids[label] if label in wnids else int(label)
         items.append(Item(str(Path(row["file"]).with_suffix("")), table.parent / row["file"], rank))
     return items
 
@@ -162,23 +165,11 @@ def folder_items(root: Path) -> list[Item]:
     return [Item(i, p, rank[wnid]) for i, p, wnid in zip(ids, files, wnids, strict=True)]
 
 
-def own_items(data: str, classes: int) -> list[Item]:
-    """Images of classes that are not ImageNet's: a folder for each class, as torchvision's ImageFolder takes them, or a
-    csv. Raises InputError unless there are `classes` of them."""
-    path = Path(data).expanduser()
-    if path.is_file() and path.suffix == ".csv":
-        rows = [(path.parent / row["file"], row["label"].strip()) for row in read_csv(path, "file", "label")]
-        if wrong := next((label for _, label in rows if not (label.isdecimal() and int(label) < classes)), None):
-            raise InputError(f"{path} has the label {wrong!r}; with --classes {classes} they are 0 to {classes - 1}")
-        items = [Item(str(file.relative_to(path.parent).with_suffix("")), file, int(label)) for file, label in rows]
-    else:
-        folders = own_classes(data, classes)
-        files = [(file, i) for i, name in enumerate(folders) for file in sorted((path / name).rglob("*"))]
-        images = [(file, i) for file, i in files if file.suffix.lower() in SUFFIXES]
-        items = [Item(str(file.relative_to(path).with_suffix("")), file, i) for file, i in images]
-    if not items:
-        raise InputError(f"no images in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
-    return items
+def own_items(root: Path, classes: int) -> list[Item]:
+    """root/<class>/**: a folder for each class, as torchvision's ImageFolder takes them; classes in order of names."""
+    files = [(f, i) for i, name in enumerate(own_classes(str(root), classes)) for f in sorted((root / name).rglob("*"))]
+    images = [(f, i) for f, i in files if f.suffix.lower() in SUFFIXES]
+    return [Item(str(f.relative_to(root).with_suffix("")), f, i) for f, i in images]
 
 
 def own_classes(data: str, classes: int) -> list[str]:
