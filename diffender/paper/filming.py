@@ -90,7 +90,7 @@ def film(e: Experiment, batch: Batch) -> None:
 def judge_photographs(e: Experiment) -> list[str]:
     """A record for each photograph of the csv that is not done; returns their names."""
     path = Path(e.opts.target.data)
-    items = csv_items(path)
+    items = csv_items(path, e.opts.target.classes)
     rows = read_csv(path, "file", "label", "configuration")
     done = {r["id"] for r in read_records(e.folder)}
     for i in bar(mine(e.opts, len(items)), "photographs", e.opts.run.quiet):
