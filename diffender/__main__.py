@@ -7,7 +7,7 @@ from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import run
 
 COMMANDS = {
-    "defend": ("diffender.defend", "defend your own images"),
+    "defend": ("diffender.photographs", "defend your own images"),
     "weights": ("diffender.weights.__main__", "fetch, convert or inspect checkpoints"),
     "report": ("diffender.report.__main__", "compare runs, write their pages, fill tables into documents"),
     "ablate": ("diffender.paper.ablate", "study the parts of the defence"),

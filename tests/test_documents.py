@@ -39,7 +39,7 @@ SMALLEST = {
     "diffender.paper.ablate": "--images 1 --iters 2 --draws 1 --steps 1",
     "universal": "--images 2 --updates 1 --width 2 --batch-size 2",
     "gdpa": "--images 2 --updates 1 --width 2 --batch-size 2",
-    "diffender.defend": "--draws 1 --steps 1",
+    "diffender.photographs": "--draws 1 --steps 1",
     "diffender.evaluation.certify": "--images 1 --masks 2",
     "jedi": "--images 2 --epochs 1 --out jedi.safetensors",
 }
@@ -73,7 +73,7 @@ def program(command):
 
 def test_there_are_commands():
     assert len(PYTHON) > 40
-    assert {"evaluate.py", "train.py", "diffender.defend", "diffender.report.__main__"} <= {
+    assert {"evaluate.py", "train.py", "diffender.photographs", "diffender.report.__main__"} <= {
         program(c)[0] for c in PYTHON
     }
 

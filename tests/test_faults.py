@@ -18,9 +18,9 @@ from tests.conftest import ROOT
 ENGINE = """if True:
     import builtins, errno, io, os, sys
     sys.path.insert(0, sys.argv[1])
-    import timm, evaluate, diffender.evaluation.run, diffender.report.folder, diffender.defend
+    import timm, evaluate, diffender.evaluation.run, diffender.report.folder, diffender.photographs
     from diffender.utils import options as cli
-    MAIN = {"evaluate.py": evaluate.main, "defend": diffender.defend.main}
+    MAIN = {"evaluate.py": evaluate.main, "defend": diffender.photographs.main}
     here, calls, plan = os.getcwd(), [], ["none", 0]
 
     def event(path):

@@ -1,14 +1,14 @@
 """Defend your own images.
 
-    python -m diffender.defend photo.jpg folder/ --out cleaned
-    python -m diffender.defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
+    python -m diffender defend photo.jpg folder/ --out cleaned
+    python -m diffender defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
 
 For every image NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
 a line in per_image.jsonl. The model works at its own resolution and keeps the image's proportions; pixels outside the
 mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
 stops after the image in hand, and the same command goes on. In Python:
 
-    from diffender.defend import Defender
+    from diffender.photographs import Defender
     found = Defender()(Image.open("photo.jpg"))
     found.restored.save("clean.png")
 """

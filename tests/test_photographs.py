@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageChops
 
 from diffender.classifiers.dataset import open_image, sample_items
-from diffender.defend import Defender, find_images, main, working_size
+from diffender.photographs import Defender, find_images, main, working_size
 from diffender.stable_diffusion.model import PRESETS
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
