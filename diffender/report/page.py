@@ -43,7 +43,7 @@ class Answer(NamedTuple):
     """What the classifier said of one image."""
 
     name: str  # of the class
-    right: bool
+    right: bool | None  # None where nobody knows
     confidence: float | None = None
     agree: int = 1  # purifications with this answer
     votes: int = 1  # purifications in all
@@ -175,7 +175,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
     rows = [row("no patch", record), *(row(name, a, name) for name, a in record["attacks"].items())]
     return {
         "id": record["id"],
-        "label": names[label].split(",")[0],
+        "label": f"is {names[label].split(',')[0]}",
         "states": states(record),
         "clean": [figure("clean", photograph, folder, answer(record["undefended"], clean))] if photograph else [],
         "rows": rows,
@@ -200,19 +200,38 @@ def harm(record: dict) -> float:
 
 
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
-    """The whole document; `folder` holds the images of the stages."""
-    found = [states(r) for r in records]
-    counts = {"every": len(records)} | {k: sum(k in s for s in found) for k in FILTERS if k != "every"}
+    """A run of evaluate.py; `folder` holds the images of the stages."""
     head, rows = accuracies(results)
+    seconds, where = f"{results['seconds']:.0f} s on {results['machine']}", results["date"]
+    return render(
+        title=f"{results['defense']} under attack",
+        headline=headline(results),
+        told=f"{results['setting']}, seed {results['seed']}, {seconds}, {where}.",
+        command=results["command"],
+        accuracy={"head": head, "rows": rows, "note": "In per cent, with counts and Wilson intervals of 95 %."},
+        trust=results.get("trust"),
+        charts=charts(results, records),
+        filters=counted_filters(FILTERS, [states(r) for r in records]),
+        attacks=["no patch", *dict.fromkeys(name for r in records for name in r["attacks"])],
+        cards=[card(r, folder, names) for r in sorted(records, key=harm, reverse=True)],
+        settings=config,
+    )
+
+
+def counted_filters(titles: Mapping[str, str], found: Sequence[Sequence[str]]) -> list[dict]:
+    """The filters with the number of images, of `found` their states, that each shows; the first shows all."""
+    every = next(iter(titles))
+    return [
+        {"name": k, "title": title, "count": len(found) if k == every else sum(k in s for s in found)}
+        for k, title in titles.items()
+    ]
+
+
+def render(settings: Mapping[str, object], **parts: object) -> str:
+    """The whole document. What is not among the parts is left out of it."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         style=Markup((HERE / "page.css").read_text("utf-8")),
-        results=results,
-        headline=headline(results),
-        accuracy={"head": head, "rows": rows},
-        charts=charts(results, records),
-        filters=[{"name": k, "title": title, "count": counts[k]} for k, title in FILTERS.items()],
-        attacks=["no patch", *dict.fromkeys(name for r in records for name in r["attacks"])],
-        cards=[card(r, folder, names) for r in sorted(records, key=harm, reverse=True)],
-        settings={k: json.dumps(v) for k, v in config.items()},
+        settings={k: json.dumps(v) for k, v in settings.items()},
+        **{"filters": [], "attacks": [], **parts},
     )
