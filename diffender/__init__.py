@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "pipeline": ("DIFFender", "Defended", "WithFreshNoise"),
     "config": ("DIFFenderConfig", "EMBEDDED", "Backward"),
-    "photographs": ("Defender",),
+    "photographs": ("Defender", "defend", "load"),
     "own": ("AnyModel", "benchmark"),
     "defenses": ("Purifier",),
     "prompts": ("Contexts", "PromptPair"),

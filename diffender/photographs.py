@@ -4,27 +4,28 @@
     python -m diffender defend photo.jpg --classifier efficientnet_lite0     and what it sees before and after
 
 For every image NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
-a line in per_image.jsonl. The model works at its own resolution and keeps the image's proportions; pixels outside the
-mask stay as they were. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
-stops after the image in hand, and the same command goes on. In Python:
+a line in per_image.jsonl; report.html shows them all. The model works at its own resolution and keeps the image's
+proportions; pixels outside the mask stay as they were. Files that cannot be read are named at the end, the rest is
+done, and the exit code is 1. Ctrl-C stops after the image in hand, and the same command goes on. In Python:
 
-    from diffender.photographs import Defender
-    found = Defender()(Image.open("photo.jpg"))
-    found.restored.save("clean.png")
+    diffender.defend(Image.open("photo.jpg")).save("clean.png")
+    found = diffender.Defender()(Image.open("photo.jpg"))        # with the mask and the map
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffender.config import DefenseOptions, RunOptions
+from diffender.config import DefenseOptions, ModelOptions, RunOptions
 from diffender.utils.errors import InputError
 from diffender.utils.options import option, parse, part, run, settings
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from diffender.classifiers.imagenet import Classifier
     from diffender.pipeline import DIFFender
@@ -51,15 +52,15 @@ class Found(NamedTuple):
 
 
 class Defender:
-    """The defence for PIL images of any size and mode; opts as on the command line."""
+    """The defence for PIL images of any size and mode; opts as on the command line, `defense` if it is open already."""
 
-    def __init__(self, opts: Options | None = None):
+    def __init__(self, opts: Options | None = None, defense: "DIFFender | None" = None):
         from diffender.classifiers.imagenet import class_names, load_classifier
         from diffender.factory import open_defense, pick_device
 
         self.opts = opts = opts or Options()
-        device = pick_device(opts.run.device)
-        self.defense = open_defense(opts.defense, device)
+        self.defense = defense or open_defense(opts.defense, pick_device(opts.run.device))
+        device = self.defense.blank.device
         self.classifier: Classifier | None = None
         if opts.classifier != "none":
             self.classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
@@ -100,6 +101,40 @@ class Defender:
         p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
         best = p.argmax().item()
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
+
+
+def load(name: str = "tiny", device: str = "auto", **method: Any) -> "DIFFender":
+    """The defence around a model, with the prompts and settings that suit it, as the commands open it.
+
+    name is that of the embedded model, or the path of a checkpoint; `method` replaces settings (theta=2.0, draws=6, see
+    `DIFFenderConfig`). Raises InputError for what is not there or does not fit.
+    """
+    from diffender.factory import open_defense, pick_device
+    from diffender.stable_diffusion.model import PRESETS
+
+    model = ModelOptions(model=name) if name in PRESETS else ModelOptions(weights=name)
+    return open_defense(DefenseOptions(model=model, method=method), pick_device(device))
+
+
+def defend(
+    images: "Tensor | Image.Image | Sequence[Image.Image]", defense: "DIFFender | None" = None, seed: int = 0
+) -> Any:
+    """Images as they would be without patches, of the kind and size that was given.
+
+    images: a tensor (B, 3, H, W), float32 in [0, 1], which gradients reach; a PIL image of any mode, or several.
+    defense: of `load`; without it, that around the embedded model. Noise follows from the seed and from the place of an
+    image among them.
+    """
+    from torch import Tensor
+
+    defense = defense or load()
+    if isinstance(images, Tensor):
+        noise = defense.sample_noise([str(i) for i in range(len(images))], seed, "defend")
+        return defense(images, noise).image
+    if not isinstance(images, Sequence):
+        return defend([images], defense, seed)[0]
+    defender = Defender(Options(run=RunOptions(seed=seed)), defense)
+    return [defender(image, str(i)).restored for i, image in enumerate(images)]
 
 
 def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
@@ -165,13 +200,14 @@ def main() -> None:
     images = find_images(opts.paths)
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
-    from diffender.evaluation.records import append_records, open_run
+    from diffender.evaluation.records import append_records, open_run, read_records
     from diffender.factory import command
-    from diffender.utils.files import sha256, whole
+    from diffender.report.page import photographs_page
+    from diffender.utils.files import sha256, whole, write_text
     from diffender.utils.interruption import patient
     from diffender.utils.progress import bar
 
-    defend, failed = Defender(opts), []
+    defender, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"
     done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
     with patient(f"stopped between two images; go on with: {command()}") as may_stop:
@@ -180,7 +216,7 @@ def main() -> None:
                 image, digest = open_image(file, upright=True), sha256(file)
                 if done.get(name, digest) != digest:
                     raise InputError(f"{file} is not the image that {own} tells of; choose another --out")
-                found = defend(image, name) if name not in done else None
+                found = defender(image, name) if name not in done else None
             except InputError as e:
                 failed.append(str(e) if str(file) in str(e) else f"{file} is {e}")
                 continue
@@ -190,6 +226,8 @@ def main() -> None:
                         getattr(found, kind).save(partial, format="PNG")
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
+    records = read_records(own.parent)
+    write_text(own.with_name("report.html"), photographs_page(records, own.parent, resolved(opts), command()))
     print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {opts.out}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)

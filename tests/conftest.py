@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,14 @@ def classifier() -> Classifier:
 def photos(classifier) -> torch.Tensor:
     """Four of the sample photographs, (4, 3, 224, 224) in [0, 1]."""
     return torch.stack([load_image(item.path, classifier.cfg) for item in sample_items()[:4]])
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, as Debian packages it."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-test.txt)")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt install chromium")
+    with api.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=path, args=["--no-sandbox"])

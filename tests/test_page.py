@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -127,17 +126,6 @@ def test_curves_are_drawn_where_there_are_any(html):
         "accuracy of these patches at other thresholds, in per cent",
     ]
     assert re.search(r">\s*2.5\s*</text>", html)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, as Debian packages it."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-test.txt)")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium: apt install chromium")
-    with api.sync_playwright() as p:
-        yield p.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
 @pytest.mark.parametrize("width", [400, 1300, 2000])

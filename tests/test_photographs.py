@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+import diffender
 from diffender.classifiers.dataset import open_image, sample_items
 from diffender.photographs import Defender, find_images, main, working_size
+from diffender.report.page import photographs_page
 from diffender.stable_diffusion.model import PRESETS
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
@@ -100,6 +102,7 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
         "photo_heatmap.png",
         "photo_mask.png",
         "photo_restored.png",
+        "report.html",
     ]
     assert Image.open(tmp_path / "out/photo_mask.png").size == photo.size
     # More images join; those that are done stay; another image of that name, and other settings, are refused.
@@ -115,6 +118,57 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
     code, _, error = run(tmp_path / "more.png", classifier="none")
     assert code == 2
     assert "other settings (classifier)" in error
+
+
+def test_in_one_line_from_python(photo, photos):
+    defense = diffender.load(draws=1, steps=1)
+    assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
+    restored = diffender.defend(photos[:2], defense)
+    assert restored.shape == photos[:2].shape and not torch.equal(restored, photos[:2])
+    one, two = photo, photo.resize((90, 60)).convert("L")
+    both = diffender.defend([one, two], defense)
+    assert [image.size for image in both] == [one.size, two.size]
+    assert diffender.defend(one, defense).tobytes() == both[0].tobytes()
+    with pytest.raises(InputError, match="no weights file"):
+        diffender.load("nothing.safetensors")
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_the_page_in_a_browser(tmp_path, photo, browser, width):
+    """Photographs of any shape, a hostile name; what is masked comes first."""
+    names = ("calm", "<b>")
+    for name, size in zip(names, ((300, 200), (120, 240)), strict=True):
+        for stage in ("photo", "heatmap", "mask", "restored"):
+            photo.resize(size).save(tmp_path / f"{name}_{stage}.png")
+    seen = {
+        "before": {"class": 1, "label": "cat, x", "confidence": 0.5},
+        "after": {"class": 2, "label": "dog", "confidence": 1},
+    }
+    shared = {"largest_z_score": 3.1}
+    records = [
+        {"id": n, "file": str(tmp_path / f"{n}_photo.png"), "masked": m} | shared | more
+        for n, m, more in zip(names, (0.0, 0.25), ({}, seen), strict=True)
+    ]
+    html = photographs_page(records, tmp_path, {"seed": 0}, "python -m diffender defend")
+    assert "In 1 of 2 photographs something was masked, 25.0 % of their pixels on average." in html
+    (tmp_path / "report.html").write_text(html)
+    tab, mistakes = browser.new_page(viewport={"width": width, "height": 900}), []
+    tab.on("pageerror", lambda e: mistakes.append(str(e)))
+    tab.goto((tmp_path / "report.html").as_uri())
+    cards = tab.locator(".card").filter(visible=True)
+    assert cards.first.locator("h3").inner_text().startswith("<b> 25.0 % masked")
+    assert "cat 50 %" in cards.first.inner_text()
+    for name, count in {"masked": 1, "untouched": 1, "changed": 1, "every": 2}.items():
+        tab.locator(f"#{name}").check()
+        assert cards.count() == count, name
+    cards.first.locator("input[type=range]").fill("20")
+    assert cards.first.locator(".pair").evaluate("e => e.style.getPropertyValue('--cut')") == "20%"
+    drawn = "() => [...document.images].filter(i => i.src && i.complete && !i.naturalWidth).length"
+    assert tab.evaluate(drawn) == 0
+    assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+    assert cards.first.locator("a").first.get_attribute("href") == "%3Cb%3E_photo.png"
+    assert mistakes == []
+    tab.close()
 
 
 def test_images_are_taken_as_they_are_seen(tmp_path):

@@ -24,7 +24,8 @@ classifiers
 faces defenses
 factory
 evaluation
-report photographs tuning
+report tuning
+photographs
 own pretrain paper
 """
 RANK = {room: i for i, line in enumerate(FLOORS.split("\n")) for room in line.split()}

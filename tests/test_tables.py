@@ -20,6 +20,7 @@ from diffender.paper.figures import FIGURES
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
 from diffender.pipeline import Defended, DIFFender
+from diffender.report.page import table_page
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
 from diffender.utils.options import change
@@ -63,8 +64,8 @@ def test_rows_are_those_of_the_paper(number):
 def test_table_in_every_format():
     lines = [line("undefended", 0), line("vae", 4), line("jpeg", 1), line("diffender", 3)]
     text = markdown(1, lines)
-    assert "| efficientnet_lite0 | DIFFender | **75.0 (3/4)** |" in text
-    assert "100.0 (4/4)" in text and "**100.0" not in text  # a control is no defence
+    assert "| efficientnet_lite0 | DIFFender | 75.0 (3/4; 30-95) = |" in text
+    assert "100.0 (4/4; 51-100) |" in text  # a control is no defence
     assert "| 88.3 / 94.5 |" in text
     rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
     assert len(rows) == 4 * 5 * 4
@@ -73,6 +74,22 @@ def test_table_in_every_format():
     latex = as_latex(1, lines)
     assert r"efficientnet\_lite0 & DIFFender & 75.0" in latex
     assert latex.count(r"\\") == 5
+
+
+@pytest.mark.parametrize(("right", "told"), [(6, True), (5, False)])
+def test_bold_is_first_by_a_paired_test(right, told):
+    """6 images against none are p = 0.03, 5 are p = 0.06."""
+    text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
+    assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
+    assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_a_table_as_a_page(tmp_path):
+    text = markdown(1, [line("jpeg", 0, of=8), line("diffender", 8, of=8)]) + "\n`python <x>`: what was run.\n"
+    html = table_page("Table 1", text, {"ours": tmp_path / "a b"}, tmp_path)
+    assert '<a href="a%20b/report.html">ours</a>' in html
+    assert "<td><b>100.0 (8/8; 68-100)</b></td>" in html and "python &lt;x&gt;: what was run." in html
+    assert html.count("<tr>") == 3
 
 
 def test_folds_are_pooled():

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.plan import Options, describe, fill
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
@@ -29,6 +30,7 @@ from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.folder import write_report
+from diffender.report.page import table_page
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_text
 from diffender.utils.markdown import table
@@ -119,6 +121,7 @@ class Line(NamedTuple):
     classifier: str
     key: str  # of NAMES
     verdicts: dict[str, list[Verdict]]  # by column: of each image, under the strongest of its patches
+    run: Path | None = None  # the folder that they come from
 
 
 def run_table(number: int, opts: Options) -> str:
@@ -143,12 +146,15 @@ def run_table(number: int, opts: Options) -> str:
     blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
     if not all(blocks):
         return ""
-    lines = pool([line for block in blocks for line in block])
+    every = [line for block in blocks for line in block]
+    lines = pool(every)
     text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_csv(lines))
     write_text(folder / "table.tex", as_latex(number, lines))
+    runs = {f"{line.classifier}, {NAMES[line.key]} ({line.run.name})": line.run for line in every if line.run}
+    write_text(folder / "report.html", table_page(f"Table {number} of the paper", text, runs, folder))
     return text
 
 
@@ -173,7 +179,9 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     for e in experiments:
         write_report(e.folder)
     classifier = opts.target.classifier
-    lines = [Line(classifier, row.key, by_column(e, batch.ids)) for row, e in zip(rows, experiments, strict=True)]
+    lines = [
+        Line(classifier, row.key, by_column(e, batch.ids), e.folder) for row, e in zip(rows, experiments, strict=True)
+    ]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         target, folder = experiments[-1].target, experiments[-1].folder
@@ -223,7 +231,8 @@ def share(line: Line, column: str, name: str = "single") -> dict:
 
 
 def markdown(number: int, lines: Sequence[Line]) -> str:
-    """Ours in per cent (right of n), the best defence of a column bold; the paper's beside them."""
+    """Ours in per cent (right of n; interval), the paper's beside them. The defence that is first in a column is bold
+    where every other one differs from it (McNemar, p < 0.05); else all that are not told from it end in =."""
     quoted, shown = QUOTED[number], columns(number)
     out = []
     for line in lines:
@@ -232,9 +241,9 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         ours = []
         for column in shown:
             p = share(line, column)
-            text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']})"
-            first = is_defence(line) and p["accuracy"] == best(lines, line.classifier, column) > 0
-            ours.append(f"**{text}**" if first else text)
+            text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+            among = leaders(lines, line.classifier, column)
+            ours.append(text if line.key not in among else f"**{text}**" if len(among) == 1 else f"{text} =")
         out.append([line.classifier, NAMES[line.key], *ours, *beside])
     return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
@@ -244,9 +253,13 @@ def is_defence(line: Line) -> bool:
     return line.key != "undefended" and not NAMES[line.key].startswith("control")
 
 
-def best(lines: Sequence[Line], classifier: str, column: str) -> float:
-    defences = [n for n in lines if n.classifier == classifier and is_defence(n)]
-    return max(share(line, column)["accuracy"] for line in defences)
+def leaders(lines: Sequence[Line], classifier: str, column: str) -> list[str]:
+    """The defence that is first in a column, and all that McNemar's test (p < 0.05) cannot tell from it."""
+    right = {
+        n.key: [v.single for v in n.verdicts[column]] for n in lines if n.classifier == classifier and is_defence(n)
+    }
+    first = max(right.values(), key=sum)
+    return [key for key, other in right.items() if mcnemar(list(zip(first, other, strict=True))) >= 0.05]
 
 
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
@@ -256,9 +269,11 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     where = machine(pick_device(opts.run.device))
     return (
-        f"`{command()}`: accuracy in per cent, first purification, under the strongest of the patches made for each "
-        f"image; {baselines}DIFFender through {full.grad} (paper: BPDA). {len(lines[0].verdicts['clean'])} images, "
-        f"{describe(full)}, seed {opts.run.seed}, {where}, {time.strftime('%Y-%m-%d')}. "
+        f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
+        "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
+        f"not told from the first by such a test; {baselines}DIFFender through {full.grad} (paper: BPDA). "
+        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}, seed {opts.run.seed}, {where}, "
+        f"{time.strftime('%Y-%m-%d')}. "
         f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
         f"{target.defense.model.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 "

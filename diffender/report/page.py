@@ -1,6 +1,7 @@
-"""A run as one page that needs no network and no server: verdict, table, checks, curves, every image.
+"""Pages that need no network and no server: a run with its table, checks, curves and images; a table of the paper; and
+photographs that were defended.
 
-    python -m diffender.report page runs/NAME     write report.html there anew
+    python -m diffender.report page runs/NAME     write report.html of a run anew
 
 The page itself is page.html, a Jinja template, and page.css. The worst images come first. Images are inlined, reduced
 to 224 pixels, and link to their files; cards that are out of sight are not laid out, so that hundreds stay light.
@@ -9,6 +10,7 @@ to 224 pixels, and link to their files; cards that are out of sight are not laid
 import base64
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +18,10 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffender.report.tables import accuracies, counted
 from diffender.utils.images import stage_files
@@ -32,6 +34,7 @@ GREY = "#64748b"  # without a patch, or without a defence
 STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 FILTERS = {"every": "all", "failed": "failed under attack", "rescued": "rescued", "alarm": "false alarms"}
+MASKED = {"every": "all", "masked": "something is masked", "untouched": "untouched", "changed": "read differently"}
 
 
 class Chart(NamedTuple):
@@ -49,12 +52,13 @@ class Answer(NamedTuple):
     votes: int = 1  # purifications in all
 
 
-def inline(path: Path) -> str:
-    """An image as a data URI: photographs as JPEG, maps and masks as PNG in grey."""
+def inline(path: Path, width: int = WIDTH) -> str:
+    """An image as a data URI, the right way up: photographs as JPEG, maps and masks as PNG in grey."""
     with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
         grey = image.mode in ("L", "1")
         image = image.convert("L" if grey else "RGB")
-        image.thumbnail((WIDTH, WIDTH))
+        image.thumbnail((width, width))
         buffer = io.BytesIO()
         image.save(buffer, **({"format": "PNG", "optimize": True} if grey else {"format": "JPEG", "quality": 82}))
     kind = "png" if grey else "jpeg"
@@ -183,12 +187,12 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
     }
 
 
-def figure(stage: str, file: Path, folder: Path, told: Answer | None) -> dict:
-    """An image for the template, and where its file lies beside the page."""
+def figure(stage: str, file: Path, folder: Path, told: Answer | None, width: int = WIDTH) -> dict:
+    """An image for the template, and where its file lies from the page, which is beside `folder`."""
     return {
         "name": stage,
-        "uri": inline(file),
-        "file": quote(f"{folder.name}/{file.relative_to(folder).as_posix()}"),
+        "uri": inline(file, width),
+        "file": quote(Path(os.path.relpath(file, folder.parent)).as_posix()),
         "answer": told,
     }
 
@@ -218,6 +222,66 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
     )
 
 
+def table_page(title: str, text: str, runs: Mapping[str, Path], folder: Path) -> str:
+    """A table.md that lies in `folder`, with links to the runs behind its rows, by name."""
+    table = [[bold(cell) for cell in line[2:-2].split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    notes = [line for line in text.splitlines() if line and not line.startswith("|")]
+    return render(
+        title=title,
+        accuracy={"head": table[0], "rows": table[2:], "note": " ".join(notes).replace("`", "")},
+        runs={name: quote(Path(os.path.relpath(run / "report.html", folder)).as_posix()) for name, run in runs.items()},
+    )
+
+
+def bold(cell: str) -> str:
+    """A cell of Markdown as a cell of the page."""
+    return Markup("<b>{}</b>").format(cell[2:-2]) if cell.startswith("**") else escape(cell)
+
+
+def photographs_page(records: Sequence[dict], folder: Path, config: dict, command: str) -> str:
+    """What `defend` left in `folder`: each photograph, its map, its mask and what was restored."""
+    masked = [r["masked"] for r in records if r["masked"]]
+    area = f", {100 * sum(masked) / len(masked):.1f} % of their pixels on average" if masked else ""
+    filters = MASKED if any("before" in r for r in records) else {k: v for k, v in MASKED.items() if k != "changed"}
+    return render(
+        title="Photographs, defended",
+        headline=f"In {len(masked)} of {len(records)} photographs something was masked{area}.",
+        told="Outside of the mask, photographs stay as they were. The map is stretched to its own range.",
+        command=command,
+        filters=counted_filters(filters, [photograph_states(r) for r in records]),
+        cards=[photograph(r, folder) for r in sorted(records, key=lambda r: r["masked"], reverse=True)],
+        settings=config,
+    )
+
+
+def photograph_states(record: dict) -> list[str]:
+    """The filters of the page that show this photograph."""
+    found = ["masked" if record["masked"] else "untouched"]
+    return found + ["changed"] * ("before" in record and record["before"]["class"] != record["after"]["class"])
+
+
+def photograph(record: dict, folder: Path) -> dict:
+    """One photograph for the template, in a single row: before, map, mask, after."""
+    files = {s: folder / f"{record['id']}_{s}.png" for s in ("heatmap", "mask", "restored")}
+    told = {
+        stage: Answer(seen["label"].split(",")[0], None, seen["confidence"])
+        for stage, when in (("photograph", "before"), ("restored", "after"))
+        if (seen := record.get(when))
+    }
+    original = Path(record["file"])  # where it was when it was defended
+    stages = {**({"photograph": original} if original.is_file() else {}), **files}
+    shown = [figure(s, f, folder / "images", told.get(s), 2 * WIDTH) for s, f in stages.items()]
+    name = "what was masked"
+    return {
+        "id": record["id"],
+        "label": f"{100 * record['masked']:.1f} % masked, largest z-score {record['largest_z_score']}",
+        "states": photograph_states(record),
+        "clean": [],
+        "rows": [{"name": name, "figures": shown, "before": "photograph" if original.is_file() else None}],
+        "shown": {name},
+    }
+
+
 def counted_filters(titles: Mapping[str, str], found: Sequence[Sequence[str]]) -> list[dict]:
     """The filters with the number of images, of `found` their states, that each shows; the first shows all."""
     every = next(iter(titles))
@@ -227,7 +291,7 @@ def counted_filters(titles: Mapping[str, str], found: Sequence[Sequence[str]]) -
     ]
 
 
-def render(settings: Mapping[str, object], **parts: object) -> str:
+def render(settings: Mapping[str, object] = MappingProxyType({}), **parts: object) -> str:
     """The whole document. What is not among the parts is left out of it."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
