@@ -383,6 +383,18 @@ def test_a_check_can_fail(target, photos):
     assert "🔴" in trust_table([check._asdict()])
 
 
+@pytest.mark.parametrize("k", [1, 20])
+def test_steadiness_is_the_cosine_of_two_means(k):
+    """Of gradients with a known common part, against the cosine of means of many fresh ones."""
+    g = torch.Generator().manual_seed(k)
+    common = torch.randn(1, 3, 4000, generator=g)
+    made = lambda n: common + 4 * torch.randn(n, 3, 4000, generator=g)  # noqa: E731
+    means = [torch.stack([made(k).mean(dim=0) for _ in range(20)]) for _ in range(2)]
+    expected = torch.nn.functional.cosine_similarity(*means, dim=2).mean().item()
+    assert trust.steadiness(made(8), k) == pytest.approx(expected, abs=0.03)
+    assert trust.steadiness(torch.randn(8, 3, 4000, generator=g), 1) < 0.02, "noise alone has no direction"
+
+
 @pytest.mark.slow
 def test_every_check_runs(target, photos, tmp_path):
     x = photos[:1]

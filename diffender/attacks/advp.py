@@ -28,6 +28,10 @@ class AdvP(GradientAttack):
     momentum: float = 0.9
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
 
+    @property
+    def memory(self) -> float:
+        return 1 / (1 - self.momentum)
+
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3, S, S) are patch pixels."""
         for r in range(self.restarts):

@@ -74,5 +74,10 @@ class GradientAttack(Attack):
     eot_batch: int = 1  # how many of them side by side; changes no result
     restarts: int = 1
 
+    @property
+    def memory(self) -> float:
+        """How many steps' gradients a step averages."""
+        return 1.0
+
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         return best_attempt(task, attempts, self.eot, self.eot_batch)

@@ -23,7 +23,7 @@ from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
 
-MODES = ("direct", "generator", "amortised")
+MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.999), "amortised": (0.5, 0.999)}  # and their betas of Adam
 GRID = 7  # the coarse search looks at GRID x GRID places
 
 
@@ -193,6 +193,10 @@ class GDPA(GradientAttack):
         if self.weights is not None:
             check_generator(Path(self.weights))
 
+    @property
+    def memory(self) -> float:
+        return 1 / (1 - MODES[self.mode][0])
+
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
         if self.objective == "margin":
             return partial(margin, y=task.y)
@@ -248,9 +252,9 @@ class GDPA(GradientAttack):
         """Adam on pattern and place; in direct mode also moves by forward passes, every ten steps."""
         if isinstance(free, Free):
             groups = [{"params": [free.w], "lr": self.lr}, {"params": [free.u], "lr": self.lr_place}]
-            optimizer = torch.optim.Adam(groups)
+            optimizer = torch.optim.Adam(groups, betas=MODES[self.mode])
         else:
-            optimizer = torch.optim.Adam(free.parameters(), self.lr_net, (0.5, 0.999))
+            optimizer = torch.optim.Adam(free.parameters(), self.lr_net, MODES[self.mode])
         course = Course()
         for step in range(self.iters):
             if isinstance(free, Free) and step % 10 == 0:

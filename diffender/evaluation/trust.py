@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks import ATTACKS
@@ -24,6 +23,7 @@ from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
+GRADIENTS = 8  # behind the check of their spread
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0.3, 0.55)}  # undefended accuracy
 
 
@@ -162,35 +162,49 @@ def ladder(bench: Bench) -> Iterator[Check]:
             )
 
 
-def patch_gradient(bench: Bench, victim: Defended, eot: int, purpose: str) -> Tensor:
-    """Mean gradient of the margin over `eot` draws, inside the patch, (B, 3, S, S)."""
+def draws(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
+    """Gradients of the margin inside the patch under n noises, (n, B, 3 S S)."""
     b = bench.task
     task = b._replace(victim=victim, loss=lambda logits: margin(logits, b.y))
-    total = torch.zeros_like(b.x)
-    for sample in samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), eot):
-        total = total + sample.gradient * bench.mask / eot
-    return total
+    drawn = samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), n)
+    return torch.stack([(sample.gradient * bench.mask).flatten(1) for sample in drawn])
 
 
 def gradient_health(bench: Bench) -> Iterator[Check]:
     """Zeros, the part of the straight-through estimator, agreement with finite differences, spread."""
     attack, victim = bench.adaptive
-    inside = bench.mask.expand(-1, 3, -1, -1) == 1
-    gradient = patch_gradient(bench, victim, 1, "trust gradient")
+    inside = bench.mask.expand(-1, 3, -1, -1).flatten(1) == 1
+    (gradient,) = draws(bench, victim, 1, "trust gradient")
     zeros = gradient[inside].eq(0).float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
     cut = bench.target.under(replace(victim.backward, ste="none"))
-    ratio = patch_gradient(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
+    ratio = draws(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
     yield Check("its norm without the straight-through estimator", f"{ratio:.2g} of that with it", "", None)
     error = finite_difference_error(bench)
     yield Check(
         "exact gradient against finite differences, soft mask", f"{100 * error:.2g} % off", "below 5 %", error < 0.05
     )
-    halves = [patch_gradient(bench, victim, attack.eot, f"trust half {i}").flatten(1) for i in range(2)]
-    cosine = F.cosine_similarity(*halves).mean().item()
+    cosine = steadiness(draws(bench, victim, GRADIENTS, "trust steadiness"), attack.eot * attack.memory)
+    remembered = f" of {attack.memory:.0f} steps" if attack.memory > 1 else ""
     yield Check(
-        f"two gradients of {attack.eot} draws, cosine", f"{cosine:.2f}", "at least 0.3: else raise --eot", cosine >= 0.3
+        f"two directions of the attack, each from {attack.eot} draws{remembered}, cosine",
+        f"{cosine:.2f}",
+        "at least 0.3: else raise --eot",
+        cosine >= 0.3,
     )
+
+
+def steadiness(gradients: Tensor, k: float) -> float:
+    """The cosine that two means of k gradients each would have, mean over images, from n gradients (n, B, D).
+
+    Inner products of different draws say how large the common part is, those of a draw with itself add the noise, of
+    which a mean of k has the k-th part.
+    """
+    n = len(gradients)
+    products = torch.einsum("ibd,jbd->bij", gradients, gradients)
+    alone = products.diagonal(dim1=1, dim2=2).mean(dim=1)
+    common = ((products.sum(dim=(1, 2)) - n * alone) / (n * (n - 1))).clamp_min(0)
+    return (common / (common + (alone - common) / k).clamp_min(1e-30)).mean().item()
 
 
 def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
