@@ -22,7 +22,7 @@ from diffender.config import DIFFenderConfig
 from diffender.noise import Noise, generator
 from diffender.prompts import Contexts
 from diffender.restore import inpaint
-from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.samplers import SAMPLERS
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, predict_x0, q_sample
 from diffender.stable_diffusion.text import TextConfig
@@ -30,7 +30,7 @@ from diffender.stable_diffusion.unet import UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.files import save_atomic
 from diffender.weights.layouts import PREFIXES
-from diffender.weights.loading import load_model
+from diffender.weights.loading import fill_random, load_model, save_model
 
 GOLDEN = Path(__file__).with_name("golden.safetensors")
 CONFIGS = {
@@ -196,3 +196,19 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
     cfg = DIFFenderConfig(steps=4, guidance=GUIDANCE)
     out["trajectory inpaint"] = inpaint(model, x, mask, Contexts(None, *contexts), noise, cfg).clamp(0, 1)
     return out
+
+
+def small_model_file(folder: Path) -> Path:
+    """A whole model in a small file of ours, with its configuration and checksum."""
+    tiny = PRESETS["tiny"]
+    cfg = replace(
+        tiny,
+        unet=replace(tiny.unet, model_channels=8, norm_groups=4, context_dim=4, num_heads=2),
+        vae=replace(tiny.vae, ch=4, norm_groups=4),
+        text=replace(tiny.text, width=4, layers=1),
+    )
+    model = LatentDiffusion(cfg)
+    fill_random(model, torch.Generator().manual_seed(0))
+    path = folder / "small.safetensors"
+    save_model(model, path, {})
+    return path

@@ -21,7 +21,7 @@ from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
 from diffender.weights.loading import WEIGHTS, fill_random, load_model, save_model
 from diffender.weights.official import convert_folder
-from tests.cases import CONFIGS
+from tests.cases import CONFIGS, small_model_file
 from tests.conftest import ROOT
 
 WIDE = TextConfig(width=96, heads=4, layers=2, quick_gelu=False, pad_token=0)  # families differ in the text's width
@@ -419,19 +419,7 @@ def refused(path) -> str:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A whole model in a small file of ours, with its configuration and checksum."""
-    tiny = PRESETS["tiny"]
-    cfg = replace(
-        tiny,
-        unet=replace(tiny.unet, model_channels=8, norm_groups=4, context_dim=4, num_heads=2),
-        vae=replace(tiny.vae, ch=4, norm_groups=4),
-        text=replace(tiny.text, width=4, layers=1),
-    )
-    model = LatentDiffusion(cfg)
-    fill_random(model, torch.Generator().manual_seed(0))
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    save_model(model, path, {})
-    return path
+    return small_model_file(tmp_path_factory.mktemp("small"))
 
 
 def test_hostile_files(small, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line, place_for, write_json, write_text
+from diffender.utils.files import one_line, place_for, whole, write_json
 
 
 def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
@@ -44,9 +44,10 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
         place_for(path)
         write_json(path, config)
     if own.is_file():
-        text = own.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            write_text(own, text[: text.rfind("\n") + 1])
+        content = own.read_bytes()
+        if not content.endswith(b"\n"):
+            with whole(own) as partial:
+                partial.write_bytes(content[: content.rfind(b"\n") + 1])
     return read_records(folder)
 
 

@@ -8,8 +8,11 @@ from diffender.evaluation.records import read_config, read_records
 from diffender.report.page import page
 from diffender.report.tables import markdown
 from diffender.utils.errors import InputError
-from diffender.utils.files import write_text
+from diffender.utils.files import one_line, write_text
 from diffender.utils.images import save_grid
+
+# What values of other kinds than a run writes lead to.
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 
 
 def write_report(folder: Path) -> dict:
@@ -22,10 +25,15 @@ def write_report(folder: Path) -> dict:
     try:
         results, records = (json.loads((folder / "results.json").read_text("utf-8")), read_records(folder))
         names = results["names"] or class_names()
-        text = page(results, records, folder / "images", names, read_config(folder))
-    except (ValueError, KeyError) as e:
-        raise (e if isinstance(e, InputError) else InputError(f"{folder} is damaged ({e!r}); run it again")) from e
+        texts = {
+            "table.md": markdown(results),
+            "report.html": page(results, records, folder / "images", names, read_config(folder)),
+        }
+    except InputError:
+        raise
+    except DAMAGE as e:
+        raise InputError(f"{folder} is damaged ({one_line(e)}); run it again") from e
     save_grid(folder / "images", records, folder / "grid.png", names)
-    write_text(folder / "table.md", markdown(results))
-    write_text(folder / "report.html", text)
+    for file, text in texts.items():
+        write_text(folder / file, text)
     return results

@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LONGEST = 900  # characters of a message
+
+
 class InputError(ValueError):
-    """Says in one line what was given, what is allowed and what to do. The scripts print it and exit with code 2."""
+    """Says in one line what was given, what is allowed and what to do. The scripts print it and exit with code 2.
+
+    A damaged file may bring words of any length: the middle of a very long line is left out.
+    """
+
+    def __init__(self, line: str):
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -61,15 +61,17 @@ def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
 
 def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
     """A row an image, under its last attack: clean, attacked, difference map, mask, restored, with what the classifier
-    sees in each."""
+    sees in each. Nothing where no images are there."""
     from matplotlib.figure import Figure
 
-    records = records[:rows]
-    stages = list(stage_files(folder, records[0], list(records[0]["attacks"] or [""])[-1]))
-    figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(records)), layout="constrained")
-    axes = figure.subplots(len(records), len(stages), squeeze=False)
-    for row, record in zip(axes, records, strict=True):
-        files = stage_files(folder, record, list(record["attacks"] or [""])[-1])
+    saved = [(r, stage_files(folder, r, list(r["attacks"] or [""])[-1])) for r in records]
+    saved = [(r, files) for r, files in saved if files][:rows]
+    if not saved:
+        return
+    stages = list(saved[0][1])
+    figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(saved)), layout="constrained")
+    axes = figure.subplots(len(saved), len(stages), squeeze=False)
+    for row, (record, files) in zip(axes, saved, strict=True):
         for axis, (stage, file) in zip(row, files.items(), strict=False):
             image = Image.open(file)
             axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
