@@ -57,7 +57,7 @@ def test_rows_are_those_of_the_paper(number):
         assert row.key in NAMES
         opts = fill(change(Options(), **row.changes))
         assert opts.defense in DEFENSES
-        assert opts.grad == ("bpda-mask" if opts.defense == "diffender" else "bpda,auto")
+        assert opts.grad == ("evade" if opts.defense == "diffender" else "bpda,auto")
     assert len(columns(number)) == len(next(iter(next(iter(QUOTED[number].values())).values())))
 
 

@@ -33,7 +33,7 @@ PRESETS = {  # what the options that default to none become
         "trust_images": 1, "queries": 20, "queries_undefended": 50, "curves": "off",
     },
     "laptop": {
-        "images": 6, "iters": 20, "iters_undefended": 100, "eot": 1, "restarts": 1, "grad": "bpda-mask", "verdicts": 10,
+        "images": 6, "iters": 40, "iters_undefended": 100, "eot": 2, "restarts": 1, "grad": "evade", "verdicts": 10,
         "trust_images": 2, "queries": 100, "queries_undefended": 600, "curves": "theta",
     },
     "paper": {  # Sec. 4.1: BPDA, EOT and the straight-through estimator; 64 hours are 4.5 s an image and step
@@ -102,7 +102,7 @@ class Options:
     grad: str | None = option(
         None,
         f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
-        f"defences {', '.join(GRADIENTS['others'])} (smoke, laptop and paper bpda-mask, strong all)",
+        f"defences {', '.join(GRADIENTS['others'])} (smoke and paper bpda-mask, laptop evade, strong all)",
     )
     images_full: int | None = option(
         None, "Number of images for the costly gradients surrogate, full and full+loc.", low=0

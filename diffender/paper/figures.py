@@ -7,6 +7,7 @@ runs/figure<N>-<preset>/.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,8 @@ from diffender.attacks import AdvP
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
-from diffender.config import Backward
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, attack_flags, build_target, describe, fill
+from diffender.evaluation.plan import Options, attack_flags, build_target, describe, fill, kinds
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
@@ -133,7 +133,8 @@ def figure_2(s: Scene, folder: Path) -> str:
         answers = zip(classifier(x).argmax(dim=1).tolist(), y.tolist(), strict=True)
         return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
 
-    victim = Defended(s.target.defense, classifier, Backward("bpda-mask"))
+    grad = kinds(opts)[-1]
+    victim = Defended(s.target.defense, classifier, replace(opts.backward, mode=grad))
     task = Task(victim, s.batch.x, y, s.batch.ids, opts.run.seed)
     knowing = AdvP.from_flags(attack_flags(opts))(task, init=s.made.state)
     columns, right = [Column("clean", s.batch.x, seen(s.batch.x))], []
@@ -149,7 +150,7 @@ def figure_2(s: Scene, folder: Path) -> str:
     draw(columns, folder / "figure.png")
     return (
         f"Fig. 2: of {len(y)} images, {right[0]} are read right after restoration from patches made on the classifier, "
-        f"{right[1]} after restoration from patches made on the defence (bpda-mask, {describe(opts)}).\n"
+        f"{right[1]} after restoration from patches made on the defence ({grad}, {describe(opts)}).\n"
     )
 
 

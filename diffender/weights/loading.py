@@ -25,7 +25,7 @@ from diffender.weights.reading import Checkpoint, check_match, list_tensors, mat
 PACKAGE = Path(__file__).parents[1]
 WEIGHTS = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
 RANDOM = "random"
-SMALL = 64  # width of UNets whose activations a laptop can keep for a backward pass through every evaluation
+SMALL = 96  # width of UNets whose activations a laptop can keep for a backward pass through every evaluation
 
 
 def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
