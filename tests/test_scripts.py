@@ -56,9 +56,9 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     clean, transfer, adaptive, strongest = results["rows"]
     assert clean["undefended"]["right"] == 2  # the subset is correct by construction
     assert strongest["single"]["right"] <= min(transfer["single"]["right"], adaptive["single"]["right"])
-    assert [(r["attack"], r["gradient"]) for r in (transfer, adaptive)] == [("advp", "transfer"), ("advp", "bpda-mask")]
-    # 3 verdicts and 9 choices among patches of 2 + 2 evaluations, and one attack step with its recomputation
-    assert results["unet_evaluations"] == 2 * ((3 + 9) * (2 + 2) + (2 * 2 + 2))
+    assert [(r["attack"], r["gradient"]) for r in (transfer, adaptive)] == [("advp", "transfer"), ("advp", "evade")]
+    # 3 verdicts and 9 choices among patches of 2 + 2 evaluations; one attack step of 2 draws, recomputed, unrestored
+    assert results["unet_evaluations"] == 2 * ((3 + 9) * (2 + 2) + 2 * (2 * 2))
     assert (folder / "table.md").read_text() in out
     assert Image.open(folder / "grid.png").size[0] > 500
     for record in records:
@@ -141,7 +141,7 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, monkeypatch, capfd):
     code, out, err = here([*SMALL, "--dry-run", "--name", "d"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
     assert "passes of the defence" in out
-    assert '"theta": 2.5' in out
+    assert '"theta": 2.0' in out
     assert not (tmp_path / "runs").exists()
 
 

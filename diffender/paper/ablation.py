@@ -287,7 +287,7 @@ def plot_noise(results: dict, path: Path) -> None:
             left.plot(ratios, [r[name] for r in rows], style, color=colour, label=f"{prompt}, {name}")
         right.plot(ratios, [r["auc"] for r in rows], color=colour, label=prompt)
     left.set(xlabel="noise ratio", ylabel="mean difference map", yscale="log")
-    left.legend(fontsize=6, ncols=3, loc="center")
+    left.legend(fontsize=6, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     right.set(xlabel="noise ratio", ylabel="AUC, patch against the rest", ylim=(0.4, 1))
     right.legend(fontsize=7)
     save_figure(figure, path)
