@@ -55,7 +55,7 @@ class DIFFenderConfig:
 
 
 PAPER = DIFFenderConfig()
-EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.5, steps=4, guidance=1.0, sampler="dpmpp")
+EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.0, steps=2, guidance=1.0, sampler="dpmpp")
 """The settings that suit the embedded model (docs/choices.md)."""
 
 

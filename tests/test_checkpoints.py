@@ -351,7 +351,7 @@ def test_a_separate_unet_for_localisation(models, tmp_path):
     assert torch.allclose(loaded.eps_from_text(z, 481, context, None), direct, atol=1e-5)
     with pytest.raises(InputError, match="--locate-unet .* has 9 input channels"):
         load_model("auto", main, parts={"locator": main})
-    with pytest.raises(InputError, match="no UNet of Stable Diffusion"):
+    with pytest.raises(InputError, match="an unknown UNet .* known are sd15-inpainting, sd2-inpainting"):
         load_model("auto", main, parts={"locator": WEIGHTS / "tiny.safetensors"})
 
 

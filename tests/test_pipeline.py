@@ -24,7 +24,7 @@ from diffender.utils.errors import InputError, named_images
 from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT
 
-FAST = DIFFenderConfig(draws=2, steps=2, guidance=3.0)
+FAST = DIFFenderConfig(noise_ratio=0.2, draws=2, steps=2, guidance=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,14 @@ def contexts(model) -> Contexts:
 @pytest.fixture(scope="module")
 def defense(model, contexts) -> DIFFender:
     return DIFFender(model, contexts, FAST)
+
+
+@pytest.fixture(scope="module")
+def pasted(photos) -> torch.Tensor:
+    """A photograph with a square of noise, which every localiser finds, (1, 3, 224, 224)."""
+    x = photos[:1].clone()
+    x[..., 60:116, 100:156] = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    return x
 
 
 def noise_for(defense: DIFFender, n: int, purpose: str = "test") -> Noise:
@@ -226,9 +234,9 @@ def test_named_outputs_of_any_size(defense):
     assert set(out.mask.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_no_restoration_fills_with_grey(defense, photos):
+def test_no_restoration_fills_with_grey(defense, pasted):
     nr = DIFFender(defense.model, defense.contexts, replace(FAST, restore=False))
-    out = nr(photos[:1], noise_for(defense, 1))
+    out = nr(pasted, noise_for(defense, 1))
     assert out.mask.sum() > 0
     assert (out.image[out.mask.expand_as(out.image) == 1] == 0.5).all()
 
@@ -271,8 +279,8 @@ def test_global_random_state_is_untouched(defense, photos):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_gradient_reaches_the_picture_through_every_part(defense, classifier, photos):
-    x = photos[:1].clone().requires_grad_()
+def test_gradient_reaches_the_picture_through_every_part(defense, classifier, pasted):
+    x = pasted.clone().requires_grad_()
     noise = noise_for(defense, 1)
     gradients = {}
     for mode in ("full", "bpda", "bpda-mask"):
@@ -434,9 +442,9 @@ def test_the_package_leaves_gradients_and_seeds_to_the_caller():
         assert not re.search(r"^\s*(import|from) (diffusers|transformers)", path.read_text(), re.MULTILINE), path
 
 
-def test_choices_of_localisation(defense, photos):
+def test_choices_of_localisation(defense, pasted):
     """Each gives another map or mask of the right shape, with gradient; those that z-scores cancel give the same."""
-    x, noise = photos[:1].clone().requires_grad_(), noise_for(defense, 1)
+    x, noise = pasted.clone().requires_grad_(), noise_for(defense, 1)
     base = defense.localize(x, noise)
 
     def other(**changes):

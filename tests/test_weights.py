@@ -28,8 +28,8 @@ def test_round_trip_with_the_config_in_the_header(model, tmp_path):
 
 
 def test_embedded_files_are_within_budget():
-    assert (WEIGHTS / "tiny.safetensors").stat().st_size <= 24e6
-    assert sum(p.stat().st_size for p in WEIGHTS.iterdir()) <= 26e6
+    assert (WEIGHTS / "tiny.safetensors").stat().st_size <= 27e6
+    assert sum(p.stat().st_size for p in WEIGHTS.iterdir()) <= 28e6
     assert read_header(WEIGHTS / "tiny.safetensors")["config"]["image_size"] == 224
     assert (WEIGHTS / "README.md").read_text().count("sha256") >= 1
 
@@ -72,7 +72,7 @@ def test_missing_and_unexpected_keys_are_named(tmp_path):
 
 def test_wrong_shapes_are_named(tmp_path):
     message = damaged(tmp_path, lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}))
-    assert "model.diffusion_model.out.2.bias (5,) for (4,)" in message
+    assert "model.diffusion_model.out.2.bias (5,) for (16,)" in message
 
 
 def test_files_and_names_that_are_not_there(tmp_path):

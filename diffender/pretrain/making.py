@@ -32,12 +32,6 @@ from diffender.utils.files import read_header, save_atomic
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
-# The second generation: the VAE's outer layers take squares of 2x2 pixels, those of the UNet squares of 2x2 latents.
-SECOND = replace(
-    PRESETS["tiny"],
-    unet=replace(PRESETS["tiny"].unet, model_channels=96, channel_mult=(1, 2), attention_levels=(0,), patch=2),
-    vae=replace(PRESETS["tiny"].vae, ch_mult=(1, 2, 4), patch=2),
-)
 EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss
 STORED = 65_536  # samples that a store holds at most, in 25 KB each
 LAYERS = "classifier."  # before the names of those layers in a packed file
@@ -94,8 +88,8 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def architecture(args: argparse.Namespace) -> ModelConfig:
-    """Of the model that --init names, else of the second generation."""
-    return load_model("auto", args.init).cfg if args.init else SECOND
+    """Of the model that --init names, else of the embedded one."""
+    return load_model("auto", args.init).cfg if args.init else PRESETS["tiny"]
 
 
 def early_layers(data: Path) -> Classifier:

@@ -42,10 +42,10 @@ class ModelConfig:
 PRESETS = {
     "tiny": ModelConfig(
         UNetConfig(
-            model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(1,), context_dim=64,
-            num_heads=4, norm_groups=8, prediction="v",
+            model_channels=96, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=64,
+            num_heads=4, norm_groups=8, prediction="v", patch=2,
         ),
-        VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8),
+        VAEConfig(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8, patch=2),
         TextConfig(width=64, heads=2, layers=3),
         image_size=224,
     ),
