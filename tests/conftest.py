@@ -53,6 +53,14 @@ def photos(classifier) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def pasted(photos) -> torch.Tensor:
+    """A photograph with a square of noise, which every localiser finds, (1, 3, 224, 224)."""
+    x = photos[:1].clone()
+    x[..., 60:116, 100:156] = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    return x
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Chromium, as Debian packages it."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-test.txt)")

@@ -120,11 +120,11 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
     assert "other settings (classifier)" in error
 
 
-def test_in_one_line_from_python(photo, photos):
+def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
-    restored = diffender.defend(photos[:2], defense)
-    assert restored.shape == photos[:2].shape and not torch.equal(restored, photos[:2])
+    restored = diffender.defend(pasted, defense)
+    assert restored.shape == pasted.shape and not torch.equal(restored, pasted)
     one, two = photo, photo.resize((90, 60)).convert("L")
     both = diffender.defend([one, two], defense)
     assert [image.size for image in both] == [one.size, two.size]

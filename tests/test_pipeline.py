@@ -37,14 +37,6 @@ def defense(model, contexts) -> DIFFender:
     return DIFFender(model, contexts, FAST)
 
 
-@pytest.fixture(scope="module")
-def pasted(photos) -> torch.Tensor:
-    """A photograph with a square of noise, which every localiser finds, (1, 3, 224, 224)."""
-    x = photos[:1].clone()
-    x[..., 60:116, 100:156] = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    return x
-
-
 def noise_for(defense: DIFFender, n: int, purpose: str = "test") -> Noise:
     return defense.sample_noise([f"image {i}" for i in range(n)], 0, purpose)
 

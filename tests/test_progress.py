@@ -23,9 +23,9 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, c
     theta, area = results["curves"]["theta"], results["curves"]["area"]
     own = theta["at"].index(2.5)
     rows = {f"{r['attack']}/{r['gradient']}" if r["gradient"] else r["attack"]: r for r in results["rows"]}
-    for name in ("none", "advp/transfer", "advp/bpda-mask"):
+    for name in ("none", "advp/transfer", "advp/evade"):
         assert theta[name][own] == rows[name]["single"]["accuracy"], "the same images, noise and threshold"
-    assert len(area["advp/undefended"]) == len(area["advp/bpda-mask"]) == 2
+    assert len(area["advp/undefended"]) == len(area["advp/evade"]) == 2
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     assert len(charts(results, records)) == 4
     assert len((folder / "curves-all.jsonl").read_text().splitlines()) == 1
