@@ -134,8 +134,7 @@ def figure_2(s: Scene, folder: Path) -> str:
         return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
 
     grad = kinds(opts)[-1]
-    victim = Defended(s.target.defense, classifier, replace(opts.backward, mode=grad))
-    task = Task(victim, s.batch.x, y, s.batch.ids, opts.run.seed)
+    task = Task(s.target.under(replace(opts.backward, mode=grad)), s.batch.x, y, s.batch.ids, opts.run.seed)
     knowing = AdvP.from_flags(attack_flags(opts))(task, init=s.made.state)
     columns, right = [Column("clean", s.batch.x, seen(s.batch.x))], []
     for title, attacked in (("patch made on\nthe classifier", s.made), ("patch made on\nthe defence", knowing)):

@@ -206,11 +206,11 @@ def harm(record: dict) -> float:
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
     """A run of evaluate.py; `folder` holds the images of the stages."""
     head, rows = accuracies(results)
-    seconds, where = f"{results['seconds']:.0f} s on {results['machine']}", results["date"]
+    cost = f"{results['seconds']:.0f} s on {results['machine']}, {results['date']}"
     return render(
         title=f"{results['defense']} under attack",
         headline=headline(results),
-        told=f"{results['setting']}, seed {results['seed']}, {seconds}, {where}.",
+        told=f"{results['setting']}, seed {results['seed']}, {cost}.",
         command=results["command"],
         accuracy={"head": head, "rows": rows, "note": "In per cent, with counts and Wilson intervals of 95 %."},
         trust=results.get("trust"),
