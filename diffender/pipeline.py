@@ -133,6 +133,10 @@ class DIFFender(nn.Module):
             x_hat = self.restore(x, found.mask, noise)
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 
+    def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
+        """What the classifier sees of a patch that the map does not show: x as it is."""
+        return x
+
 
 def passes(
     defense: Callable[..., Purified], x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
@@ -183,7 +187,7 @@ class Defended(nn.Module):
             return logits, logits.new_zeros(len(x))
         assert isinstance(self.defense, DIFFender) and isinstance(noise, Noise)  # no other defence has these modes
         if b.mode == "evade":
-            out = Purified(x, *self.defense.localize(x, noise, b))
+            out = Purified(self.defense.unnoticed(x, noise), *self.defense.localize(x, noise, b))
         else:
             out = self.defense(x, noise, b)
         assert out.z_score is not None and out.heatmap is not None

@@ -129,7 +129,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --grad full --hide mean", "--hide is read by --grad full+loc and evade alone"),
     ("evaluate --images-full 3", "--images-full is read by --grad surrogate, full, full+loc alone"),
     ("evaluate --attack gdpa --generator {bad}/other.safetensors", "--generator is read by --gdpa-mode amortised"),
-    ("evaluate --defense jpeg --theta 3", "--theta is read by --defense diffender alone"),
+    ("evaluate --defense jpeg --theta 3", "--theta is read by --defense diffender or hardened alone"),
     ("evaluate --prompt manual --prompts {bad}/other.safetensors", "--prompts is read by --defense diffender"),
     ("evaluate --fold 1", "--fold is read by a face recogniser alone"),
     ("evaluate --folds 2", "--folds is read by --table 6 alone"),

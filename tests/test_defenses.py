@@ -15,6 +15,7 @@ from diffender.defenses import DEFENSES, build, split
 from diffender.defenses.dw import guided
 from diffender.defenses.fill import FILLS, harmonic
 from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
+from diffender.defenses.hardened import Hardened
 from diffender.defenses.jedi import (
     OFFICIAL,
     complete,
@@ -237,23 +238,95 @@ def test_patchcleanser_covers_every_place(classifier, size, patch):
         assert (len(windows), side, windows[1][1]) == (36, 79, 30)
 
 
+class Bright(torch.nn.Module):
+    """A toy that counts bright pixels, up to two."""
+
+    mean = torch.zeros(3, 1, 1)
+
+    def forward(self, x):
+        return F.one_hot((x.amax(dim=1) > 0.9).sum(dim=(1, 2)).clamp_max(2), 3).float()
+
+
+def spot(top, left):
+    """A mask (1, 30, 30) of one pixel."""
+    return F.pad(torch.ones(1, 1, 1), (left, 29 - left, top, 29 - top))
+
+
 def test_patchcleanser_decides_and_certifies():
-    """A toy that answers 1 where it sees anything bright: one bright spot is masked away by the second round."""
-
-    class Bright(torch.nn.Module):
-        mean = torch.zeros(3, 1, 1)
-
-        def forward(self, x):
-            seen = (x > 0.9).flatten(1).any(dim=1).float()
-            return torch.stack([1 - seen, seen], dim=1)
-
+    """One bright spot is masked away by the second round."""
     x = torch.full((3, 30, 30), 0.5)
     cleanser = PatchCleanser(Bright(), 5, masks=3)
     assert cleanser(x) == 0
+    assert cleanser.agreed(x) == (0, 0)
     assert cleanser.certified(x, 0)
+    assert cleanser.certified(x, 0, spot(4, 4))
     x[:, 4, 4] = 1
     assert cleanser(x) == 0  # a dissenter that every second mask confirms
+    assert cleanser.agreed(x) == (0, 0)
     assert not cleanser.certified(x, 1)
+    assert cleanser.certified(x, 0, spot(4, 4))  # the mask that hides this place hides the spot
+    assert not cleanser.certified(x, 0, spot(28, 28))
+    x[:, 28, 28] = 1
+    assert cleanser.agreed(x) is None  # two spots, and each mask that hides one is told of the other
+    assert cleanser(x) == 2
+
+
+def test_what_is_certified_holds(classifier, photos):
+    """Whatever the pixels of a patch at a place with a certificate, and of a wild one, the answer is the label."""
+    cleanser = PatchCleanser(classifier, 50, masks=3)
+    g = generator("certified")
+    proven = 0
+    for x in photos:
+        label = int(classifier(x[None]).argmax())
+        patch = torch.zeros(1, 224, 224)
+        patch[:, 5:55, 5:55] = 1
+        if cleanser.certified(x, label, patch):
+            proven += 1
+            for pixels in (torch.rand(3, 224, 224, generator=g), torch.zeros(3, 224, 224), photos[0].flip(1)):
+                found = cleanser.agreed(x * (1 - patch) + pixels * patch)
+                assert found is not None
+                assert found[0] == label
+    assert proven > 0
+
+
+class Undecided(PatchCleanser):
+    def agreed(self, x):
+        return None
+
+
+def test_hardened_believes_windows_first(target, photos):
+    """What the windows agree on is what the classifier reads; where they do not, the answer is DIFFender's."""
+    defended = build("hardened:masks=2", target)
+    noise = defended.sample_noise(["a", "b"], 0, "test")
+    plain = target.defense(photos[:2], noise)
+    toy = Defended(Hardened(target.defense, PatchCleanser(Bright(), 50, masks=2)), Bright())
+    x = 0.5 * photos[:2]
+    assert torch.equal(toy.defense(x, noise).image, x)
+    assert toy.defense(x, noise).mask.sum() == 0
+    x[0, :, 10, 10] = 1
+    out = toy.defense(x, noise)
+    assert Bright()(out.image).argmax(dim=1).tolist() == [0, 0]
+    assert out.image[0, :, :60, :60].abs().max() == 0  # the toy's mean colour
+    assert torch.equal(out.image[1], x[1])
+    x[0, :, 220, 220] = 1
+    assert torch.equal(toy.defense(x, noise).image[:1], target.defense(x, noise).image[:1])
+    undecided = Hardened(target.defense, Undecided(target.classifier, 50))
+    assert all(torch.equal(a, b) for a, b in zip(undecided(photos[:2], noise), plain, strict=True))
+
+
+def test_evade_sees_hardened_through_a_window(target, photos):
+    """The window follows from the noise alone, and no gradient comes from under it."""
+    hardened = build("hardened:masks=3", target).defense
+    x = photos[:2].clone().requires_grad_()
+    noise = hardened.sample_noise(["a", "b"], 0, "attack")
+    seen = hardened.unnoticed(x, noise)
+    assert torch.equal(seen, hardened.unnoticed(x, noise))
+    (gradient,) = torch.autograd.grad(seen.sum(), x)
+    side = hardened.cleanser.windows(224)[0][2]
+    assert gradient.eq(0).flatten(1).sum(dim=1).tolist() == [3 * side**2] * 2
+    many = hardened.sample_noise([str(i) for i in range(40)], 0, "attack")
+    shown = hardened.unnoticed(torch.ones(40, 3, 224, 224), many)
+    assert len({tuple((row[0] < 1).nonzero()[0].tolist()) for row in shown}) == 9
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -274,7 +347,7 @@ def test_every_defence(target, classifier, photos, name):
     assert gradient.abs().max() > 0
     alone = defended.sample_noise(["b"], 0, "test")
     assert torch.allclose(defended(y[1:], alone), defended(y, noise)[1:], atol=2e-3)
-    assert classifier(y[:1]).shape == defended(y[:1], None if noise is None else noise[:1]).shape
+    assert classifier(y[:1]).shape == defended(y[:1], defended.sample_noise(["a"], 0, "test")).shape
 
 
 def test_diffpure_without_noise_is_the_round_trip(target, photos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,9 +16,11 @@ from diffender.config import EXACT, Backward
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc, reestimate_statistics
+from diffender.defenses.hardened import Hardened
 from diffender.defenses.jedi import jedi
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
+from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
 from diffender.ops import resize, straight_through
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
@@ -109,6 +112,16 @@ def build_diffpure(target: Defended, **settings: Any) -> Defended:
     return Defended(Purifier(purify, d.model), target.classifier)
 
 
+def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defended:
+    """`area` is the share of the largest square patch to withstand, `masks` the number of windows along an axis."""
+    d = target.defense
+    assert isinstance(d, DIFFender)  # as `build` asks
+    if not 0.0005 <= area <= 0.5 or masks < 1:
+        raise InputError(f"hardened:area={area:g},masks={masks}: area lies in 0.0005 to 0.5, masks is at least 1")
+    side = round(target.classifier.cfg.size * math.sqrt(area))
+    return Defended(Hardened(d, PatchCleanser(target.classifier, side, masks)), target.classifier)
+
+
 def build_round_trip(target: Defended) -> Defended:
     model = target.defense.model
     assert model is not None  # DIFFender's
@@ -117,6 +130,7 @@ def build_round_trip(target: Defended) -> Defended:
 
 DEFENSES = {
     "diffender": Entry(lambda: None, lambda target: target),
+    "hardened": Entry(build_hardened, build_hardened),
     "none": Entry(lambda: None, lambda target: Defended(Purifier(nn.Identity()), target.classifier)),
     "resize": Entry(lambda: None, build_round_trip),
     "vae": Entry(lambda: None, lambda target: build_diffpure(target, t_star=0.0, steps=0)),

@@ -4,9 +4,11 @@ Beyond the paper: no attack is needed for the certificate, it is a lower bound o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from diffender.classifiers.imagenet import Classifier
@@ -26,32 +28,66 @@ class PatchCleanser:
         starts = [*range(0, size - side, stride), size - side]
         return [(top, left, side) for top in starts for left in starts]
 
-    def predict(self, x: Tensor, pairs: list[tuple[int, int]]) -> list[int]:
-        """The classes of one image (3, S, S) under pairs of masks; a pair of the same is a single mask."""
-        windows, classes = self.windows(x.shape[-1]), []
-        for start in range(0, len(pairs), self.batch_size):
-            part = pairs[start : start + self.batch_size]
-            covered = x.repeat(len(part), 1, 1, 1)
-            for row, pair in zip(covered, part, strict=True):
-                for top, left, side in (windows[i] for i in pair):
-                    row[:, top : top + side, left : left + side] = self.classifier.mean  # 0 to the network
-            classes += self.classifier(covered).argmax(dim=1).tolist()
-        return classes
+    def cover(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """One image (3, S, S) under each pair of masks, (P, 3, S, S); a pair of the same is a single mask."""
+        masks = torch.zeros(len(pairs), 1, *x.shape[1:]).to(x)
+        for mask, pair in zip(masks, pairs, strict=True):
+            for top, left, side in (self.windows(x.shape[-1])[i] for i in pair):
+                mask[:, top : top + side, left : left + side] = 1
+        return x * (1 - masks) + self.classifier.mean * masks  # the mean is 0 to the network
+
+    def predict(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> list[int]:
+        """The classes of one image (3, S, S) under pairs of masks."""
+        parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
+        return [label for part in parts for label in self.classifier(self.cover(x, part)).argmax(dim=1).tolist()]
+
+    def row(self, x: Tensor, i: int) -> list[int]:
+        """The classes under mask i together with each of the others."""
+        return self.predict(x, [(i, j) for j in range(len(self.windows(x.shape[-1])))])
 
     def __call__(self, x: Tensor) -> int:
         """The class of one image (3, S, S): the one all first masks agree on, else a dissenter that a second round
         confirms, else the majority."""
-        n = len(self.windows(x.shape[-1]))
-        first = self.predict(x, [(i, i) for i in range(n)])
+        first = self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
         majority = max(set(first), key=first.count)
         for i, label in enumerate(first):
-            if label != majority and set(self.predict(x, [(i, j) for j in range(n)])) == {label}:
+            if label != majority and set(self.row(x, i)) == {label}:
                 return label
         return majority
 
-    def certified(self, x: Tensor, label: int) -> bool:
-        """Whether no patch of that size, wherever it is, can change the answer from the true label: every pair of
-        masks must already give it (their theorem 1)."""
-        n = len(self.windows(x.shape[-1]))
-        singles = self.predict(x, [(i, i) for i in range(n)])
-        return set(singles) == {label} and set(self.predict(x, list(combinations(range(n), 2)))) == {label}
+    def agreed(self, x: Tensor) -> tuple[int, int] | None:
+        """The class of one image (3, S, S) that all first masks, or all pairs with one mask, agree on, and that mask.
+
+        None where no mask's row agrees. Two rows share a pair, so they cannot agree on two classes. Dissenters go
+        first: of an attacked image they are the few masks that hide the patch.
+        """
+        first = self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
+        if len(set(first)) == 1:
+            return first[0], 0
+        majority = max(set(first), key=first.count)
+        possible = [True] * len(first)
+        for i in sorted(range(len(first)), key=lambda i: first[i] == majority):
+            if possible[i]:
+                row = self.row(x, i)
+                if set(row) == {first[i]}:
+                    return first[i], i
+                possible = [p and seen == own for p, seen, own in zip(possible, row, first, strict=True)]
+        return None
+
+    def certified(self, x: Tensor, label: int, patch: Tensor | None = None) -> bool:
+        """Whether no patch can change the answer from the true label, whatever its pixels.
+
+        For a patch (1, S, S) in {0, 1}: at that place. It is so where a mask hides the whole patch and every pair with
+        that mask gives the label: the attacker's pixels are in none of these pairs, and another class finds no row
+        that agrees, since each row shares a pair with this one. Without `patch`: at every place, for which every pair
+        of masks must give the label (their theorem 1).
+        """
+        windows = self.windows(x.shape[-1])
+        if patch is not None:
+            total = patch.sum()
+            hiding = [
+                i for i, (t, left, s) in enumerate(windows) if patch[:, t : t + s, left : left + s].sum() == total
+            ]
+            return any(set(self.row(x, i)) == {label} for i in hiding)
+        singles = self.predict(x, [(i, i) for i in range(len(windows))])
+        return set(singles) == {label} and set(self.predict(x, list(combinations(range(len(windows)), 2)))) == {label}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Task
 from diffender.attacks.patch import to_8bit
+from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import AREAS
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
@@ -58,7 +59,7 @@ def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float
 def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
     """Whether the image and each patch made for it are classified correctly at every threshold. Localised once."""
     x, target = task.x, task.victim
-    if not isinstance(target.defense, DIFFender):
+    if not isinstance(target.defense, DIFFender) or isinstance(target.defense, Hardened):
         return {}
     noise = task.noise("verdict")
     images = {"none": x}

@@ -23,6 +23,7 @@ GRADIENTS = {  # by defence
     "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade"),
     "others": ("transfer", "bpda", "auto"),
 }
+OURS = {"diffender": "DIFFender", "hardened": "DIFFender, hardened"}  # what has DIFFender's settings and gradients
 FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
 BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
@@ -158,7 +159,7 @@ def fill(opts: Options) -> Options:
     opts = opts if opts.grad is None else replace(opts, grad=tidy(opts.grad))
     preset = budget(opts, opts.preset)
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
-    allowed = GRADIENTS["diffender" if opts.defense == "diffender" else "others"]
+    allowed = GRADIENTS["diffender" if is_ours(opts) else "others"]
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
@@ -191,9 +192,14 @@ def tidy(names: str, until: str | None = None) -> str:
 def budget(opts: Options, preset: str) -> dict:
     """The values of a preset, as they are for this defence."""
     values = dict(PRESETS[preset])
-    if opts.defense != "diffender":
+    if not is_ours(opts):
         values |= {"grad": ",".join(GRADIENTS["others"][1:])}
     return values
+
+
+def is_ours(opts: Options) -> bool:
+    """Whether the defence is DIFFender, as published or hardened."""
+    return opts.defense.partition(":")[0] in OURS
 
 
 def kinds(opts: Options) -> list[str]:
@@ -219,7 +225,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
-    ours, hiding = filled.defense == "diffender", {"full+loc", "evade"} & set(kinds(filled))
+    ours, hiding = is_ours(filled), {"full+loc", "evade"} & set(kinds(filled))
     chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
@@ -242,7 +248,7 @@ def refuse_unread(opts: Options) -> None:
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
         "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
-    } | dict.fromkeys(defense.method, (True, "--defense diffender", ours))
+    } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
     for flag, (given, reader, there) in conditions.items():
         if given and not there:
             raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
@@ -316,7 +322,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
-    elif asked.keep is None and opts.defense == "diffender":
+    elif asked.keep is None and is_ours(opts):
         model.keep = keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 

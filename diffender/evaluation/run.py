@@ -18,6 +18,7 @@ from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import PLAIN, announce, forecast
 from diffender.evaluation.plan import (
     COSTLY,
+    OURS,
     Options,
     attacks,
     build_plans,
@@ -170,7 +171,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "command": command(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
-        "defense": {"diffender": "DIFFender"}.get(opts.defense, opts.defense),
+        "defense": OURS.get(opts.defense, opts.defense),
         "names": e.names,
         "seed": opts.run.seed,
         "setting": describe(opts),

@@ -16,6 +16,7 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
 from diffender.config import Backward
+from diffender.defenses.hardened import Hardened
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
 from diffender.pipeline import Defended, DIFFender, Undefended
@@ -84,7 +85,7 @@ def trust_report(
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours:
-        found += [*noise_is_used(bench), *masks(bench)]
+        found += [*(() if isinstance(target.defense, Hardened) else noise_is_used(bench)), *masks(bench)]
     if bench.adaptive is not None:
         found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
         if level == "full":

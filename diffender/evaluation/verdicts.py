@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,6 +60,15 @@ def verdict(seen: Sequence[int], label: int) -> Verdict:
     right = [c == label for c in seen]
     top = Counter(votes).most_common(1)[0][0]
     return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
+
+
+@runtime_checkable
+class Certifying(Protocol):
+    """A defence that can prove for a place that no patch there changes its answer."""
+
+    def certified(self, x: Tensor, labels: Sequence[int], patch: Tensor) -> list[bool]:
+        """Clean images (B, 3, S, S), their labels, and the places (B, 1, S, S) in {0, 1}."""
+        ...
 
 
 class Judge(NamedTuple):
@@ -122,6 +131,8 @@ def evaluate_batch(
                 "loss": [thin(row.tolist()) for row in made.trace],
                 "fooled": [thin(row.tolist()) for row in made.fooled],
             }
+            if isinstance(judge.target.defense, Certifying):
+                columns["certified"] = judge.target.defense.certified(x, y.tolist(), mask)
             for b, record in enumerate(records):
                 record["attacks"][variant] = {name: column[b] for name, column in columns.items()}
                 record["attacks"][variant]["seconds"] = seconds / len(ids)
@@ -252,6 +263,8 @@ def summarize(records: Sequence[dict]) -> dict:
             rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
             rows[-1]["transfer"] = mean(a.average for a, _ in same)
         columns = next(iter(found.values()))["masks"]
+        if all("certified" in f for f in found.values()):
+            rows[-1]["certified"] = proportion([float(f["certified"]) for f in found.values()])
         masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
         masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
     names = list(dict.fromkeys(v.split("/")[0] for v in variants))
@@ -265,5 +278,8 @@ def summarize(records: Sequence[dict]) -> dict:
         seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
         alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
         rows.append(row(f"{title} on each image", "", alone, worst))
+        if all("certified" in a for r in records for a in r["attacks"].values()):
+            proven = [all(r["attacks"][v]["certified"] for v in mine if v in r["attacks"]) for r in records]
+            rows[-1]["certified"] = proportion(list(map(float, proven)))
     masked = [r["masked"] for r in records if r["masked"] is not None]
     return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

@@ -17,6 +17,7 @@ def share(p: dict) -> str:
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of the main table: accuracy in per cent with counts and Wilson 95 % intervals."""
+    proven = any("certified" in r for r in results["rows"])
     head = (
         "attack",
         "gradient",
@@ -26,6 +27,7 @@ def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         f"worst of {results['verdicts']}",
         f"majority of {results['votes']}",
         "p",
+        *(["certified"] if proven else []),
     )
     rows = []
     for r in results["rows"]:
@@ -38,6 +40,7 @@ def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
                 counted(r["single"]),
                 *(share(r[column]) for column in ("average", "worst", "majority")),
                 p,
+                *([share(r["certified"]) if "certified" in r else ""] if proven else []),
             )
         )
     return head, rows

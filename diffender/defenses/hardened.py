@@ -1,0 +1,66 @@
+"""DIFFender behind PatchCleanser's two rounds (Xiang et al. 2022): for attackers who hide from the difference map.
+
+Beyond the paper, docs/hardened.md. An attacker who knows the defence hides the patch from the map, and the map is then
+no help. A window that covers the patch cannot be deceived, whatever is under it. So windows come first, and DIFFender
+answers where they do not agree.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffender.config import EXACT, Backward
+from diffender.defenses.patchcleanser import PatchCleanser
+from diffender.noise import Noise
+from diffender.pipeline import DIFFender, Purified
+from diffender.stable_diffusion.vae import Posterior
+
+
+class Hardened(DIFFender):
+    """purified = defense(x, noise): x (B, 3, S, S) in [0, 1], square.
+
+    Where the windows agree on a class the image is returned so that the classifier reads that class: as it is, or
+    under the window whose row agrees. Elsewhere it is what DIFFender makes of it. The map is DIFFender's in both cases.
+    """
+
+    def __init__(self, plain: DIFFender, cleanser: PatchCleanser):
+        super().__init__(plain.model, plain.contexts, plain.cfg, plain.size)
+        self.cleanser = cleanser
+
+    def forward(
+        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+    ) -> Purified:
+        """The purified image and how it came about. Gradients pass straight through the choice of the window."""
+        out = super().forward(x, noise, backward, posterior)
+        if backward.mode == "bpda":  # has been here, without gradient
+            return out
+        images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
+        found = [self.window(image) for image in images]
+        known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
+        mask = torch.stack([x.new_zeros(1, *x.shape[2:]) if mask is None else mask for mask in found])[place]
+        covered = x * (1 - mask) + self.cleanser.classifier.mean * mask
+        assert out.mask is not None
+        return out._replace(image=torch.where(known, covered, out.image), mask=torch.where(known, mask, out.mask))
+
+    def window(self, x: Tensor) -> Tensor | None:
+        """What to cover of one image (3, S, S), as a mask (1, S, S): nothing, a window, or None without agreement."""
+        agreed = self.cleanser.agreed(x)
+        if agreed is None:
+            return None
+        label, i = agreed
+        mask = torch.zeros_like(x[:1])
+        if int(self.cleanser.classifier(x[None]).argmax()) != label:
+            top, left, side = self.cleanser.windows(x.shape[-1])[i]
+            mask[:, top : top + side, left : left + side] = 1
+        return mask
+
+    def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
+        """What the classifier sees of a patch that the map does not show: x under one window, drawn by the noise."""
+        count = len(self.cleanser.windows(x.shape[-1]))
+        drawn = (torch.special.ndtr(noise.start.flatten(1)[:, 0].float()) * count).long().clamp_max(count - 1)
+        return torch.cat([self.cleanser.cover(row, [(i, i)]) for row, i in zip(x, drawn.tolist(), strict=True)])
+
+    def certified(self, x: Tensor, labels: Sequence[int], patch: Tensor) -> list[bool]:
+        """Whether no pixels within these patches (B, 1, S, S) can change the answer from the label, image by image."""
+        return [self.cleanser.certified(*one) for one in zip(x, labels, patch, strict=True)]
