@@ -266,6 +266,7 @@ def test_patchcleanser_decides_and_certifies():
     assert not cleanser.certified(x, 1)
     assert cleanser.certified(x, 0, spot(4, 4))  # the mask that hides this place hides the spot
     assert not cleanser.certified(x, 0, spot(28, 28))
+    assert 0.1 < cleanser.certified_places(x, 0) < 0.3  # of those windows that hide the spot
     x[:, 28, 28] = 1
     assert cleanser.agreed(x) is None  # two spots, and each mask that hides one is told of the other
     assert cleanser(x) == 2

@@ -6,7 +6,7 @@ Beyond the paper: no attack is needed for the certificate, it is a lower bound o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -89,5 +89,20 @@ class PatchCleanser:
                 i for i, (t, left, s) in enumerate(windows) if patch[:, t : t + s, left : left + s].sum() == total
             ]
             return any(set(self.row(x, i)) == {label} for i in hiding)
-        singles = self.predict(x, [(i, i) for i in range(len(windows))])
-        return set(singles) == {label} and set(self.predict(x, list(combinations(range(len(windows)), 2)))) == {label}
+        return all(self.right_rows(x, label))
+
+    def right_rows(self, x: Tensor, label: int) -> list[bool]:
+        """Of each mask, whether all pairs with it give the label."""
+        n = len(self.windows(x.shape[-1]))
+        pairs = list(combinations_with_replacement(range(n), 2))
+        wrong = {i for pair, seen in zip(pairs, self.predict(x, pairs), strict=True) if seen != label for i in pair}
+        return [i not in wrong for i in range(n)]
+
+    def certified_places(self, x: Tensor, label: int) -> float:
+        """The share of all places of a patch at which it cannot change the answer from the true label."""
+        size = x.shape[-1] - self.patch + 1
+        places = torch.zeros(size, size, dtype=torch.bool)
+        for (top, left, side), right in zip(self.windows(x.shape[-1]), self.right_rows(x, label), strict=True):
+            room = side - self.patch + 1
+            places[top : top + room, left : left + room] |= right
+        return places.float().mean().item()
