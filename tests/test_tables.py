@@ -4,6 +4,7 @@ import csv
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,25 @@ from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
 from diffender.evaluation import plan as plans
 from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.records import append_records
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
 from diffender.paper.figures import FIGURES
 from diffender.paper.quoted import COLUMNS, QUOTED
-from diffender.paper.tables import NAMES, Line, as_csv, as_latex, columns, markdown, pool, rows_of, run_table
+from diffender.paper.tables import (
+    NAMES,
+    Line,
+    as_csv,
+    as_latex,
+    by_column,
+    chosen_rows,
+    columns,
+    markdown,
+    pool,
+    readings,
+    rows_of,
+    run_table,
+)
 from diffender.pipeline import Defended, DIFFender
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError
@@ -52,12 +67,12 @@ def test_quoted_numbers_are_in_the_paper():
 def test_rows_are_those_of_the_paper(number):
     rows = rows_of(number, Options())
     quoted = set().union(*QUOTED[number].values())
-    assert {row.key for row in rows} - {"resize", "vae"} == quoted - {"undefended"}
+    assert {row.key for row in rows} - {"resize", "vae", "hardened"} == quoted - {"undefended"}
     for row in rows:
         assert row.key in NAMES
         opts = fill(change(Options(), **row.changes))
         assert opts.defense in DEFENSES
-        assert opts.grad == ("evade" if opts.defense == "diffender" else "bpda,auto")
+        assert opts.grad == ("evade" if opts.defense in ("diffender", "hardened") else "bpda,auto")
     assert len(columns(number)) == len(next(iter(next(iter(QUOTED[number].values())).values())))
 
 
@@ -82,6 +97,31 @@ def test_bold_is_first_by_a_paired_test(right, told):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
     assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
     assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_rows_by_name():
+    opts = change(Options(), rows="jpeg, diffender")
+    assert [row.key for row in chosen_rows(1, opts)] == ["jpeg", "diffender"]
+    with pytest.raises(InputError, match=r"--rows jpg: table 1 has resize, .*nearest: jpeg"):
+        chosen_rows(1, change(opts, rows="jpg"))
+
+
+def test_readings_of_a_run(tmp_path):
+    """Under the paper's gradient alone, and what is certified, in lines of their own that compete with no other."""
+    variants = {"transfer": (1, True), "bpda": (1, True), "evade": (0, True)}
+    found = {f"advp/{kind}": {"defended": [label], "certified": c} for kind, (label, c) in variants.items()}
+    append_records(tmp_path / "per_image.jsonl", [{"id": "a", "label": 1, "defended": [1], "attacks": found}])
+    opts = change(Options(), grad="bpda,evade", defense="hardened")
+    run = SimpleNamespace(opts=opts, folder=tmp_path, plans=[SimpleNamespace(name="advp")], target=SimpleNamespace())
+    run.target.defense = SimpleNamespace(certified=lambda x, labels, patch: [])
+    assert by_column(run, ["a"])["advp"][0].single == 0
+    told = readings(run, ["a"])
+    assert {name: columns["advp"][0].single for name, columns in told.items()} == {"bpda": 1, "certified": 1}
+    assert readings(SimpleNamespace(opts=change(opts, defense="jpeg")), ["a"]) == {}
+    lines = [line("jpeg", 0, of=8), line("hardened", 8, of=8), line("hardened", 8, of=8)._replace(reading="certified")]
+    text = markdown(1, lines)
+    assert "| DIFFender, hardened, certified at the patch's place | 100.0 (8/8; 68-100) |" in text
+    assert "| DIFFender, hardened | **100.0 (8/8; 68-100)** |" in text
 
 
 def test_a_table_as_a_page(tmp_path):

@@ -133,6 +133,9 @@ class Options:
     table: int | None = option(
         None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="results"
     )
+    rows: str | None = option(
+        None, "Only these rows of a table, by name, separated by commas: jpeg,hardened,diffender. None: all."
+    )
     figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
     folds: int = option(1, "Table 6: number of folds. In each, another image of every person is the probe.", low=1)
     frames: str | None = option(
@@ -246,6 +249,7 @@ def refuse_unread(opts: Options) -> None:
         "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
+        "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
         "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
         "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))

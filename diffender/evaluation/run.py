@@ -54,6 +54,7 @@ NO_MATTER = (
     "trust_images",
     "shard",
     "table",
+    "rows",
     "figure",
     "tuning_data",
     "folds",

@@ -215,7 +215,7 @@ def figure_9(s: Scene, folder: Path) -> str:
 def figure_8(opts: Options, folder: Path) -> str:
     """Clean and robust accuracy over theta, under the adaptive attacks of this budget."""
     rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
-    lines = run_rows(rows, change(opts, trust="off"))[1:]
+    lines = run_rows(rows, change(opts, trust="off"))[1 : 1 + len(rows)]
     if not lines:
         return ""
     folder.mkdir(parents=True, exist_ok=True)

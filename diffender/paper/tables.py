@@ -14,15 +14,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.plan import Options, describe, fill
+from diffender.evaluation.plan import Options, describe, fill, is_ours, kinds
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
-from diffender.evaluation.verdicts import Verdict, by_variant, proportion, strongest_of, verdict
+from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, proportion, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
@@ -31,7 +31,7 @@ from diffender.paper.filming import run_film, run_photographs
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
-from diffender.utils.errors import InputError
+from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import write_text
 from diffender.utils.markdown import table
 from diffender.utils.options import change, with_hyphens
@@ -45,9 +45,14 @@ NAMES = {
     "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
     "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
     "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
+    "hardened": "DIFFender, hardened",
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
+BESIDE = {  # other readings of the same run, in lines of their own
+    "bpda": ", attacked through bpda alone",  # the paper's gradient, where a run has others too
+    "certified": ", certified at the patch's place",
+}
 TUNING = {  # of Table 2, by preset
     "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--held-out 16 --rounds 20", "paper": "",
     "strong": "",
@@ -60,11 +65,23 @@ class Row(NamedTuple):
     changes: dict  # of the options
 
 
+def chosen_rows(number: int, opts: Options) -> list[Row]:
+    """The rows of a table, or those of them that --rows names. Raises InputError for others."""
+    rows = rows_of(number, opts)
+    if opts.rows is None:
+        return rows
+    wanted = [name.strip() for name in opts.rows.split(",")]
+    keys = [row.key for row in rows]
+    if unknown := [name for name in wanted if name not in keys]:
+        raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
+    return [row for row in rows if row.key in wanted]
+
+
 def rows_of(number: int, opts: Options) -> list[Row]:
     ours = Row("diffender", {})
     if number == 1:
         others = ("resize", "vae", "jpeg", "smoothing", "dw", "lgs", "fnc", "diffpure", "jedi")
-        return [*(baseline(name, opts) for name in others), ours]
+        return [*(baseline(name, opts) for name in others), Row("hardened", {"defense": "hardened"}), ours]
     if number == 2:
         terms = ("mask", "feature", "l1")
         tuned = [Row(f"without {term}", {"prompts": retuned(opts, term)}) for term in terms]
@@ -122,6 +139,11 @@ class Line(NamedTuple):
     key: str  # of NAMES
     verdicts: dict[str, list[Verdict]]  # by column: of each image, under the strongest of its patches
     run: Path | None = None  # the folder that they come from
+    reading: str = ""  # of BESIDE, if it is not the usual one
+
+    @property
+    def title(self) -> str:
+        return NAMES[self.key] + BESIDE.get(self.reading, "")
 
 
 def run_table(number: int, opts: Options) -> str:
@@ -162,7 +184,7 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
     opts = change(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
-    lines = run_rows(rows_of(number, opts), opts, controlled=number == 1)
+    lines = run_rows(chosen_rows(number, opts), opts, controlled=number == 1)
     return lines[1:] if number in (2, 3, 4) else lines
 
 
@@ -182,6 +204,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     lines = [
         Line(classifier, row.key, by_column(e, batch.ids), e.folder) for row, e in zip(rows, experiments, strict=True)
     ]
+    for line, e in zip(tuple(lines), experiments, strict=True):
+        lines += [line._replace(verdicts=found, reading=name) for name, found in readings(e, batch.ids).items()]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         target, folder = experiments[-1].target, experiments[-1].folder
@@ -196,13 +220,35 @@ def named(opts: Options, key: str) -> Options:
     return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
 
-def by_column(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
-    """Of each image, verdict by verdict, under the strongest of the patches that each attack made for it."""
+def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, list[Verdict]]]:
+    """What BESIDE names of a run of ours, by column."""
+    stronger = set(kinds(experiment.opts)) - {"transfer", "bpda"}
+    if not is_ours(experiment.opts):
+        return {}
+    found = {}
+    if stronger and "bpda" in kinds(experiment.opts):
+        found["bpda"] = by_column(experiment, ids, stronger)
+    if isinstance(experiment.target.defense, Certifying):
+        records = {r["id"]: r for r in read_records(experiment.folder)}
+        proven = {"clean": by_column(experiment, ids)["clean"]}
+        for plan in experiment.plans:
+            mine = [
+                [a["certified"] for v, a in records[i]["attacks"].items() if v.split("/")[0] == plan.name] for i in ids
+            ]
+            proven[plan.name] = [Verdict(*[float(all(seen))] * len(Verdict._fields)) for seen in mine]
+        found["certified"] = proven
+    return found
+
+
+def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str] = ()) -> dict[str, list[Verdict]]:
+    """Of each image, verdict by verdict, under the strongest of the patches that each attack made for it, those of the
+    gradients in `leave` left out."""
     records = {r["id"]: r for r in read_records(experiment.folder)}
     found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
     judged = by_variant([records[i] for i in ids])
     for plan in experiment.plans:
-        found[plan.name] = strongest_of(judged, [v for v in judged if v.split("/")[0] == plan.name], ids)
+        mine = [v for v in judged if v.split("/")[0] == plan.name and v.split("/")[1] not in leave]
+        found[plan.name] = strongest_of(judged, mine, ids)
     return found
 
 
@@ -218,12 +264,12 @@ def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Ver
 
 def pool(lines: Sequence[Line]) -> list[Line]:
     """Lines of one classifier and one defence as one: the folds of faces."""
-    pooled = {}
+    pooled: dict[tuple[str, str, str], dict[str, list[Verdict]]] = {}
     for line in lines:
-        known = pooled.setdefault(line[:2], {})
+        known = pooled.setdefault((line.classifier, line.key, line.reading), {})
         for column, verdicts in line.verdicts.items():
             known[column] = known.get(column, []) + verdicts
-    return [Line(*key, verdicts) for key, verdicts in pooled.items()]
+    return [Line(classifier, key, found, reading=name) for (classifier, key, name), found in pooled.items()]
 
 
 def share(line: Line, column: str, name: str = "single") -> dict:
@@ -242,9 +288,9 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         for column in shown:
             p = share(line, column)
             text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
-            among = leaders(lines, line.classifier, column)
+            among = leaders(lines, line, column)
             ours.append(text if line.key not in among else f"**{text}**" if len(among) == 1 else f"{text} =")
-        out.append([line.classifier, NAMES[line.key], *ours, *beside])
+        out.append([line.classifier, line.title, *ours, *beside])
     return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
 
@@ -253,11 +299,13 @@ def is_defence(line: Line) -> bool:
     return line.key != "undefended" and not NAMES[line.key].startswith("control")
 
 
-def leaders(lines: Sequence[Line], classifier: str, column: str) -> list[str]:
-    """The defence that is first in a column, and all that McNemar's test (p < 0.05) cannot tell from it."""
-    right = {
-        n.key: [v.single for v in n.verdicts[column]] for n in lines if n.classifier == classifier and is_defence(n)
-    }
+def leaders(lines: Sequence[Line], line: Line, column: str) -> list[str]:
+    """Of lines of the same classifier and reading, the defence that is first in a column, and all that McNemar's test
+    (p < 0.05) cannot tell from it; none where there is only one."""
+    same = [n for n in lines if (n.classifier, n.reading) == (line.classifier, line.reading) and is_defence(n)]
+    right = {n.key: [v.single for v in n.verdicts[column]] for n in same}
+    if len(right) < 2:
+        return []
     first = max(right.values(), key=sum)
     return [key for key, other in right.items() if mcnemar(list(zip(first, other, strict=True))) >= 0.05]
 
@@ -268,13 +316,18 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     where = machine(pick_device(opts.run.device))
+    missing = [NAMES[row.key] for row in rows_of(number, opts)] if opts.rows else []
+    missing = [name for name in missing if name not in {NAMES[line.key] for line in lines}]
+    left = f"Left out: {', '.join(missing)}. " if missing else ""
+    proven = any(line.reading == "certified" for line in lines)
+    certified = "certified: no pixels at that place can change the answer; " if proven else ""
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
-        f"not told from the first by such a test; {baselines}DIFFender through {full.grad} (paper: BPDA). "
+        f"not told from the first by such a test; {certified}{baselines}DIFFender through {full.grad} (paper: BPDA). "
         f"{len(lines[0].verdicts['clean'])} images, {describe(full)}, seed {opts.run.seed}, {where}, "
         f"{time.strftime('%Y-%m-%d')}. "
-        f"Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
+        f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
         f"{target.defense.model.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 "
         "steps).\n"
@@ -284,13 +337,13 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
 def as_csv(lines: Sequence[Line]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["classifier", "defence", "attack", "verdict", "right", "n", "accuracy", "low", "high"])
+    writer.writerow(["classifier", "defence", "reading", "attack", "verdict", "right", "n", "accuracy", "low", "high"])
     for line in lines:
         for column in line.verdicts:
             for name in Verdict._fields:
                 p = share(line, column, name)
                 numbers = (round(p[k], 4) for k in ("right", "n", "accuracy", "low", "high"))
-                writer.writerow([line.classifier, line.key, column, name, *numbers])
+                writer.writerow([line.classifier, line.key, line.reading, column, name, *numbers])
     return text.getvalue()
 
 
@@ -301,5 +354,5 @@ def as_latex(number: int, lines: Sequence[Line]) -> str:
     out += ["classifier & defence & " + " & ".join(shown) + r" \\", r"\midrule"]
     for line in lines:
         values = [f"{100 * share(line, c)['accuracy']:.1f}" for c in shown]
-        out.append(" & ".join([line.classifier, NAMES[line.key], *values]).replace("_", r"\_") + r" \\")
+        out.append(" & ".join([line.classifier, line.title, *values]).replace("_", r"\_") + r" \\")
     return "\n".join([*out, r"\bottomrule", r"\end{tabular}", ""])
