@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
@@ -19,6 +20,7 @@ from diffender.evaluation.records import append_records
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
 from diffender.paper.figures import FIGURES
+from diffender.paper.knowledge import draw_knowledge, known
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import (
     NAMES,
@@ -122,6 +124,18 @@ def test_readings_of_a_run(tmp_path):
     text = markdown(1, lines)
     assert "| DIFFender, hardened, certified at the patch's place | 100.0 (8/8; 68-100) |" in text
     assert "| DIFFender, hardened | **100.0 (8/8; 68-100)** |" in text
+
+
+def test_knowing_more_is_never_worth_less(tmp_path):
+    attacks = {"advp/transfer": [1, 1, 2], "advp/bpda": [1, 2, 1], "advp/evade": [1, 2, 1], "gdpa/transfer": [2, 2, 2]}
+    records = [
+        {"id": str(i), "label": 1, "attacks": {v: {"defended": [seen[i]]} for v, seen in attacks.items()}}
+        for i in range(3)
+    ]
+    assert [p["right"] for p in known(records)] == [2, 1, 1]
+    append_records(tmp_path / "per_image.jsonl", records)
+    draw_knowledge({"DIFFender": tmp_path, "JPEG": tmp_path}, tmp_path / "chart.png")
+    assert Image.open(tmp_path / "chart.png").size == (880, 440)
 
 
 def test_a_table_as_a_page(tmp_path):

@@ -1,15 +1,18 @@
 """PatchCleanser's certificate (Xiang et al. 2022) on clean images: what no patch up to a size can change.
 
-Whole images are certified where no patch can change the answer wherever it is; places where no patch at that place can.
+python -m diffender certify --data PHOTOS --images 32 --area 0.02,0.05 --masks 3,4,5
 
-python -m diffender certify --data PHOTOS --images 32
+Whole images are certified where no patch can change the answer wherever it is; places where no patch at that place can.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffender.utils.options import option, parse, run
+from diffender.utils.errors import InputError
+from diffender.utils.options import allowed, option, parse, run, within
+
+SETTINGS = {"area": (0.0005, 0.5, float), "masks": (1, None, int)}  # lowest, highest, type
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,35 @@ class Options:
         "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
     )
     images: int = option(6, "Number of images, of those that the classifier gets right.", low=1)
-    area: float = option(0.05, "Share of the image that the patch to withstand covers.", low=0.0005, high=0.5)
-    masks: int = option(6, "Masks of the first round along each axis.", low=1)
+    area: str = option("0.05", "Share of the image that the patch to withstand covers; several with commas.")
+    masks: str = option("6", "Masks of the first round along each axis; several with commas.")
     classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
     seed: int = option(0, "Seed of the choice of images.", low=0)
     out: str = option("runs/patchcleanser", "Output folder. A run that is there is resumed.")
 
 
+def numbers(flag: str, text: str) -> list[float | int]:
+    """The values of a flag. Raises InputError for what is no number or out of its range."""
+    low, high, kind = SETTINGS[flag]
+    try:
+        values = [kind(word) for word in text.split(",")]
+    except ValueError as e:
+        raise InputError(f"--{flag} is {text}; give numbers, with commas") from e
+    for value in values:
+        if not within(value, low, high):
+            raise InputError(f"--{flag} is {value:g}; allowed is {allowed(low, high)}")
+    return values
+
+
+def key(image_id: str, area: float, masks: float) -> str:
+    """The id of a record: an image under these windows."""
+    return f"{image_id}, {area:g}, {masks}"
+
+
 def main() -> None:
     opts = parse(Options, __doc__)
+    asked = [(area, masks) for area in numbers("area", opts.area) for masks in numbers("masks", opts.masks)]
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import correct_subset, list_items
     from diffender.classifiers.imagenet import load_classifier
@@ -41,37 +63,42 @@ def main() -> None:
 
     classifier = load_classifier(opts.classifier, opts.classifier_weights)
     batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed)
-    cleanser = PatchCleanser(classifier, round(batch.x.shape[-1] * opts.area**0.5), opts.masks)
     folder = Path(opts.out)
     own = folder / "per_image.jsonl"
-    settings = {"data": opts.data, "area": opts.area, "masks": opts.masks, "classifier": opts.classifier}
+    config = {"data": opts.data, "classifier": opts.classifier}
     if opts.classifier_weights:
-        settings["sha256"] = sha256(Path(opts.classifier_weights))
-    done = {r["id"] for r in open_run(folder, settings, own)}
+        config["sha256"] = sha256(Path(opts.classifier_weights))
+    done = {r["id"] for r in open_run(folder, config, own)}
     for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x, batch.y.tolist(), strict=True):
-        if image_id not in done:
-            started = time.monotonic()
-            found = {"right": cleanser(x) == y, "places": cleanser.certified_places(x, y)}
-            append_records(own, [{"id": image_id, **found, "seconds": time.monotonic() - started}])
-    records = [r for r in open_run(folder, settings, own) if r["id"] in batch.ids]
-    rows = []
-    results: dict[str, object] = {"command": command()}
-    counts = {
-        "right, without a patch": [r["right"] for r in records],
-        "certified, wherever the patch is": [r["places"] == 1 for r in records],
-        "certified, of all places": [r["places"] for r in records],
-    }
-    for name, values in counts.items():
-        k, n = sum(values), len(values)
-        low, high = wilson(k, n)
-        results[name] = {"k": k, "n": n, "low": low, "high": high}
-        rows.append((name, f"{100 * k / n:.1f} % ({k:.4g}/{n}; {100 * low:.0f}-{100 * high:.0f})"))
-    text = table(("PatchCleanser, clean images", f"patches of {100 * opts.area:g} %, {opts.masks}² masks"), rows) + (
-        f"\n`{results['command']}`: {len(records)} images, {opts.classifier}, seed {opts.seed}, "
-        f"{sum(r['seconds'] for r in records):.0f} s on {machine(batch.x.device)}, "
-        f"{time.strftime('%Y-%m-%d')}.\n"
+        for area, masks in asked:
+            if key(image_id, area, masks) not in done:
+                started = time.monotonic()
+                cleanser = PatchCleanser(classifier, round(x.shape[-1] * area**0.5), int(masks))
+                found = {"right": cleanser(x) == y, "places": cleanser.certified_places(x, y)}
+                seconds = {"seconds": time.monotonic() - started}
+                append_records(own, [{"id": key(image_id, area, masks)} | found | seconds])
+
+    def counted(values: list[float]) -> str:
+        low, high = wilson(sum(values), len(values))
+        return f"{100 * sum(values) / len(values):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+    records = {r["id"]: r for r in open_run(folder, config, own)}
+    rows, results, seconds = [], [], 0.0
+    for area, masks in asked:
+        mine = [records[key(image_id, area, masks)] for image_id in batch.ids]
+        seconds += sum(r["seconds"] for r in mine)
+        columns = {
+            "right, without a patch": [float(r["right"]) for r in mine],
+            "certified wherever it is": [float(r["places"] == 1) for r in mine],
+            "certified places": [r["places"] for r in mine],
+        }
+        rows.append((f"{100 * area:g} %", f"{masks}²", *map(counted, columns.values())))
+        results.append({"area": area, "masks": masks, "n": len(mine)} | {k: sum(v) for k, v in columns.items()})
+    text = table(("patches of", "masks", *columns), rows) + (
+        f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {opts.classifier}, seed {opts.seed}, "
+        f"{seconds:.0f} s on {machine(batch.x.device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", {"command": command(), "rows": results})
     write_text(folder / "table.md", text)
     print(text)
 

@@ -28,6 +28,7 @@ from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
+from diffender.paper.knowledge import draw_knowledge
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
@@ -175,6 +176,9 @@ def run_table(number: int, opts: Options) -> str:
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_csv(lines))
     write_text(folder / "table.tex", as_latex(number, lines))
+    if number == 1:
+        usual = {NAMES[line.key]: line.run for line in every if line.run and not line.reading}
+        draw_knowledge(usual, folder / "knowledge.png")
     runs = {f"{line.classifier}, {NAMES[line.key]} ({line.run.name})": line.run for line in every if line.run}
     write_text(folder / "report.html", table_page(f"Table {number} of the paper", text, runs, folder))
     return text

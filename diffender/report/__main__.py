@@ -44,6 +44,7 @@ def compare(a: Path, b: Path) -> str:
     Raises InputError where they share no images.
     """
     from diffender.evaluation.metrics import mcnemar
+    from diffender.factory import command
 
     left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
     ids = [i for i in left if i in right]
@@ -63,7 +64,7 @@ def compare(a: Path, b: Path) -> str:
         only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
         rows.append((name, *map(str, (first, second, *only)), f"{mcnemar(pairs):.2g}"))
     head = (f"{len(ids)} images", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
-    return table(head, rows)
+    return f"{table(head, rows)}\n`{command()}`: first purifications; p: McNemar, exact.\n"
 
 
 def main() -> None:

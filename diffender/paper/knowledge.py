@@ -1,0 +1,45 @@
+"""What a defence is worth to attackers who know nothing of it, that it is there, and all of it: a chart of Table 1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from diffender.evaluation.records import read_records
+from diffender.evaluation.verdicts import by_variant, proportion, strongest_of
+from diffender.utils.images import save_figure
+
+STAGES = {  # what the attacker knows, and the gradients that this allows; None: every one that the run has
+    "nothing\n(patch of the classifier)": ("transfer",),
+    "that there is a defence\n(BPDA)": ("transfer", "bpda"),
+    "the defence\n(its strongest gradient)": None,
+}
+
+
+def known(records: Sequence[dict], attack: str = "advp") -> list[dict]:
+    """The share of first purifications that are right, at each stage: of each image under the strongest patch so far."""
+    judged = by_variant(records)
+    mine = [variant for variant in judged if variant.split("/")[0] == attack]
+    found = []
+    for kinds in STAGES.values():
+        seen = [variant for variant in mine if kinds is None or variant.split("/")[1] in kinds]
+        found.append(proportion([v.single for v in strongest_of(judged, seen, [r["id"] for r in records])]))
+    return found
+
+
+def draw_knowledge(runs: dict[str, Path], path: Path) -> None:
+    """One line for each run, by its title, with Wilson's 95 % intervals."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (title, folder) in enumerate(runs.items()):
+        points = known(read_records(folder))
+        y = [100 * p["accuracy"] for p in points]
+        around = [[v - 100 * p["low"] for v, p in zip(y, points, strict=True)]]
+        around += [[100 * p["high"] - v for v, p in zip(y, points, strict=True)]]
+        ours = title.startswith("DIFFender")
+        x = [stage + 0.02 * (i - len(runs) / 2) for stage in range(len(y))]  # side by side, where they coincide
+        axis.errorbar(x, y, around, marker="o", label=title, linewidth=2.5 if ours else 1, capsize=2, elinewidth=0.7)
+    axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
+    axis.set_xticks(range(len(STAGES)), list(STAGES))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
