@@ -17,7 +17,7 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
 
 
 def known(records: Sequence[dict], attack: str = "advp") -> list[dict]:
-    """The share of first purifications that are right, at each stage: of each image under the strongest patch so far."""
+    """The share of first purifications that are right at each stage: of each image under its strongest patch so far."""
     judged = by_variant(records)
     mine = [variant for variant in judged if variant.split("/")[0] == attack]
     found = []
