@@ -11,6 +11,7 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.config import Backward, DIFFenderConfig
+from diffender.defenses import build
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
 from diffender.evaluation.forecast import costs, duration
@@ -30,7 +31,8 @@ from diffender.losses import decoy, evasion, evasion_max
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
 from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
-from diffender.report.tables import markdown, trust_table
+from diffender.report.page import headline
+from diffender.report.tables import accuracies, markdown, trust_table
 from diffender.stable_diffusion.vae import Posterior
 from diffender.tuning import Shots, mixed
 from diffender.utils.errors import InputError
@@ -317,6 +319,43 @@ def test_the_headline_takes_the_strongest_patch_picture_by_picture():
         assert row["worst"]["accuracy"] <= row["single"]["accuracy"]
     assert clean["worst"]["right"] == 2  # clean images are submitted again, too
     assert clean["majority"]["right"] == 3
+
+
+def test_what_is_certified_is_counted():
+    """Of the strongest: where it holds for the places of all patches that were made."""
+    proven = {"a": (True, True), "b": (True, False), "c": (False, False)}
+    records = [fake_record(name, 1, [1], advp__transfer=[1], lavan__transfer=[1]) for name in proven]
+    assert not any("certified" in row for row in summarize(records)["rows"])
+    for record in records:
+        for attack, holds in zip(record["attacks"].values(), proven[record["id"]], strict=True):
+            attack["certified"] = holds
+    results = summarize(records)
+    rows = {r["attack"]: r["certified"]["right"] for r in results["rows"] if r["attack"] != "none"}
+    assert rows == {
+        "advp": 2,
+        "lavan": 1,
+        "strongest advp on each image": 2,
+        "strongest lavan on each image": 1,
+        "strongest on each image": 1,
+    }
+    named = results | {"defense": "d", "verdicts": 1, "votes": 1}
+    head, cells = accuracies(named)
+    assert head[-1] == "certified"
+    assert [row[-1][:4] for row in cells] == ["", "66.7", "33.3", "66.7", "33.3", "33.3"]
+    assert "Certified are 33.3 % (1/3; 6-79): no pixels" in headline(named)
+
+
+def test_certificates_of_hardened_go_into_the_records(target, photos, tmp_path):
+    x = photos[:1]
+    y = target.classifier(x).argmax(dim=1)
+    hardened = build("hardened:masks=2", target)
+    plan = Plan("grey", ATTACKS["grey"](), {})
+    (record,) = evaluate_batch(
+        Task(Undefended(target.classifier), x, y, ["a"], 0), Judge(hardened, 1), [plan], tmp_path
+    )
+    found = record["attacks"]["grey/transfer"]
+    mask = load_png(tmp_path / "adv" / "grey" / "transfer" / "a_mask.png")[:1]
+    assert found["certified"] == hardened.defense.cleanser.certified(to_8bit(x)[0], int(y), mask)
 
 
 def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):

@@ -137,10 +137,13 @@ def headline(results: dict) -> str:
     n = last["single"]["n"]
     if last["attack"] == "none":
         return f"No attack. {results['defense']} leaves {counted(last['single'])} of {n} clean images right."
+    bound = "Other patches may do more harm: these are upper bounds."
+    if "certified" in last:
+        bound += f" Certified are {counted(last['certified'])}: no pixels at the patch's place can change that answer."
     return (
         f"Under the strongest patch made for each of {n} images, {results['defense']} leaves "
         f"{counted(last['single'])} right, and the undefended classifier {counted(last['undefended'])}. Clean: "
-        f"{counted(results['rows'][0]['single'])}. Other patches may do more harm: these are upper bounds."
+        f"{counted(results['rows'][0]['single'])}. {bound}"
     )
 
 
