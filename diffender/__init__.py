@@ -14,7 +14,7 @@ _HOME = {
     "config": ("DIFFenderConfig", "EMBEDDED", "Backward"),
     "photographs": ("Defender", "defend", "load"),
     "own": ("AnyModel", "benchmark"),
-    "defenses": ("Purifier",),
+    "defenses": ("Hardened", "PatchCleanser", "Purifier"),
     "prompts": ("Contexts", "PromptPair"),
     "stable_diffusion.model": ("PRESETS", "LatentDiffusion", "ModelConfig"),
     "weights.loading": ("load_model",),

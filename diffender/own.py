@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffender.classifiers.dataset import Batch
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
+from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import Options, build_plans, default_name, fill, refuse_unread
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import generator
@@ -128,7 +129,7 @@ def title(victim: Defended | AnyModel) -> str:
     if isinstance(victim, AnyModel):
         return type(victim.model).__name__
     if isinstance(victim.defense, DIFFender):
-        return "diffender"
+        return "hardened" if isinstance(victim.defense, Hardened) else "diffender"
     purify = getattr(victim.defense, "purify", victim.defense)
     return getattr(purify, "__name__", type(purify).__name__)
 
@@ -138,6 +139,8 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
     found = settings(opts, *NO_MATTER, *flat(TargetOptions()))
     if isinstance(victim.defense, DIFFender):
         found |= asdict(victim.defense.cfg)
+    if isinstance(victim.defense, Hardened):
+        found |= {"patch": victim.defense.cleanser.patch, "masks": victim.defense.cleanser.masks}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     return found | {"torch": torch.__version__, "sha256": {what: digest(found) for what, found in tensors.items()}}
 

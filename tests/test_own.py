@@ -103,6 +103,11 @@ def test_the_defence_itself(model, classifier, photos):
     results = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)
     assert results["defense"] == "DIFFender"
     assert results["masks"]["advp/transfer"]["auc"] > 0.5
+    cleanser = diffender.PatchCleanser(classifier, patch=50, masks=2)
+    hardened = diffender.Defended(diffender.Hardened(victim.defense, cleanser), classifier)
+    results = diffender.benchmark(hardened, photos[:1], y, gradient="evade", name="windows", **few)
+    assert results["defense"] == "DIFFender, hardened"
+    assert all("certified" in row for row in results["rows"][1:])
 
 
 def test_wrong_input_is_one_clear_line(images):
