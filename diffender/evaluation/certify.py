@@ -5,6 +5,8 @@ python -m diffender certify --data PHOTOS --images 32 --area 0.02,0.05 --masks 3
 Whole images are certified where no patch can change the answer wherever it is; places where no patch at that place can.
 """
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,9 @@ class Options:
     classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
     seed: int = option(0, "Seed of the choice of images.", low=0)
-    out: str = option("runs/patchcleanser", "Output folder. A run that is there is resumed.")
+    out: str | None = option(
+        None, "Output folder. None: one in runs/ for these images and this classifier. A run there is resumed."
+    )
 
 
 def numbers(flag: str, text: str) -> list[float | int]:
@@ -63,11 +67,12 @@ def main() -> None:
 
     classifier = load_classifier(opts.classifier, opts.classifier_weights)
     batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed)
-    folder = Path(opts.out)
-    own = folder / "per_image.jsonl"
     config = {"data": opts.data, "classifier": opts.classifier}
     if opts.classifier_weights:
         config["sha256"] = sha256(Path(opts.classifier_weights))
+    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+    folder = Path(opts.out or f"runs/certify-{digest}")
+    own = folder / "per_image.jsonl"
     done = {r["id"] for r in open_run(folder, config, own)}
     for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x, batch.y.tolist(), strict=True):
         for area, masks in asked:
