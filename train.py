@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 HIDING = Backward("evade")  # of --adaptive
-FEWER = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
+WHILE_TUNING = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Options:
     tuning: TuningConfig = part(TuningConfig())
     model: ModelOptions = part(ModelOptions())
     method: dict[str, Any] = given(
-        PAPER, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance", embedded=replace(EMBEDDED, **FEWER)
+        PAPER, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance", embedded=replace(EMBEDDED, **WHILE_TUNING)
     )
     run: RunOptions = part(RunOptions(), "device", "quiet")
     data: str = option(
@@ -209,7 +209,7 @@ def config_of(opts: Options) -> DIFFenderConfig:
     """The settings that suit the model, with fewer draws and steps for the embedded one, but for those given."""
     from diffender import factory
 
-    fewer = FEWER if opts.model.embedded else {}
+    fewer = WHILE_TUNING if opts.model.embedded else {}
     return factory.config_of(opts.model, fewer | opts.method)
 
 
