@@ -40,7 +40,9 @@ class Options:
     tuning: TuningConfig = part(TuningConfig())
     model: ModelOptions = part(ModelOptions())
     method: dict[str, Any] = given(
-        PAPER, "noise_ratio", "draws", "theta", "steps", "sampler", "guidance", embedded=replace(EMBEDDED, **WHILE_TUNING)
+        PAPER,
+        *("noise_ratio", "draws", "theta", "steps", "sampler", "guidance"),
+        embedded=replace(EMBEDDED, **WHILE_TUNING),
     )
     run: RunOptions = part(RunOptions(), "device", "quiet")
     data: str = option(
