@@ -187,7 +187,7 @@ def run_table(number: int, opts: Options) -> str:
 def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
-    opts = change(opts, classifier=classifier, attack=attack, trust="off", fold=fold)
+    opts = change(opts, classifier=classifier, attack=attack, trust="off", curves="off", fold=fold)
     lines = run_rows(chosen_rows(number, opts), opts, controlled=number == 1)
     return lines[1:] if number in (2, 3, 4) else lines
 
