@@ -119,7 +119,9 @@ def test_readings_of_a_run(tmp_path):
     assert by_column(run, ["a"])["advp"][0].single == 0
     told = readings(run, ["a"])
     assert {name: columns["advp"][0].single for name, columns in told.items()} == {"bpda": 1, "certified": 1}
-    assert readings(SimpleNamespace(opts=change(opts, defense="jpeg")), ["a"]) == {}
+    run.target.defense = None
+    assert list(readings(run, ["a"])) == ["bpda"]
+    assert readings(SimpleNamespace(opts=change(opts, grad="evade"), target=run.target), ["a"]) == {}
     lines = [line("jpeg", 0, of=8), line("hardened", 8, of=8), line("hardened", 8, of=8)._replace(reading="certified")]
     text = markdown(1, lines)
     assert "| DIFFender, hardened, certified at the patch's place | 100.0 (8/8; 68-100) |" in text

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.plan import Options, describe, fill, is_ours, kinds
+from diffender.evaluation.plan import Options, describe, fill, kinds
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
 from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, proportion, strongest_of, verdict
@@ -225,10 +225,8 @@ def named(opts: Options, key: str) -> Options:
 
 
 def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, list[Verdict]]]:
-    """What BESIDE names of a run of ours, by column."""
+    """What BESIDE names of a run, by column."""
     stronger = set(kinds(experiment.opts)) - {"transfer", "bpda"}
-    if not is_ours(experiment.opts):
-        return {}
     found = {}
     if stronger and "bpda" in kinds(experiment.opts):
         found["bpda"] = by_column(experiment, ids, stronger)
