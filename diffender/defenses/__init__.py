@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -118,8 +117,7 @@ def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defe
     assert isinstance(d, DIFFender)  # as `build` asks
     if not 0.0005 <= area <= 0.5 or masks < 1:
         raise InputError(f"hardened:area={area:g},masks={masks}: area lies in 0.0005 to 0.5, masks is at least 1")
-    side = round(target.classifier.cfg.size * math.sqrt(area))
-    return Defended(Hardened(d, PatchCleanser(target.classifier, side, masks)), target.classifier)
+    return Defended(Hardened(d, PatchCleanser.against(target.classifier, area, masks)), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:

@@ -14,6 +14,7 @@ from diffender.config import EXACT, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
 from diffender.pipeline import DIFFender, Purified
+from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
 
 
@@ -39,7 +40,7 @@ class Hardened(DIFFender):
         found = [self.window(image) for image in images]
         known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
         mask = torch.stack([x.new_zeros(1, *x.shape[2:]) if mask is None else mask for mask in found])[place]
-        covered = x * (1 - mask) + self.cleanser.classifier.mean * mask
+        covered = composite(x, self.cleanser.classifier.mean, mask)
         assert out.mask is not None
         return out._replace(image=torch.where(known, covered, out.image), mask=torch.where(known, mask, out.mask))
 
@@ -49,11 +50,8 @@ class Hardened(DIFFender):
         if agreed is None:
             return None
         label, i = agreed
-        mask = torch.zeros_like(x[:1])
-        if int(self.cleanser.classifier(x[None]).argmax()) != label:
-            top, left, side = self.cleanser.windows(x.shape[-1])[i]
-            mask[:, top : top + side, left : left + side] = 1
-        return mask
+        already = int(self.cleanser.classifier(x[None]).argmax()) == label
+        return torch.zeros_like(x[:1]) if already else self.cleanser.hidden(x, [(i, i)])[0]
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
         """What the classifier sees of a patch that the map does not show: x under one window, drawn by the noise."""

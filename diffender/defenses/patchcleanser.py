@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffender.classifiers.imagenet import Classifier
+from diffender.restore import composite
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class PatchCleanser:
     patch: int  # side in pixels of the largest patch that it must withstand
     masks: int = 6  # an axis
     batch_size: int = 64
+
+    @classmethod
+    def against(cls, classifier: Classifier, area: float, masks: int) -> "PatchCleanser":
+        """Against square patches that cover a share `area` of the classifier's images."""
+        return cls(classifier, round(classifier.cfg.size * math.sqrt(area)), masks)
 
     def windows(self, size: int) -> list[tuple[int, int, int]]:
         """Masks as (top, left, side) such that every patch x patch square lies inside one."""
@@ -30,16 +36,25 @@ class PatchCleanser:
 
     def cover(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """One image (3, S, S) under each pair of masks, (P, 3, S, S); a pair of the same is a single mask."""
-        masks = torch.zeros(len(pairs), 1, *x.shape[1:]).to(x)
+        return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean is 0 to the network
+
+    def hidden(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """What each pair of masks covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
+        windows = self.windows(x.shape[-1])
+        masks = x.new_zeros(len(pairs), 1, *x.shape[1:])
         for mask, pair in zip(masks, pairs, strict=True):
-            for top, left, side in (self.windows(x.shape[-1])[i] for i in pair):
+            for top, left, side in (windows[i] for i in pair):
                 mask[:, top : top + side, left : left + side] = 1
-        return x * (1 - masks) + self.classifier.mean * masks  # the mean is 0 to the network
+        return masks
 
     def predict(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> list[int]:
         """The classes of one image (3, S, S) under pairs of masks."""
         parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
         return [label for part in parts for label in self.classifier(self.cover(x, part)).argmax(dim=1).tolist()]
+
+    def singles(self, x: Tensor) -> list[int]:
+        """The classes under each mask alone: the first round."""
+        return self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
 
     def row(self, x: Tensor, i: int) -> list[int]:
         """The classes under mask i together with each of the others."""
@@ -48,7 +63,7 @@ class PatchCleanser:
     def __call__(self, x: Tensor) -> int:
         """The class of one image (3, S, S): the one all first masks agree on, else a dissenter that a second round
         confirms, else the majority."""
-        first = self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
+        first = self.singles(x)
         majority = max(set(first), key=first.count)
         for i, label in enumerate(first):
             if label != majority and set(self.row(x, i)) == {label}:
@@ -61,7 +76,7 @@ class PatchCleanser:
         None where no mask's row agrees. Two rows share a pair, so they cannot agree on two classes. Dissenters go
         first: of an attacked image they are the few masks that hide the patch.
         """
-        first = self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
+        first = self.singles(x)
         if len(set(first)) == 1:
             return first[0], 0
         majority = max(set(first), key=first.count)
@@ -74,22 +89,15 @@ class PatchCleanser:
                 possible = [p and seen == own for p, seen, own in zip(possible, row, first, strict=True)]
         return None
 
-    def certified(self, x: Tensor, label: int, patch: Tensor | None = None) -> bool:
-        """Whether no patch can change the answer from the true label, whatever its pixels.
+    def certified(self, x: Tensor, label: int, patch: Tensor) -> bool:
+        """Whether no pixels in a place (1, S, S) in {0, 1} can change the answer from the true label.
 
-        For a patch (1, S, S) in {0, 1}: at that place. It is so where a mask hides the whole patch and every pair with
-        that mask gives the label: the attacker's pixels are in none of these pairs, and another class finds no row
-        that agrees, since each row shares a pair with this one. Without `patch`: at every place, for which every pair
-        of masks must give the label (their theorem 1).
+        It is so where a mask hides the whole place and every pair with that mask gives the label: the attacker's pixels
+        are in none of these pairs, and another class finds no row that agrees, since each row shares a pair with this.
         """
-        windows = self.windows(x.shape[-1])
-        if patch is not None:
-            total = patch.sum()
-            hiding = [
-                i for i, (t, left, s) in enumerate(windows) if patch[:, t : t + s, left : left + s].sum() == total
-            ]
-            return any(set(self.row(x, i)) == {label} for i in hiding)
-        return all(self.right_rows(x, label))
+        places = ((i, self.hidden(x, [(i, i)])[0]) for i in range(len(self.windows(x.shape[-1]))))
+        hiding = [i for i, hidden in places if (patch <= hidden).all()]
+        return any(set(self.row(x, i)) == {label} for i in hiding)
 
     def right_rows(self, x: Tensor, label: int) -> list[bool]:
         """Of each mask, whether all pairs with it give the label."""

@@ -78,7 +78,7 @@ def main() -> None:
         for area, masks in asked:
             if key(image_id, area, masks) not in done:
                 started = time.monotonic()
-                cleanser = PatchCleanser(classifier, round(x.shape[-1] * area**0.5), int(masks))
+                cleanser = PatchCleanser.against(classifier, area, int(masks))
                 found = {"right": cleanser(x) == y, "places": cleanser.certified_places(x, y)}
                 seconds = {"seconds": time.monotonic() - started}
                 append_records(own, [{"id": key(image_id, area, masks)} | found | seconds])
