@@ -91,7 +91,9 @@ class Options:
     target: TargetOptions = part(TargetOptions())
     defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.")
     run: RunOptions = part(RunOptions())
-    batch_size: int = option(1, "Images per batch. Changes no result. A killed process loses one batch.", low=1)
+    batch_size: int = option(
+        1, "Images per batch. A killed process loses one batch. Changes results by rounding.", low=1
+    )
     preset: str = option(
         "laptop",
         "Budget of all that is not given: smoke, laptop, paper (Sec. 4.1 and its settings), strong (every gradient).",
@@ -112,7 +114,9 @@ class Options:
     iters_undefended: int | None = budgeted("iters_undefended", "Steps of the attack on the classifier alone.")
     eot: int | None = budgeted("eot", "EOT samples in each step.")
     eot_batch: int = option(
-        8, "EOT samples, and purifications of a verdict, in one batch. Changes no result, takes memory.", low=1
+        8,
+        "EOT samples, and purifications of a verdict, in one batch. Takes memory. Changes results by rounding.",
+        low=1,
     )
     restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
     ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))

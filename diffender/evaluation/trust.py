@@ -239,7 +239,7 @@ def convergence(bench: Bench) -> Iterator[Check]:
     fall, late = first - last, before - last
     yield Check(
         f"the loss over {attack.iters} steps",
-        f"falls by {fall:.2g}, by {late:.2g} of that in the last fifth",
+        f"falls by {fall:.2g}, of which {late:.2g} in the last fifth",
         "falls, at most a tenth of it late: else raise --iters",
         fall > 0 and late < 0.1 * fall,
     )

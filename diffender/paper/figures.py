@@ -120,7 +120,10 @@ def figure_1(s: Scene, folder: Path) -> str:
     columns = {"attacked": s.made.image, **decoded}
     columns |= {"difference": heat(found.heatmap, s.made.image), "mask": found.mask}
     draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
-    return f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict, decoded; their difference.\n"
+    return (
+        f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict of {len(s.batch.ids)} images, "
+        "decoded; their difference.\n"
+    )
 
 
 def figure_2(s: Scene, folder: Path) -> str:
@@ -172,7 +175,8 @@ def figure_3(s: Scene, folder: Path) -> str:
         away = [((out - s.batch.x).abs() * m).sum() / (3 * m.sum()) for m in (s.made.mask, 1 - s.made.mask)]
         rows.append((str(ratio), f"{100 * right:.0f} %", *(f"{v:.3f}" for v in away)))
     draw([*columns, Column("clean", s.batch.x)], folder / "figure.png")
-    return table(("t*", "right", "error to clean, in the patch", "outside"), rows)
+    text = table(("t*", "right", "error to clean, in the patch", "outside"), rows)
+    return f"{text}\n{len(s.batch.ids)} images.\n"
 
 
 def figure_4(s: Scene, folder: Path) -> str:
