@@ -238,7 +238,7 @@ def read_unfinished(opts: Options) -> dict:
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
     try:
-        state = torch.load(path, map_location=opts.run.device if opts.run.device != "auto" else None, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         theirs = state["settings"]
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
         raise InputError(f"{path} is damaged ({one_line(e)}); {advice}") from e

@@ -96,6 +96,9 @@ def command() -> str:
 
 
 def machine(device: torch.device) -> str:
+    """What the results were computed on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
 
 

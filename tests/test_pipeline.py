@@ -423,6 +423,12 @@ def test_every_tensor_follows_its_device(model, classifier, monkeypatch, sampler
         assert {t.device.type for t in made} == {"meta"}
 
 
+@pytest.mark.parametrize("kind", ["empty", "manual", "tuned"])
+def test_contexts_are_made_where_the_model_is(model, kind):
+    contexts = contexts_for(kind, copy.deepcopy(model).to("meta"))
+    assert {c.device.type for c in contexts if c is not None} == {"meta"}
+
+
 def test_the_package_leaves_gradients_and_seeds_to_the_caller():
     """No no_grad, inference_mode or global seeding in the package, no diffusers and no transformers."""
     for path in (ROOT / "diffender").rglob("*.py"):

@@ -118,8 +118,10 @@ def held_bytes(device: torch.device) -> int:
     """Bytes that this process holds: resident memory, or what is allocated on the GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    with open("/proc/self/statm") as f:  # noqa: PTH123
-        return int(f.read().split()[1]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return most_held_bytes(device)
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
 def most_held_bytes(device: torch.device) -> int:
