@@ -9,6 +9,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import generator
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
+from diffender.stable_diffusion.layers import Upsample
 from diffender.utils.errors import InputError
 from diffender.utils.options import change, flat, settings
 
@@ -38,10 +40,12 @@ class AnyModel(Defended):
     """
 
     def __init__(self, model: nn.Module, x: Tensor):
+        one = x[:1].to(next(chain(model.parameters(), model.buffers()), x).device)
         # What there is of a defence is within the model.
-        super().__init__(Purifier(nn.Identity()), Alone(self, x))  # type: ignore[arg-type]  # as good as a Classifier
-        self.model, self.sample_noise = model, self.seeds
-        self.random = not torch.equal(model(x[:1]), model(x[:1]))
+        super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
+        self.model, self.sample_noise = model.eval(), self.seeds
+        with torch.random.fork_rng():  # the caller's numbers stay as they are
+            self.random = not torch.equal(model(one), model(one))
 
     def seeds(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
         """A seed for each image, (B,)."""
@@ -102,7 +106,7 @@ def benchmark(
     y = torch.as_tensor(labels)
     check_images(images)
     victim = model if isinstance(model, Defended) else AnyModel(model, images)
-    classes = victim.classifier(images[:1]).shape[1]
+    classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
     if y.shape != (len(images),) or y.is_floating_point() or not 0 <= y.min() <= y.max() < classes:
         raise InputError(
             f"labels of shape {tuple(y.shape)} and type {y.dtype}; they are one whole number for each of the "
@@ -141,7 +145,9 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= asdict(victim.defense.cfg)
     if isinstance(victim.defense, Hardened):
         found |= {"patch": victim.defense.cleanser.patch, "masks": victim.defense.cleanser.masks}
-    tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
+    derived = {id(m.kernel) for m in victim.modules() if isinstance(m, Upsample)}  # made of weights, when first used
+    buffers = [b for b in victim.buffers() if id(b) not in derived]
+    tensors = {"model": [*victim.parameters(), *buffers], "images": [images, labels]}
     return found | {"torch": torch.__version__, "sha256": {what: digest(found) for what, found in tensors.items()}}
 
 

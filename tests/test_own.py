@@ -83,6 +83,17 @@ def test_a_random_model_knows_no_batch(images):
     assert results[0]["rows"] == results[1]["rows"]
 
 
+def test_a_model_is_left_as_it_was(images):
+    """It is judged in evaluation mode, and looking whether it is random takes none of the caller's numbers."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), Bright())
+    before = torch.get_rng_state()
+    victim = AnyModel(model, images)
+    assert not victim.random
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+    AnyModel(Bright(spread=0.1), images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_purifier_of_ones_own(images, classifier, photos):
     class Dim(nn.Module):
         def forward(self, x):
@@ -103,6 +114,8 @@ def test_the_defence_itself(model, classifier, photos):
     results = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)
     assert results["defense"] == "DIFFender"
     assert results["masks"]["advp/transfer"]["auc"] > 0.5
+    again = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)
+    assert again["rows"] == results["rows"], "the same call goes on where it stopped"
     cleanser = diffender.PatchCleanser(classifier, patch=50, masks=2)
     hardened = diffender.Defended(diffender.Hardened(victim.defense, cleanser), classifier)
     results = diffender.benchmark(hardened, photos[:1], y, gradient="evade", name="windows", **few)
