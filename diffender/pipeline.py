@@ -141,7 +141,7 @@ class DIFFender(nn.Module):
 def passes(
     defense: Callable[..., Purified], x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
 ) -> Iterator[Purified]:
-    """defense(x, noise) for each noise, `batch` of them side by side: the same either way. Ours encodes x once."""
+    """defense(x, noise) for each noise, `batch` of them side by side. Ours encodes x once."""
     posterior = defense.posterior(x) if isinstance(defense, DIFFender) else None
     for start in range(0, len(noises), batch):
         part = noises[start : start + batch]
@@ -153,11 +153,17 @@ def passes(
 
 
 class Defended(nn.Module):
-    """A victim, f(x, noise) -> logits: the classifier behind the defence."""
+    """A victim, f(x, noise) -> logits: the classifier behind the defence.
 
-    def __init__(self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT):
+    `bare` is the classifier without any defence; it is another one where the defence lies within the classifier (FNC).
+    """
+
+    def __init__(
+        self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT, bare: "Classifier | None" = None
+    ):
         super().__init__()
         self.defense, self.classifier, self.backward = defense, classifier, backward
+        self.bare = classifier if bare is None else bare
         self.sample_noise = defense.sample_noise
         self.eval()
 
@@ -173,7 +179,7 @@ class Defended(nn.Module):
 
     def under(self, backward: Backward) -> "Defended":
         """The same victim with another backward pass."""
-        return Defended(self.defense, self.classifier, backward)
+        return Defended(self.defense, self.classifier, backward, self.bare)
 
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,).

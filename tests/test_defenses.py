@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -148,6 +149,33 @@ def test_fnc_caps_norms_and_keeps_directions():
     assert torch.autograd.gradcheck(lambda f: clip_norm(f, 1.1), f[:, :, :2, :2].clone().requires_grad_())
     tokens = f.flatten(2).mT
     assert torch.equal(clip_tokens(tokens, 0.5)[:, 0], tokens[:, 0])
+
+
+def test_fnc_is_attacked_from_the_classifier_without_it(model, classifier):
+    """The images, the first patches and the undefended column belong to the classifier, not to its clipped twin."""
+    ours = Defended(DIFFender(model, contexts_for("manual", model)), classifier)
+    clipped = build("fnc", ours)
+    assert clipped.classifier is not classifier
+    assert clipped.bare is classifier
+    assert clipped.under(Backward("bpda")).bare is classifier
+    assert ours.bare is classifier
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smoothing:window=0", "window is 0; allowed is from 1 to 99"),
+        ("lgs:block=5,overlap=5", "overlap is 5; it is smaller than the block, 5"),
+        ("diffpure:steps=0", "steps is 0; with t_star 0.15 it is at least 1"),
+        ("dw:quantile=2", "quantile is 2.0; allowed is from 0 to 1"),
+        ("fnc:alpha=0", "alpha is 0.0; allowed is at least 0.01"),
+        ("jpeg:quality=0", "quality is 0; allowed is from 1 to 100"),
+    ],
+)
+def test_settings_out_of_range_are_one_clear_line(model, classifier, text, message):
+    ours = Defended(DIFFender(model, contexts_for("manual", model)), classifier)
+    with pytest.raises(InputError, match=re.escape(message)):
+        build(text, ours)
 
 
 def test_fnc_statistics_are_those_of_the_images(classifier, photos):

@@ -29,7 +29,7 @@ class AdvP(GradientAttack):
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
 
     @property
-    def memory(self) -> float:
+    def averaged_steps(self) -> float:
         return 1 / (1 - self.momentum)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:

@@ -71,11 +71,11 @@ class GradientAttack(Attack):
 
     iters: int = 100  # steps
     eot: int = 10  # noise samples in each step
-    eot_batch: int = 1  # how many of them side by side; changes no result
+    eot_batch: int = 1  # how many of them side by side; changes results by rounding
     restarts: int = 1
 
     @property
-    def memory(self) -> float:
+    def averaged_steps(self) -> float:
         """How many steps' gradients a step averages."""
         return 1.0
 

@@ -194,7 +194,7 @@ class GDPA(GradientAttack):
             check_generator(Path(self.weights))
 
     @property
-    def memory(self) -> float:
+    def averaged_steps(self) -> float:
         return 1 / (1 - MODES[self.mode][0])
 
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:

@@ -101,7 +101,7 @@ def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Def
         items, cfg = list_items(statistics), target.classifier.cfg
         parts = [items[i : i + 50] for i in range(0, len(items), 50)]
         reestimate_statistics(twin, (torch.stack([load_image(i.path, cfg) for i in part]) for part in parts))
-    return Defended(Purifier(nn.Identity()), twin)
+    return Defended(Purifier(nn.Identity()), twin, bare=target.classifier)
 
 
 def build_diffpure(target: Defended, **settings: Any) -> Defended:

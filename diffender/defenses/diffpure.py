@@ -16,6 +16,7 @@ from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.samplers import Step, ddim
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, TRAIN_STEPS, q_sample
 from diffender.utils.errors import InputError
+from diffender.utils.options import check_options, option
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class DiffPure:
     model: LatentDiffusion
     empty: Tensor  # (1, 77, D): the context of the empty prompt
     blank: Tensor  # (1, 5, h, w): "everything is masked", which makes an inpainting UNet unconditional
-    t_star: float = 0.15  # 0: the round trip through the VAE alone
-    steps: int = 15
-    eta: float = 1.0  # 1: stochastic as the original's SDE; 0: deterministic
+    t_star: float = option(0.15, "Noise ratio t*. 0: the round trip through the VAE alone.", low=0, high=0.999)
+    steps: int = option(15, "Steps of DDIM from t* down.", low=0, high=TRAIN_STEPS)
+    eta: float = option(1.0, "1: stochastic as the original's SDE; 0: deterministic.", low=0, high=1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t_star < 1:
-            raise InputError(f"t* of DiffPure is {self.t_star}; it lies in [0, 1)")
+        check_options(self)
+        if self.t_star > 0 and self.steps < 1:
+            raise InputError(f"steps is {self.steps}; with t_star {self.t_star} it is at least 1")
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor:
         """(B, 2 + steps, 4, h, w): of the posterior, of the way up, of the steps down."""

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.fill import harmonic
 from diffender.ops import dilate, gaussian_blur
+from diffender.utils.options import check_options, option
 
 
 @dataclass(frozen=True)
 class DW:
     network: Classifier  # whose saliency it is: `guided(classifier)`, or the classifier where it has no ReLUs
-    sigma: float = 4.0  # of the blur, for images of side 224, as the two below
-    erosion: int = 7
-    dilation: int = 13
-    quantile: float = 0.95
+    sigma: float = option(4.0, "Blur of the saliency, for images of side 224, as the two below.", low=0.1, high=50)
+    erosion: int = option(7, "Side of the square that erodes.", low=1, high=99)
+    dilation: int = option(13, "Side of the square that dilates.", low=1, high=99)
+    quantile: float = option(0.95, "Share of the pixels that are not salient.", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, S, S) in [0, 1] with the blob filled, and the mask (B, 1, S, S). The mask has no gradient."""

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffender.ops import straight_through
-from diffender.utils.errors import InputError
+from diffender.utils.options import check_options, option
 
 LUMA = (  # ITU-T T.81, Annex K
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
@@ -27,11 +27,10 @@ TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 @dataclass(frozen=True)
 class JPEG:
-    quality: int = 75
+    quality: int = option(75, "libjpeg's quality.", low=1, high=100)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise InputError(f"JPEG's quality is {self.quality}; it is a whole number from 1 to 100")
+        check_options(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [0, 1] as it comes back from a JPEG file of this quality."""

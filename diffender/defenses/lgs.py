@@ -6,15 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffender.utils.errors import InputError
+from diffender.utils.options import check_options, option
+
 LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class LGS:
-    block: int = 15
-    overlap: int = 5
-    threshold: float = 0.1
-    smoothing: float = 2.3
+    block: int = option(15, "Side of a block.", low=1, high=100)
+    overlap: int = option(5, "Pixels that a block shares with the next.", low=0)
+    threshold: float = option(0.1, "Mean gradient above which a block is darkened.", low=0)
+    smoothing: float = option(2.3, "How much a gradient of 1 darkens.", low=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.overlap >= self.block:
+            raise InputError(f"overlap is {self.overlap}; it is smaller than the block, {self.block}")
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [0, 1]. Exact gradients but for the choice of blocks, which is a constant."""

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffender.utils.options import check_options, option
+
 
 @dataclass(frozen=True)
 class Smoothing:
-    window: int = 3
+    window: int = option(3, "Side of the median's window.", low=1, high=99)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Each value of x (B, C, H, W) becomes the median of its window; the gradient goes to the one selected.

@@ -17,7 +17,7 @@ from diffender.attacks.expectation import Task
 from diffender.attacks.patch import to_8bit
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import AREAS
-from diffender.evaluation.records import append_records, read_records
+from diffender.evaluation.records import append_records, cut_tail, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
 from diffender.noise import Noise, stack
@@ -35,6 +35,7 @@ def draw_curves(
     The task's victim is the defended classifier.
     """
     path = folder / f"curves-{which}.jsonl"
+    cut_tail(path)
     done = {r["id"]: r for r in read_records(folder, path.name)}
     for i, record in enumerate(records):
         if record["id"] not in done:
@@ -86,7 +87,7 @@ def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
     """Whether the image is classified correctly under patches of every size, defended and undefended."""
     found: dict[str, list[bool]] = {}
     target, noise = task.victim, task.noise("verdict")
-    undefended = task._replace(victim=Undefended(target.classifier))
+    undefended = task._replace(victim=Undefended(target.bare))
     for area in AREAS:
         last = dict(list(plan.adaptive.items())[-1:])
         sized = plan._replace(
@@ -96,7 +97,7 @@ def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
         for kind, made, _ in craft(sized, undefended, lambda n: None, {}):
             seen = {kind: target(made.image, noise)}
             if kind == "transfer":
-                seen["undefended"] = target.classifier(made.image)
+                seen["undefended"] = target.bare(made.image)
             for name, logits in seen.items():
                 found.setdefault(f"{plan.name}/{name}", []).append(bool((logits.argmax(dim=1) == task.y).all()))
     return found

@@ -43,12 +43,16 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
     else:
         place_for(path)
         write_json(path, config)
-    if own.is_file():
-        content = own.read_bytes()
-        if not content.endswith(b"\n"):
-            with whole(own) as partial:
-                partial.write_bytes(content[: content.rfind(b"\n") + 1])
+    cut_tail(own)
     return read_records(folder)
+
+
+def cut_tail(path: Path) -> None:
+    """Cut off a last line that a killed run left unfinished: the next record would be glued to it."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with whole(path) as partial:
+            partial.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def read_config(folder: Path) -> dict:

@@ -94,7 +94,7 @@ def load_images(opts: Options, target: Defended) -> Batch:
     """Images that the undefended classifier gets right, without those that the prompts were tuned on."""
     asked = opts.target.defense
     tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt_kind == "tuned" else []
-    batch = correct_subset(open_items(opts.target), target.classifier, opts.images, opts.run.seed, frozenset(tuned_on))
+    batch = correct_subset(open_items(opts.target), target.bare, opts.images, opts.run.seed, frozenset(tuned_on))
     if len(batch.ids) < opts.images and not opts.run.quiet:
         print(f"{len(batch.ids)} images instead of {opts.images}: all that the classifier reads right")
     return batch
@@ -151,7 +151,7 @@ def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progr
     ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
-        task = Task(Undefended(e.target.classifier), x, y, ids, e.opts.run.seed)
+        task = Task(Undefended(e.target.bare), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         plans = [without(p, () if costly else COSTLY) for p in e.plans]
         records = evaluate_batch(task, judge, plans, e.folder, lambda n: progress.advance(n * PLAIN), bases)

@@ -45,7 +45,13 @@ class Bench(NamedTuple):
     image: Tensor  # attacked by the run on the undefended classifier, (B, 3, S, S)
     mask: Tensor  # where, (B, 1, S, S)
     state: Tensor | None  # from where adaptive attacks start; `full` needs it
-    adaptive: tuple[Callable[..., Attacked], Defended] | None  # the last variant of the plan that uses gradients
+    kind: str | None  # of the last variant of the plan that uses gradients
+
+    @property
+    def adaptive(self) -> tuple[Callable[..., Attacked], Defended]:
+        """That variant's attack and victim."""
+        assert self.kind is not None  # as the callers see to
+        return self.plan.adaptive[self.kind]
 
     @property
     def target(self) -> Defended:
@@ -78,15 +84,14 @@ def trust_report(
     image, mask = (t.to(task.x) for t in saved)
     state = None
     if level == "full":
-        state = plan.base(task._replace(victim=Undefended(target.classifier))).state
-    by_gradient = [variant for kind, variant in plan.adaptive.items() if kind != "queries"]
-    adaptive = by_gradient[-1] if by_gradient else None
-    bench = Bench(task, plan, records, results, image, mask, state, adaptive)
+        state = plan.base(task._replace(victim=Undefended(target.bare))).state
+    kind = next((kind for kind in reversed(plan.adaptive) if kind != "queries"), None)
+    bench = Bench(task, plan, records, results, image, mask, state, kind)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours:
         found += [*(() if isinstance(target.defense, Hardened) else noise_is_used(bench)), *masks(bench)]
-    if bench.adaptive is not None:
+    if bench.kind is not None:
         found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
         if level == "full":
             found += [check for sweep in (SWEEPS if ours else SWEEPS_OF_ANY) for check in sweep(bench)]
@@ -182,8 +187,8 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
     yield Check(
         "exact gradient against finite differences, soft mask", f"{100 * error:.2g} % off", "below 5 %", error < 0.05
     )
-    cosine = steadiness(draws(bench, victim, GRADIENTS, "trust steadiness"), attack.eot * attack.memory)
-    remembered = f" of {attack.memory:.0f} steps" if attack.memory > 1 else ""
+    cosine = steadiness(draws(bench, victim, GRADIENTS, "trust steadiness"), attack.eot * attack.averaged_steps)
+    remembered = f" of {attack.averaged_steps:.0f} steps" if attack.averaged_steps > 1 else ""
     yield Check(
         f"two directions of the attack, each from {attack.eot} draws{remembered}, cosine",
         f"{cosine:.2f}",
@@ -230,8 +235,8 @@ def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
 
 def convergence(bench: Bench) -> Iterator[Check]:
     """From the curves of the run: the last fifth of the steps should gain little."""
-    attack, victim = bench.adaptive
-    variant = f"{bench.plan.name}/{victim.backward.mode}"
+    attack, _ = bench.adaptive
+    variant = f"{bench.plan.name}/{bench.kind}"
     curves = [r["attacks"][variant]["loss"] for r in bench.records if variant in r["attacks"]]
     curve = torch.tensor(curves).mean(dim=0)
     fifth = max(1, len(curve) // 5)
@@ -287,7 +292,7 @@ def size_sweep(bench: Bench) -> Iterator[Check]:
     b, shares = bench.task, []
     areas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     for area in areas:
-        base = replace(bench.plan.base, area=area)(b._replace(victim=Undefended(bench.target.classifier)))
+        base = replace(bench.plan.base, area=area)(b._replace(victim=Undefended(bench.target.bare)))
         shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
     text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
