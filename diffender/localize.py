@@ -1,7 +1,8 @@
 """Patch localisation, Sec. 3.2 and Eq. 2: where two one-step predictions of the same image differ.
 
-Read as the authors' code and B.3 do: absolute difference of the latents for each pair, mean over exactly m draws and
-the channels, z-score over the image, threshold theta in standard deviations, then smoothing and dilation.
+Eq. 2 as the authors' code and the paper's appendix B.3 read it: the absolute difference of the latents for each pair,
+its mean over exactly m draws and the channels, its z-score over the image, a threshold theta in standard deviations,
+then smoothing and dilation.
 """
 
 from collections.abc import Sequence
@@ -86,11 +87,12 @@ def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, back
 
     Threshold theta, 3x3 Gaussian (none for sigma 0), square dilation, upsampling, threshold 0.5: lone pixels vanish,
     and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
-    theta standard deviations above its mean (20 % at 2): larger patches escape.
+    theta standard deviations above its mean (20 % at 2): of larger patches a part escapes.
     """
-    mask = binarize(z_score, cfg.theta, backward.ste, backward.ste_k)
     if cfg.grow > 0:
         mask = grown(z_score, cfg, backward)
+    else:
+        mask = binarize(z_score, cfg.theta, backward.ste, backward.ste_k)
     if cfg.sigma > 0:
         mask = gaussian_blur(mask, sigma=cfg.sigma)
     mask = resize(dilate(mask, cfg.dilation), size)

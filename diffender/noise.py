@@ -1,7 +1,7 @@
 """Every random tensor of one pass of the defence, as an argument.
 
-Noise is derived from (seed, image id, purpose, k) alone. So batch size, order, resume and number of processes do not
-change a result, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
+Noise is derived from (seed, image id, purpose, k) alone. So it knows no batch size, order, resume or number
+of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
 """
 
 import hashlib

@@ -73,6 +73,7 @@ class Defender:
 
         from diffender.classifiers.dataset import as_rgb
         from diffender.pipeline import DIFFender
+        from diffender.utils.errors import named_images
         from diffender.utils.images import stretch
 
         started = time.monotonic()
@@ -82,7 +83,8 @@ class Defender:
         if size not in self.defenses:
             self.defenses[size] = DIFFender(self.defense.model, self.defense.contexts, self.defense.cfg, size)
         defense = self.defenses[size]
-        out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
+        with named_images([name]):
+            out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])
         restored, mask, heatmap = (
             to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
@@ -130,7 +132,7 @@ def defend(
     defense = defense or load()
     if isinstance(images, Tensor):
         noise = defense.sample_noise([str(i) for i in range(len(images))], seed, "defend")
-        return defense(images, noise).image
+        return defense(images.to(defense.blank.device), noise).image.to(images.device)
     if not isinstance(images, Sequence):
         return defend([images], defense, seed)[0]
     defender = Defender(Options(run=RunOptions(seed=seed)), defense)
@@ -218,7 +220,7 @@ def main() -> None:
                     raise InputError(f"{file} is not the image that {own} tells of; choose another --out")
                 found = defender(image, name) if name not in done else None
             except InputError as e:
-                failed.append(str(e) if str(file) in str(e) else f"{file} is {e}")
+                failed.append(str(e) if str(file) in str(e) else f"{file}: {e}")
                 continue
             if found is not None:
                 for kind in ("restored", "mask", "heatmap"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffender.evaluation.metrics import auc, mask_scores, wilson
+from diffender.evaluation.metrics import auc, map_auc, mask_scores, wilson
 from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
 
 
@@ -59,6 +59,16 @@ def test_eq_7_is_the_sum():
 )
 def test_wilson_known_values(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_auc_of_a_patch_smaller_than_half_a_latent():
+    """It counts the latents that it covers most."""
+    truth = torch.zeros(1, 1, 16, 16)
+    truth[..., 5:7, 9:11] = 1  # within latents (2, 4) and (2, 5), (3, 4) and (3, 5) at a stride of 2, one pixel each
+    heat = torch.zeros(1, 1, 8, 8)
+    heat[..., 2:4, 4:6] = 1
+    assert map_auc(heat, truth).item() == 1
+    assert map_auc(-heat, truth).item() == 0
 
 
 def test_mask_scores_and_auc_by_hand():

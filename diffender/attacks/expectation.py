@@ -69,7 +69,7 @@ class Task(NamedTuple):
 
 
 def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample]:
-    """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side: the same either way.
+    """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side.
 
     `draw(k)` gives the k-th attacked images (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
     Losses are summed, so that an image's gradient knows no batch. Drawn as they are needed: with batch = 1 memory

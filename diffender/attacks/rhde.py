@@ -6,7 +6,6 @@ generation share their noise, each generation has new noise, and the elite is ju
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,10 +13,10 @@ from torch import Generator, Tensor
 
 from diffender.attacks.attack import Attack, Callback
 from diffender.attacks.expectation import Attacked, Task
-from diffender.attacks.patch import margin, to_8bit
+from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
-from diffender.utils.errors import InputError, nearest
+from diffender.utils.errors import InputError, named_images, nearest
 
 GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
 FRESH = 10  # draws that must all be fooled before the search may stop
@@ -69,8 +68,9 @@ class RHDE(Attack):
         results = []
         for b, image_id in enumerate(task.image_ids):
             x, y = task.x[b : b + 1], task.y[b : b + 1]
-            one = task._replace(x=x, y=y, image_ids=[image_id], loss=partial(margin, y=y))
-            results.append(Search(self, one).run(None if init is None else init[b], callback))
+            one = task._replace(x=x, y=y, image_ids=[image_id])
+            with named_images([image_id]):
+                results.append(Search(self, one).run(None if init is None else init[b], callback))
         yield Attacked(*map(torch.cat, zip(*results, strict=True)))
 
 

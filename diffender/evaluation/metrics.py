@@ -52,6 +52,11 @@ def auc(score: Tensor, truth: Tensor) -> float:
 
 
 def map_auc(heatmap: Tensor, truth: Tensor) -> Tensor:
-    """`auc` of each difference map (B, 1, h, w) against the true mask (B, 1, H, W), (B,)."""
+    """`auc` of each difference map (B, 1, h, w) against the true mask (B, 1, H, W), (B,).
+
+    The patch's latents are those that it covers by more than half; of a patch smaller than that, those that it covers
+    most.
+    """
     inside = F.interpolate(truth, heatmap.shape[-2:], mode="area")
+    inside = inside >= inside.amax(dim=(1, 2, 3), keepdim=True).clamp_max(0.5 + 1e-6)
     return torch.tensor([auc(h.flatten(), t.flatten()) for h, t in zip(heatmap, inside, strict=True)])

@@ -185,6 +185,8 @@ def fill(opts: Options) -> Options:
         raise InputError("--frames is for --table 7, which judges photographs of printed patches")
     if opts.name and (Path(opts.name).is_absolute() or ".." in Path(opts.name).parts):
         raise InputError(f"--name is {opts.name}; it is a folder within runs/")
+    if opts.patch.gdpa_mode == "amortised" and (opts.curves == "all" or opts.trust == "full"):
+        raise InputError("--gdpa-mode amortised has a generator for one size: leave out --curves all and --trust full")
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     return opts
@@ -245,7 +247,9 @@ def refuse_unread(opts: Options) -> None:
                 f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
             )
     plain = Backward()
+    through_mask = {"bpda-mask", *COSTLY}
     conditions = {  # flag: whether it is given, what reads it, whether that is there
+        "ste": (opts.ste != "identity", f"--grad {', '.join(sorted(through_mask))}", through_mask & set(kinds(filled))),
         "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
         "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc and evade", hiding),
         "hide": (opts.backward.hide != plain.hide, "--grad full+loc and evade", hiding),
@@ -254,6 +258,7 @@ def refuse_unread(opts: Options) -> None:
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
+        "tuning_data": (opts.tuning_data != "samples", "--table 1 and 2", opts.table in (1, 2)),
         "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
         "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
@@ -342,6 +347,11 @@ def recorded_steps(opts: Options) -> int:
     return cfg.steps * (1 if cfg.guidance == 1 else 2) if through else 0
 
 
+def backward_of(opts: Options, kind: str) -> Backward:
+    """The backward pass of a gradient of that kind."""
+    return replace(opts.backward, mode=kind, ste=opts.ste)
+
+
 def attack_flags(opts: Options) -> dict[str, Any]:
     """What an attack on the defence is made from, by `Attack.from_flags`."""
     return vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts", "queries")}
@@ -364,7 +374,7 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
         elif cls.access == "gradient":
             for kind in kinds(opts):
                 if kind != "transfer":
-                    adaptive[kind] = (attack, target.under(replace(opts.backward, mode=kind, ste=opts.ste)))
+                    adaptive[kind] = (attack, target.under(backward_of(opts, kind)))
         plans.append(Plan(name, base, adaptive))
     return plans
 

@@ -76,7 +76,7 @@ class Judge(NamedTuple):
 
     target: Defended
     verdicts: int = 10  # purifications of each image
-    batch: int = 1  # how many of them side by side; changes no result
+    batch: int = 1  # how many of them side by side; changes results by rounding
 
 
 def purifications(

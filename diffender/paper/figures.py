@@ -7,7 +7,6 @@ runs/figure<N>-<preset>/.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, attack_flags, build_target, describe, fill, kinds
+from diffender.evaluation.plan import Options, attack_flags, backward_of, build_target, describe, fill, kinds
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
@@ -137,7 +136,7 @@ def figure_2(s: Scene, folder: Path) -> str:
         return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
 
     grad = kinds(opts)[-1]
-    task = Task(s.target.under(replace(opts.backward, mode=grad)), s.batch.x, y, s.batch.ids, opts.run.seed)
+    task = Task(s.target.under(backward_of(opts, grad)), s.batch.x, y, s.batch.ids, opts.run.seed)
     knowing = AdvP.from_flags(attack_flags(opts))(task, init=s.made.state)
     columns, right = [Column("clean", s.batch.x, seen(s.batch.x))], []
     for title, attacked in (("patch made on\nthe classifier", s.made), ("patch made on\nthe defence", knowing)):

@@ -75,7 +75,7 @@ def chart(
 ) -> list[Chart]:
     """Lines over the numbers `at`, or over their own index, as an inline SVG; `span` fixes the scale.
 
-    None where no curve has two points.
+    None are returned where no curve has two points.
     """
     curves = {name: values for name, values in curves.items() if len(values) > 1}
     if not curves:

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022): images in [0, 1] to scaled latents and back.
 
 Modules carry the key names of CompVis checkpoints (`first_stage_model.`). The [-1, 1] range of the network and the
-scale factor of the latents live here and nowhere else.
+scale factor of the latents live here; `LatentDiffusion.latents` and the training script scale samples themselves.
 """
 
 from dataclasses import dataclass

@@ -47,9 +47,9 @@ def check_finite(what: str, x: Tensor) -> None:
 
 @contextmanager
 def named_images(image_ids: Sequence[str]) -> Iterator[None]:
-    """Turns a NonFinite of this batch into an error that names its images."""
+    """Turns a NonFinite of this batch, or of several copies of it side by side, into an error that names its images."""
     try:
         yield
     except NonFinite as e:
-        names = ", ".join(image_ids[i] for i in e.rows)
+        names = ", ".join(dict.fromkeys(image_ids[i % len(image_ids)] for i in e.rows))
         raise InputError(f"NaN or infinity in the {e.what} of {names}; --dtype float32 may help") from e

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,13 @@ def place_for(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
+    """Of a file's bytes; read once while its size and time stay the same."""
+    told = path.stat()
+    return hashed(path, told.st_size, told.st_mtime_ns)
+
+
+@cache
+def hashed(path: Path, _size: int, _time: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 22):

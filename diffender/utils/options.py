@@ -182,7 +182,7 @@ def within(value: float, low: float | None, high: float | None) -> bool:
     return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
 
 
-FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: no result depends on them
+FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: they change results by rounding alone
 
 
 def settings(opts: Any, *free: str) -> dict:
