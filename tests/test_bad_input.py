@@ -127,6 +127,12 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
     ("evaluate --grad full --hide mean", "--hide is read by --grad full+loc and evade alone"),
+    ("evaluate --ste sigmoid", "--ste is read by --grad bpda-mask, full, full+loc, surrogate alone"),
+    ("evaluate --tuning-data samples2", "--tuning-data is read by --table 1 and 2 alone"),
+    (
+        "evaluate --attack gdpa --gdpa-mode amortised --generator {bad}/other.safetensors --trust full",
+        "--gdpa-mode amortised has a generator for one size",
+    ),
     ("evaluate --images-full 3", "--images-full is read by --grad surrogate, full, full+loc alone"),
     ("evaluate --attack gdpa --generator {bad}/other.safetensors", "--generator is read by --gdpa-mode amortised"),
     ("evaluate --defense jpeg --theta 3", "--theta is read by --defense diffender or hardened alone"),

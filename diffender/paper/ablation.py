@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.expectation import Attacked, Task
@@ -33,7 +33,7 @@ from diffender.restore import composite
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, sha256, write_json, write_text
-from diffender.utils.images import save_figure, stretch
+from diffender.utils.images import save_figure, save_png, stretch
 from diffender.utils.markdown import table
 from diffender.utils.options import flat
 from diffender.utils.progress import bar
@@ -218,7 +218,7 @@ def show(
         out.mask.expand_as(x),
         out.image,
     ]
-    save_image(torch.cat(stages), Path(opts.out) / "images.png", nrow=len(x))
+    save_png(make_grid(torch.cat(stages), len(x)), Path(opts.out) / "images.png")
     right = is_right(classifier, recon, batch.y, opts.batch_size)
     return {"psnr": psnr.mean().item(), "round_trip_right": right.mean().item()}
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier, load_classifier
 from diffender.config import EMBEDDED, DIFFenderConfig
@@ -29,6 +29,7 @@ from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header, save_atomic
+from diffender.utils.images import save_png
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
@@ -77,7 +78,7 @@ def train_vae(args: argparse.Namespace) -> None:
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
     psnr = -10 * (recon - some).square().mean(dim=(1, 2, 3)).log10()
     print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(some)} photographs")
-    save_image(torch.cat([some[:8], recon[:8]]), args.out / "vae.png", nrow=8)
+    save_png(make_grid(torch.cat([some[:8], recon[:8]]), 8), args.out / "vae.png")
     plot_losses(trainer.log, ("l1", "perceptual"))
     card = {"steps": trainer.step, "batch": args.batch, "crop": args.crop, "seconds": round(trainer.seconds)}
     if args.stage == "decoder":
@@ -299,4 +300,4 @@ def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
     defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))
     noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
     restored = composite(x, defense.restore(x, mask, noise), mask)
-    save_image(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), args.out / "unet.png", nrow=8)
+    save_png(make_grid(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), 8), args.out / "unet.png")
