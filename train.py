@@ -112,8 +112,7 @@ def main() -> None:
         prompts.initialize_from(model.text, MANUAL)
     if opts.model.keep is None:
         one = footprint(model.cfg, pick_dtype(opts.model.dtype, device), classifier.net, x.shape[-1])
-        evaluations = cfg.steps * (1 if cfg.guidance == 1 else 2)
-        model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, evaluations, device)
+        model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, cfg.evaluations, device)
     defense = DIFFender(model, prompts(model), cfg)
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
     every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)

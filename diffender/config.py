@@ -53,6 +53,11 @@ class DIFFenderConfig:
         if self.sampler == "dpmpp" and self.eta > 0:
             raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
 
+    @property
+    def evaluations(self) -> int:
+        """Rows of UNet evaluations that restoring an image takes: guidance predicts twice."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
 
 PAPER = DIFFenderConfig()
 EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.0, steps=2, guidance=1.0, sampler="dpmpp")

@@ -343,8 +343,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
 def recorded_steps(opts: Options) -> int:
     """UNet evaluations of restoration that the gradients asked for pass through."""
     through = set(kinds(opts)) & set(COSTLY)
-    cfg = config_of(opts)
-    return cfg.steps * (1 if cfg.guidance == 1 else 2) if through else 0
+    return config_of(opts).evaluations if through else 0
 
 
 def backward_of(opts: Options, kind: str) -> Backward:

@@ -33,7 +33,7 @@ from diffender.evaluation.plan import (
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
-from diffender.evaluation.verdicts import VERDICTS, VOTES, Judge, Plan, evaluate_batch, summarize
+from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, summarize, voters
 from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
 from diffender.pipeline import Defended, Undefended
 from diffender.stable_diffusion.model import LatentDiffusion
@@ -177,7 +177,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "seed": opts.run.seed,
         "setting": describe(opts),
         "verdicts": opts.verdicts,
-        "votes": min(VOTES, opts.verdicts - (opts.verdicts + 1) % 2),
+        "votes": voters(opts.verdicts),
     } | summarize(records)
     checked = time.monotonic()
     if opts.trust != "off" and e.plans:

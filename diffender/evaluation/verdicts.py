@@ -17,7 +17,6 @@ from diffender.pipeline import Defended, Purified
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
-VOTES = 9  # purifications that a majority is taken of
 VERDICTS = ("single", "average", "worst", "majority")
 
 
@@ -51,12 +50,17 @@ class Verdict(NamedTuple):
     majority: float  # by the vote of the first nine
 
 
+def voters(n: int) -> int:
+    """How many of n purifications take part in the majority vote: 9, or the largest odd number of them."""
+    return min(9, n - (n + 1) % 2)
+
+
 def verdict(seen: Sequence[int], label: int) -> Verdict:
     """The verdict from the classes seen in N purifications of one image.
 
-    The majority vote takes the first 9, or the largest odd number of them.
+    The majority is that of the first `voters`.
     """
-    votes = seen[: min(VOTES, len(seen) - (len(seen) + 1) % 2)]
+    votes = seen[: voters(len(seen))]
     right = [c == label for c in seen]
     top = Counter(votes).most_common(1)[0][0]
     return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
