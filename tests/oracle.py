@@ -128,23 +128,20 @@ def theirs_sampler(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
     net, autoencoder, out = unet(family, dtype), vae(dtype), {}
     x, mask = picture_and_mask(64, dtype)
     contexts = [normal(f"context {i}", 1, 77, 64, dtype=dtype) for i in range(2)]
-    posterior, start, image = (normal(name, 1, 4, 8, 8, dtype=dtype) for name in ("posterior 64", "start", "image"))
+    posterior, start = (normal(name, 1, 4, 8, 8, dtype=dtype) for name in ("posterior 64", "start"))
     masked = autoencoder.encode((2 * x - 1) * (mask < 0.5)).latent_dist
     z_masked = 0.18215 * (masked.mean + masked.std * posterior)
     small = torch.nn.functional.interpolate(mask, size=(8, 8))
-    for name, (sampler, steps, strength, eta, prediction) in RUNS.items():
+    for name, (sampler, steps, eta, prediction) in RUNS.items():
         if sampler == "ddim":
             kind = "v_prediction" if prediction == "v" else prediction
             scheduler = diffusers.DDIMScheduler(**DDIM, prediction_type=kind)
         else:
             scheduler = diffusers.DPMSolverMultistepScheduler(**SCHEDULE, final_sigmas_type="zero")
         scheduler.set_timesteps(steps)
-        skipped = steps - int(steps * strength)
-        scheduler.set_begin_index(skipped) if sampler == "dpmpp" else None
-        timesteps = scheduler.timesteps[skipped:]
-        z_t = start if strength == 1 else scheduler.add_noise(image, start, timesteps[:1])
+        z_t = start
         noise = normal("steps", 1, steps, 4, 8, 8, dtype=dtype)
-        for i, t in enumerate(timesteps):
+        for i, t in enumerate(scheduler.timesteps):
             inputs = torch.cat([z_t, small, z_masked], dim=1)
             eps, eps_empty = (net(inputs, t, context).sample for context in contexts)
             extra = {"eta": eta, "variance_noise": noise[:, i] if eta else None} if sampler == "ddim" else {}

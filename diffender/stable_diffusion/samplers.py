@@ -1,8 +1,7 @@
 """Samplers on the schedule of Stable Diffusion, as pure functions: DDIM, and DPM-Solver++(2M) where steps are few.
 
 A grid lists the steps of a run; a sampler walks it from noise to latents, asking `eps(z_t, t)` once a step. Both are
-differentiable. A `strength` below 1 keeps the last int(steps * strength) steps only: start them from `q_sample` of
-given latents at the first step's a_t.
+differentiable.
 """
 
 import math
@@ -23,7 +22,7 @@ class Step(NamedTuple):
     a_prev: float  # and where it ends
 
 
-def ddim_grid(alphas_cumprod: Sequence[float], steps: int, strength: float = 1.0) -> list[Step]:
+def ddim_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
     The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models).
@@ -31,28 +30,20 @@ def ddim_grid(alphas_cumprod: Sequence[float], steps: int, strength: float = 1.0
     check_steps(steps)
     stride = TRAIN_STEPS // steps
     timesteps = [min(k * stride + 1, TRAIN_STEPS - 1) for k in reversed(range(steps))]
-    grid = [Step(t, alphas_cumprod[t], alphas_cumprod[max(t - stride, 0)]) for t in timesteps]
-    return last_steps(grid, strength)
+    return [Step(t, alphas_cumprod[t], alphas_cumprod[max(t - stride, 0)]) for t in timesteps]
 
 
-def dpmpp_grid(alphas_cumprod: Sequence[float], steps: int, strength: float = 1.0) -> list[Step]:
+def dpmpp_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
     """Evenly spaced from t = 999 to, but without, 0; the last step ends free of noise (a_prev = 1)."""
     check_steps(steps)
     timesteps = [round(k * (TRAIN_STEPS - 1) / steps) for k in reversed(range(1, steps + 1))]
     a = [alphas_cumprod[t] for t in timesteps]
-    return last_steps(list(map(Step, timesteps, a, [*a[1:], 1.0])), strength)
+    return list(map(Step, timesteps, a, [*a[1:], 1.0]))
 
 
 def check_steps(steps: int) -> None:
     if not 1 <= steps <= TRAIN_STEPS - 1:
         raise InputError(f"steps is {steps}; a sampler takes 1 to {TRAIN_STEPS - 1}")
-
-
-def last_steps(grid: list[Step], strength: float) -> list[Step]:
-    n = min(int(len(grid) * strength), len(grid))
-    if n < 1:
-        raise InputError(f"strength {strength} of {len(grid)} steps leaves none; it lies in [{1 / len(grid):.3g}, 1]")
-    return grid[-n:]
 
 
 def ddim_step(z_t: Tensor, eps: Tensor, step: Step, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
