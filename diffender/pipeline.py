@@ -181,6 +181,10 @@ class Defended(nn.Module):
         """The same victim with another backward pass."""
         return Defended(self.defense, self.classifier, backward, self.bare)
 
+    def undefended(self) -> "Undefended":
+        """The bare classifier as a victim."""
+        return Undefended(self.bare)
+
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,).
 

@@ -21,7 +21,7 @@ from diffender.evaluation.records import append_records, cut_tail, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
 from diffender.noise import Noise, stack
-from diffender.pipeline import DIFFender, Undefended
+from diffender.pipeline import DIFFender
 from diffender.restore import composite
 
 THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -87,7 +87,7 @@ def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
     """Whether the image is classified correctly under patches of every size, defended and undefended."""
     found: dict[str, list[bool]] = {}
     target, noise = task.victim, task.noise("verdict")
-    undefended = task._replace(victim=Undefended(target.bare))
+    undefended = task._replace(victim=target.undefended())
     for area in AREAS:
         last = dict(list(plan.adaptive.items())[-1:])
         sized = plan._replace(

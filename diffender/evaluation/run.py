@@ -35,7 +35,7 @@ from diffender.evaluation.records import append_records, open_run, read_config, 
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, summarize, voters
 from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
-from diffender.pipeline import Defended, Undefended
+from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import named_images
 from diffender.utils.files import read_header, sha256, write_json
@@ -151,7 +151,7 @@ def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progr
     ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
-        task = Task(Undefended(e.target.bare), x, y, ids, e.opts.run.seed)
+        task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         plans = [without(p, () if costly else COSTLY) for p in e.plans]
         records = evaluate_batch(task, judge, plans, e.folder, lambda n: progress.advance(n * PLAIN), bases)

@@ -19,7 +19,7 @@ from diffender.config import Backward
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.verdicts import Plan, file_names, load_attacked
 from diffender.noise import Noise
-from diffender.pipeline import Defended, DIFFender, Undefended
+from diffender.pipeline import Defended, DIFFender
 from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 
@@ -84,7 +84,7 @@ def trust_report(
     image, mask = (t.to(task.x) for t in saved)
     state = None
     if level == "full":
-        state = plan.base(task._replace(victim=Undefended(target.bare))).state
+        state = plan.base(task._replace(victim=target.undefended())).state
     kind = next((kind for kind in reversed(plan.adaptive) if kind != "queries"), None)
     bench = Bench(task, plan, records, results, image, mask, state, kind)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
@@ -292,7 +292,7 @@ def size_sweep(bench: Bench) -> Iterator[Check]:
     b, shares = bench.task, []
     areas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     for area in areas:
-        base = replace(bench.plan.base, area=area)(b._replace(victim=Undefended(bench.target.bare)))
+        base = replace(bench.plan.base, area=area)(b._replace(victim=bench.target.undefended()))
         shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
     text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])

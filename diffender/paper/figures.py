@@ -26,7 +26,7 @@ from diffender.factory import command, machine, pick_device
 from diffender.paper.ablation import map_columns
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import NAMES, Row, run_rows, share
-from diffender.pipeline import Defended, Undefended
+from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, predict_x0, q_sample
 from diffender.utils.files import write_json, write_text
@@ -77,9 +77,7 @@ def scene(opts: Options, most: int | None) -> Scene:
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
-    return Scene(
-        opts, target, batch, attack(Task(Undefended(target.classifier), batch.x, batch.y, batch.ids, opts.run.seed))
-    )
+    return Scene(opts, target, batch, attack(Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)))
 
 
 class Column(NamedTuple):

@@ -31,7 +31,7 @@ from diffender.factory import command, machine
 from diffender.noise import generator
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import QUOTED
-from diffender.pipeline import Purified, Undefended
+from diffender.pipeline import Purified
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_png
 from diffender.utils.markdown import table
@@ -72,7 +72,7 @@ def film(e: Experiment, batch: Batch) -> None:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
         noise = e.target.sample_noise([image_id], opts.run.seed, "verdict")
-        task = Task(Undefended(classifier), x, y, [image_id], opts.run.seed)
+        task = Task(e.target.undefended(), x, y, [image_id], opts.run.seed)
         record = {"id": image_id, "label": int(y), "frames": {}}
         made_by = {"digital": digital(task), "eot": over_poses(task._replace(victim=Filmed(classifier, x)))}
         for patch, made in made_by.items():

@@ -21,7 +21,6 @@ from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_fo
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
-from diffender.pipeline import Undefended
 from diffender.utils.files import place_for, save_atomic
 from diffender.utils.progress import bar
 
@@ -98,7 +97,7 @@ def make(kind: str, opts: "Beforehand") -> None:
     device = target.classifier.mean.device
     data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
     data = data._replace(x=data.x.to(device), y=data.y.to(device))
-    victim = Undefended(target.classifier) if opts.through == "classifier" else target
+    victim = target.undefended() if opts.through == "classifier" else target
     header = {
         "kind": kind,
         "data": opts.attacked.data,
