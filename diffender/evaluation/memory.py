@@ -1,7 +1,6 @@
 """What a gradient step will need in memory, known before it runs: activations counted on tensors without storage."""
 
 import copy
-import os
 import re
 import resource
 import sys
@@ -90,13 +89,12 @@ def keep_or_recompute(one: Footprint, images: int, draws: int, steps: int, devic
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing uses; 0 where the system does not say."""
+    """Memory that can be had, what only caches files included; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def fit_micro_batch(one: Footprint, images: int, draws: int, held: int, allowed: int) -> int | None:
