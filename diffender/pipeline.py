@@ -108,9 +108,14 @@ class DIFFender(nn.Module):
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), 0.5)
         cfg = self.cfg if steps is None else replace(self.cfg, steps=steps)
-        x_hat = inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg)
-        check_finite("restored image", x_hat)
-        return resize(x_hat, x.shape[-2:])
+        return resize(inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg), x.shape[-2:])
+
+    def restore_masked(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
+        """`restore` for compositing: images of which nothing is masked stay as they are and cost nothing."""
+        rows = mask.flatten(1).any(dim=1).nonzero().flatten()
+        if len(rows) == 0:
+            return x
+        return x.index_copy(0, rows, self.restore(x[rows], mask[rows], Noise(*(n[rows] for n in noise))))
 
     def forward(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
@@ -125,12 +130,15 @@ class DIFFender(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         found = self.localize(x, noise, backward, posterior)
+        needed = found.mask.requires_grad or not self.cfg.composite  # everywhere: an empty mask has a gradient too
+        restore = self.restore if needed else self.restore_masked
         if backward.mode in ("bpda-mask", "surrogate", "evade"):
-            x_hat = self.restore(x.detach(), found.mask.detach(), noise)
+            x_hat = restore(x.detach(), found.mask.detach(), noise)
         if backward.mode == "surrogate":
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
         elif backward.mode in ("full", "full+loc", "auto"):
-            x_hat = self.restore(x, found.mask, noise)
+            x_hat = restore(x, found.mask, noise)
+        check_finite("restored image", x_hat)
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:

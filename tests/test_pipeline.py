@@ -209,6 +209,26 @@ def test_composite_keeps_the_outside_to_the_bit(defense, photos):
     assert composite(torch.rand(1, 3, 2, 2), torch.full((1, 3, 2, 2), 9.0), torch.ones(1, 1, 2, 2)).max() == 1
 
 
+def test_only_images_with_a_mask_are_restored(model, contexts, photos, pasted):
+    """The image is the same to the bit; what nothing is masked of costs its localisation alone."""
+    own = copy.deepcopy(model)
+    defense = DIFFender(own, contexts, replace(FAST, theta=3.5))
+    x, noise = torch.cat([photos[1:2], pasted]), noise_for(defense, 2)
+    rows: list[int] = []
+    own.vae.decoder.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    out = defense(x, noise)
+    assert [mask.any().item() for mask in out.mask] == [False, True]
+    assert rows == [1]
+    whole = composite(x, defense.restore(x, out.mask, noise), out.mask)
+    assert torch.equal(out.image[0], x[0])
+    assert torch.allclose(out.image, whole, atol=1e-5)
+    rows.clear()
+    assert torch.equal(defense(x[:1], noise_for(defense, 1)).image, x[:1])
+    assert rows == []
+    defense(x[:1].clone().requires_grad_(), noise_for(defense, 1))
+    assert rows == [1], "the gradient of an empty mask needs what would be restored"
+
+
 def test_restoration_does_not_see_what_the_mask_covers(defense, photos):
     mask = torch.zeros(1, 1, 224, 224)
     mask[..., 64:128, 64:128] = 1
@@ -405,6 +425,7 @@ def test_every_tensor_follows_its_device(model, classifier, monkeypatch, sampler
     for module in (pipeline, imagenet, expectation):
         monkeypatch.setattr(module, "check_finite", lambda *_: None)
     monkeypatch.setattr(pipeline, "check_images", lambda _: None)
+    monkeypatch.setattr(DIFFender, "restore_masked", DIFFender.restore)  # which images have a mask is a value
     cfg = DIFFenderConfig(
         noise_ratio=0.2, steps=2, sampler=sampler, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0
     )
@@ -472,10 +493,10 @@ def test_robust_scores_do_not_shrink_with_the_patch():
     assert standardize_robustly(x)[..., :12, :].mean() > 2.0
 
 
-def test_nan_stops_with_the_name_of_the_image(defense, photos):
+def test_nan_stops_with_the_name_of_the_image(defense, photos, pasted):
     """Wherever it arises: in the difference map, in the restored image, in the gradient of an attack."""
     noise = noise_for(defense, 2)
-    mask = torch.ones(2, 1, 224, 224)
+    rarely = DIFFender(defense.model, defense.contexts, replace(FAST, theta=3.5))  # masks the second image alone
 
     def spoil(_module, _args, out):
         return torch.cat([out[:-1], torch.full_like(out[-1:], torch.nan)])
@@ -491,7 +512,7 @@ def test_nan_stops_with_the_name_of_the_image(defense, photos):
         hook = defense.model.vae.decoder.register_forward_hook(spoil)
         try:
             with named_images(["cat.jpg", "dog.jpg"]):
-                defense.restore(photos[:2], mask, noise)
+                rarely(torch.cat([photos[1:2], pasted]), noise)
         finally:
             hook.remove()
     x = torch.tensor([[1.0], [0.0]])

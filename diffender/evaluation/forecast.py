@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
 from diffender.evaluation.plan import (
     AREAS,
@@ -19,6 +21,7 @@ from diffender.evaluation.plan import (
     recorded_steps,
 )
 from diffender.factory import pick_dtype
+from diffender.noise import generator
 from diffender.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class Forecast(NamedTuple):
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
     """The forecast for the images of `parts`, from one pass measured on x (1, 3, S, S)."""
+    x, side = x.clone(), x.shape[-1] // 4
+    x[..., :side, :side] = torch.rand(side, side, generator=generator("forecast"))  # something to restore
     noise = target.sample_noise(["estimate"], opts.run.seed, "estimate")
     with Progress(target.defense.model, 0, "", quiet=True) as progress:
         seconds = timed(target, x, noise)
