@@ -12,7 +12,7 @@ import torch
 from common import parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffender.evaluation.forecast import costs
+from diffender.evaluation.forecast import COST, costs
 from diffender.evaluation.plan import Options, fill
 from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
 from diffender.utils.options import change
@@ -57,7 +57,7 @@ def main() -> None:
     rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
         opts = fill(change(Options(), preset="strong", attack="all", draws=args.draws, steps=args.steps, **budget))
-        passes = costs(opts, costly=True)
+        passes = sum(costs(opts, True, COST).values())
         figures["passes an image"][name] = passes
         days = IMAGES * passes * seconds / 86400
         rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))

@@ -14,7 +14,7 @@ from diffender.config import Backward, DIFFenderConfig
 from diffender.defenses import build
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
-from diffender.evaluation.forecast import costs, duration
+from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.verdicts import (
@@ -364,11 +364,12 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     x, classifier = photos[:1], target.classifier
     y = classifier(x).argmax(dim=1)
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
-    steps = []
+    heard = []
     records = evaluate_batch(
-        Task(Undefended(classifier), x, y, ids, 0), Judge(target, 2), [plan], tmp_path, steps.append
+        Task(Undefended(classifier), x, y, ids, 0), Judge(target, 2), [plan], tmp_path, lambda *work: heard.append(work)
     )
-    assert steps == [1] * 5
+    steps = [("advp/transfer", done) for done in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert heard == [("clean", 1), *steps, ("advp/transfer", 1), ("advp/full", 1.0), ("advp/full", 1)]
     for kind in ("transfer", "full"):
         files = [tmp_path / "adv" / "advp" / kind / f"{r['file']}.png" for r in records]
         image = torch.stack([load_png(f) for f in files])
@@ -511,7 +512,10 @@ def test_presets_fill_what_was_not_given():
         ([2], True),
         ([3, 4], False),
     ]
-    assert costs(strong, True) > 100 * costs(plans.fill(plans.Options()), True) / 10
+    laptop, every = (costs(o, True, COST) for o in (plans.fill(plans.Options()), strong))
+    assert list(laptop) == ["clean", "advp/transfer", "advp/evade"]
+    assert laptop["advp/evade"] == 10 + 40 * 2 * COST["evade"] + 3 * 3
+    assert sum(every.values()) > 10 * sum(laptop.values())
     messy = plans.fill(plans.Options(attack="AdvP, LaVAN", grad="BPDA, Full", defense="diffender"))
     assert (messy.attack, messy.grad) == ("advp,lavan", "bpda,full"), "whatever their case, with blanks after commas"
     assert plans.fill(plans.Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffender.attacks.attack import Callback, GradientAttack
+from diffender.attacks.attack import Callback, GradientAttack, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, to_8bit
 from diffender.noise import generator
@@ -35,7 +35,7 @@ class AdvP(GradientAttack):
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3, S, S) are patch pixels."""
         for r in range(self.restarts):
-            yield self.attempt(task, r, init if r == 0 else None, callback)
+            yield self.attempt(task, r, init if r == 0 else None, within(callback, r, self.restarts))
 
     def attempt(self, task: Task, r: int, init: Tensor | None, callback: Callback) -> Attacked:
         """The r-th run, from its own place and first pixels."""
@@ -50,7 +50,7 @@ class AdvP(GradientAttack):
             velocity = self.momentum * velocity + seen.gradient / norm
             lr = self.lr * 0.5 ** sum(step >= self.iters * share for share in (0.5, 0.75))
             patch = (patch - lr * velocity.sign()).clamp(0, 1)
-            callback(step)
+            callback((step + 1) / self.iters)
 
         states = torch.stack([*candidates, *course.best, patch])
         place = self.place(task, "choice", 0, key)

@@ -12,7 +12,7 @@ from diffender.attacks.patch import margin
 from diffender.utils.errors import InputError
 
 Made = TypeVar("Made", bound="Attack")
-Callback = Callable[[int], None]
+Callback = Callable[[float], None]  # hears what share of the work is done, up to 1
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Attack:
         """The attack that the flags ask for; None, and flags that it does not take, leave it its defaults."""
         return cls(**{field: values[flag] for flag, field in cls.reads().items() if values.get(flag) is not None})
 
-    def __call__(self, task: Task, init: Tensor | None = None, callback: Callback = lambda step: None) -> Attacked:
+    def __call__(self, task: Task, init: Tensor | None = None, callback: Callback = lambda done: None) -> Attacked:
         """The best attempt for each image. Results depend on (seed, image id), not on the batch.
 
-        `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback(step)` is called
-        after each step.
+        `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback` hears after
+        each step what share of the work is done.
         """
         if task.x.shape[-2] != task.x.shape[-1]:
             raise InputError(f"images of {tuple(task.x.shape[-2:])} pixels; attacks take square ones: crop them")
@@ -63,11 +63,17 @@ class Attack:
         return attacked
 
 
+def within(callback: Callback, i: int, n: int) -> Callback:
+    """The callback of the i-th of n equal parts."""
+    return lambda done: callback((i + done) / n)
+
+
 @dataclass(frozen=True)
 class GradientAttack(Attack):
     """An attack by the mean gradient over fresh noise; the best attempt is chosen on noise that none has seen."""
 
     access: ClassVar[str] = "gradient"
+    moves: ClassVar[float] = 0.0  # forward passes that a step takes besides its samples, on average
 
     iters: int = 100  # steps
     eot: int = 10  # noise samples in each step

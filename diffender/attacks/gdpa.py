@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from diffender.attacks.attack import Callback, GradientAttack
+from diffender.attacks.attack import Callback, GradientAttack, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements, pick_rows
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, paste, patch_side, to_8bit
 from diffender.noise import generator
@@ -173,6 +173,7 @@ class GDPA(GradientAttack):
     """Adam on pattern and place; `restarts` are of direct mode, from the next best places."""
 
     flags: ClassVar[dict[str, str]] = {"gdpa_mode": "mode", "generator": "weights"}
+    moves: ClassVar[float] = 0.5
 
     mode: str = "direct"  # or generator, amortised
     objective: str = "margin"  # or ce, the authors'
@@ -220,7 +221,8 @@ class GDPA(GradientAttack):
             searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries
             for r, start in enumerate(starts):
                 first = [] if init is None or r else [init]
-                made = self.attempt(task, Free(*start, bound(size, side)), first, f" {r}" if r else "", callback)
+                key, heard = f" {r}" if r else "", within(callback, r, len(starts))
+                made = self.attempt(task, Free(*start, bound(size, side)), first, key, heard)
                 yield made if r else made._replace(queries=made.queries + searched)
 
     def starts(self, task: Task, init: Tensor | None) -> list[tuple[Tensor, Tensor]]:
@@ -269,7 +271,7 @@ class GDPA(GradientAttack):
             optimizer.zero_grad()
             attacked.backward(seen.gradient)
             optimizer.step()
-            callback(step)
+            callback((step + 1) / self.iters)
         last = join(*(t.detach() for t in free()))
         return self.finish(task, [*candidates, *course.best, last], course, key)
 

@@ -4,14 +4,14 @@ Black-box: it sees class probabilities alone, and counts every query. On a rando
 generation share their noise, each generation has new noise, and the elite is judged again in each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from diffender.attacks.attack import Attack, Callback
+from diffender.attacks.attack import Attack, Callback, within
 from diffender.attacks.expectation import Attacked, Task
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
@@ -70,7 +70,8 @@ class RHDE(Attack):
             x, y = task.x[b : b + 1], task.y[b : b + 1]
             one = task._replace(x=x, y=y, image_ids=[image_id])
             with named_images([image_id]):
-                results.append(Search(self, one).run(None if init is None else init[b], callback))
+                heard = within(callback, b, len(task.y))
+                results.append(Search(self, one).run(None if init is None else init[b], heard))
         yield Attacked(*map(torch.cat, zip(*results, strict=True)))
 
 
@@ -129,7 +130,7 @@ class Search:
         genes = (cells + self.uniform(n, 4)) / n
         return self.ask(genes, best[torch.arange(n) % len(best)], "attack 0")
 
-    def run(self, init: Tensor | None, callback: Callable[[int], None]) -> Attacked:
+    def run(self, init: Tensor | None, callback: Callback) -> Attacked:
         crowd, trace, missed, done = self.first(init), [], [], False
         for step in range(1, self.cfg.iters + 1):
             crowd = crowd.take(self.energies(crowd).argsort(stable=True))
@@ -139,7 +140,7 @@ class Search:
                 others = crowd.probs[0].clone()
                 others[self.y] = -1
                 self.locked = int(others.argmax())  # energies follow: they are computed from the probabilities
-            callback(step - 1)
+            callback(self.seen / self.cfg.queries)
             if done or self.seen >= self.cfg.queries:
                 done = True
                 continue

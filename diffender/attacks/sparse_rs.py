@@ -59,7 +59,7 @@ class SparseRS(Attack):
             pattern, corner = (pick_rows(better, new_pattern, pattern), pick_rows(better, new_corner, corner))
             value = torch.where(better, new_value, value)
             trace.append(value)
-            callback(step)
+            callback((step + 1) / steps)
         image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), 2 * steps if random else steps + 1)

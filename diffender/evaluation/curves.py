@@ -94,7 +94,7 @@ def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:
             base=replace(plan.base, area=area),
             adaptive={kind: (replace(attack, area=area), victim) for kind, (attack, victim) in last.items()},
         )
-        for kind, made, _ in craft(sized, undefended, lambda n: None, {}):
+        for kind, made, _ in craft(sized, undefended, lambda variant, done: None, {}):
             seen = {kind: target(made.image, noise)}
             if kind == "transfer":
                 seen["undefended"] = target.bare(made.image)

@@ -1,19 +1,25 @@
-"""What an evaluation will cost, in passes of the defence and in time, known before it starts."""
+"""What an evaluation will cost in time and memory, known before it starts."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from diffender.attacks.expectation import Task, Victim, samples
+from diffender.attacks.patch import margin
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
 from diffender.evaluation.plan import (
     AREAS,
     COSTLY,
     Options,
     attacks,
+    backward_of,
     budget,
     config_of,
     describe,
@@ -22,72 +28,106 @@ from diffender.evaluation.plan import (
 )
 from diffender.factory import pick_dtype
 from diffender.noise import generator
-from diffender.utils.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffender.pipeline import Defended
 
-WARM, LONG = 3, 20.0  # further passes that are measured, as long as the fastest took fewer seconds
-PLAIN = 4  # UNet evaluations that a step on the classifier alone is worth, on a CPU
-COST = {  # of a step, in forward passes
+LONG = 20.0  # seconds: where a pass takes longer, the rest is told from it, not measured
+COST = {  # in forward passes of the defence: that, a query and a step on the classifier alone, a sample of a gradient
+    "pass": 1.0, "query": 0.06, "bare": 0.25,
     "bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "evade": 1.5, "auto": 3.6,
 }  # fmt: skip
 
 
 class Forecast(NamedTuple):
-    """What an experiment will cost, from one measured pass of its defence."""
+    """What an experiment will cost."""
 
-    passes: float  # of attacks and verdicts
-    after: float  # of checks and curves, when all images are done
-    seconds: float  # of a pass
-    evaluations: int  # of a UNet in a pass, or what a pass is worth in them
+    parts: list[dict[str, float]]  # of each batch, the seconds of `clean` and of each variant of an attack
+    after: float  # the seconds of checks and curves, when all images are done
+    seconds: dict[str, float]  # of everything in COST
     memory: str  # in words
 
     @property
-    def work(self) -> int:
-        return round(self.passes * self.evaluations)
+    def work(self) -> float:
+        """Seconds of attacks and verdicts."""
+        return sum(sum(part.values()) for part in self.parts)
 
 
-def forecast(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> Forecast:
-    """The forecast for the images of `parts`, from one pass measured on x (1, 3, S, S)."""
-    x, side = x.clone(), x.shape[-1] // 4
-    x[..., :side, :side] = torch.rand(side, side, generator=generator("forecast"))  # something to restore
-    noise = target.sample_noise(["estimate"], opts.run.seed, "estimate")
-    with Progress(target.defense.model, 0, "", quiet=True) as progress:
-        seconds = timed(target, x, noise)
-    for _ in range(WARM):  # a first pass waits for memory and for kernels, which counts where passes are short
-        seconds = min(seconds, timed(target, x, noise)) if seconds < LONG else seconds
-    count = {costly: sum(len(part) for part, c in parts if c == costly) for costly in (True, False)}
-    passes = sum(n * costs(opts, costly) for costly, n in count.items())
+def forecast(
+    opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]], made: bool = False
+) -> Forecast:
+    """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S). `made`: the patches
+    of the undefended classifier come from another experiment."""
+    seconds = measured(opts, target, x)
+    if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
+        opts = replace(opts, verdicts=1)  # without randomness one says it all
+    of = seconds | {"query": 0.0, "bare": 0.0} if made else seconds
+    each = {costly: costs(opts, costly, of) for costly in (True, False)}
+    todo = [{variant: len(part) * cost for variant, cost in each[costly].items()} for part, costly in parts]
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
-    after = opts.trust_images * checks * (opts.attack != "none") + curve_costs(opts) * sum(count.values())
-    return Forecast(passes, after, seconds, progress.evaluations or PLAIN, memory_needed(opts, target, x, parts))
+    after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
+    after += sum(len(part) for part, _ in parts) * curve_costs(opts, seconds)
+    return Forecast(todo, after, seconds, memory_needed(opts, target, x, parts))
 
 
-def timed(target: Defended, x: Tensor, noise: object) -> float:
-    """Seconds of one pass."""
-    started = time.monotonic()
-    target(x, noise)
-    return time.monotonic() - started
+def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
+    """Seconds an image of everything in COST that these options use; of the rest, what its cost makes likely."""
+    x, patch, n = x.clone(), torch.zeros_like(x[:, :1]), x.shape[-1] // 16
+    loud = torch.randint(0, 2, (1, 3, n, n), generator=generator("forecast")).to(x)
+    x[..., : 4 * n, : 4 * n] = F.interpolate(loud, scale_factor=4)  # something to restore
+    patch[..., : 4 * n, : 4 * n] = 1
+    noise = target.sample_noise(["forecast"], opts.run.seed, "forecast")
+
+    def look(rows: int) -> None:
+        for _ in target.looks(x, [noise] * rows, rows):
+            pass
+
+    def step(victim: Victim, rows: int) -> None:
+        y = torch.zeros(1, dtype=torch.long, device=x.device)
+        task = Task(victim, x, y, ["forecast"], opts.run.seed, partial(margin, y=y))
+        for _ in samples(task, lambda k: (x, patch, task.noise("forecast", k)), rows, rows):
+            pass
+
+    bare = target.undefended()
+    wide = min(opts.eot, opts.eot_batch)
+    found = {"pass": timed(look, min(opts.verdicts, opts.eot_batch))}
+    if found["pass"] < LONG:
+        found["query"], found["bare"] = timed(lambda rows: bare(x, None), 1), timed(partial(step, bare), 1)
+        for kind in set(kinds(opts)) - {"transfer"} if attacks(opts) else ():
+            found[kind] = timed(partial(step, target.under(backward_of(opts, kind))), wide)
+    return {what: cost * found["pass"] for what, cost in COST.items()} | found
+
+
+def timed(run: Callable[[int], None], rows: int) -> float:
+    """Seconds of one of so many rows side by side. The first run waits for memory and for kernels, so it counts only
+    where it is long itself."""
+    for _ in range(2):
+        started = time.monotonic()
+        run(rows)
+        seconds = (time.monotonic() - started) / rows
+        if seconds > LONG:
+            break
+    return seconds
 
 
 def announce(opts: Options, forecasts: list[Forecast]) -> None:
     """Say before the start what will be done, what it will cost, and what it leaves out."""
-    total = sum((f.passes + f.after) * f.seconds for f in forecasts)
+    total = sum(f.work + f.after for f in forecasts)
+    memory = max((f.memory for f in forecasts), key=len)
     if len(forecasts) > 1:
-        print(f"{len(forecasts)} experiments, about {duration(total)}{max((f.memory for f in forecasts), key=len)}")
+        print(f"{len(forecasts)} experiments, about {duration(total)}{memory}")
     else:
         (only,) = forecasts
-        each = f"{only.passes + only.after:.0f} passes of the defence of {only.seconds:.2f} s each"
-        print(f"about {duration(total)}: {each}{only.memory}")
+        used = ["pass", *(kind for kind in kinds(opts) if kind != "transfer" and opts.attack != "none")]
+        print(f"about {duration(total)}: {', '.join(f'{what} {only.seconds[what]:.2f} s' for what in used)}{memory}")
     if opts.preset == "paper" and opts.attack != "none":
-        step = opts.eot * sum(COST[kind] for kind in kinds(opts)) * sum(f.seconds for f in forecasts)
+        step = opts.eot * sum(f.seconds[kind] for f in forecasts for kind in kinds(opts))
         print(f"that is {step:.1f} s an image and step; the paper's 64 hours for 512 images and 100 steps are 4.5 s")
     elif opts.preset != "strong" and opts.attack != "none":
         strong = replace(opts, **budget(opts, "strong"))
-        whole = strong.images * costs(strong, True) * sum(f.seconds for f in forecasts)
+        whole = strong.images * sum(sum(costs(strong, True, f.seconds).values()) for f in forecasts)
         print(
             f"left out against --preset strong ({strong.images} images, {strong.iters} steps, EOT {strong.eot}, "
             f"{strong.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
@@ -113,28 +153,33 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[
     return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
 
 
-def costs(opts: Options, costly: bool) -> float:
-    """What an image takes, in forward passes of the defence: attacks, choices among patches, verdicts."""
-    total = float(opts.verdicts)
-    for cls in attacks(opts).values():
-        total += opts.verdicts
+def costs(opts: Options, costly: bool, of: Mapping[str, float]) -> dict[str, float]:
+    """What an image takes, for `clean` and each variant of an attack: patches made, choices among them, verdicts. `of`
+    says what everything in COST takes."""
+    verdicts = opts.verdicts * of["pass"]
+    found = {"clean": verdicts}
+    for name, cls in attacks(opts).items():
+        found[f"{name}/transfer"] = verdicts
         if cls.access == "queries":
-            total += opts.queries + opts.verdicts + 0.06 * opts.queries_undefended
+            found[f"{name}/transfer"] += opts.queries_undefended * of["query"]
+            found[f"{name}/queries"] = verdicts + opts.queries * of["pass"]
         elif cls.access == "gradient":
-            total += 0.25 * opts.iters_undefended
+            found[f"{name}/transfer"] += opts.iters_undefended * (of["bare"] + cls.moves * of["query"])
             for kind in kinds(opts):
                 if kind != "transfer" and (costly or kind not in COSTLY):
-                    total += opts.verdicts + opts.restarts * (opts.eot * opts.iters * COST[kind] + 3 * max(3, opts.eot))
-    return total
+                    chosen = 3 * max(3, opts.eot) * of["pass"]
+                    attempt = opts.iters * (opts.eot * of[kind] + cls.moves * of["pass"]) + chosen
+                    found[f"{name}/{kind}"] = verdicts + opts.restarts * attempt
+    return found
 
 
-def curve_costs(opts: Options) -> float:
-    """What an image takes for --curves, in forward passes of the defence."""
+def curve_costs(opts: Options, of: Mapping[str, float]) -> float:
+    """What an image takes for --curves."""
     if opts.curves == "off":
         return 0
     columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
-    sizes = len(AREAS) * costs(opts, costly=True) / max(1, len(attacks(opts))) if opts.curves == "all" else 0
-    return 3 * columns + sizes
+    whole = sum(costs(opts, True, of).values()) / max(1, len(attacks(opts)))
+    return 3 * columns * of["pass"] + (len(AREAS) * whole if opts.curves == "all" else 0)
 
 
 def duration(seconds: float) -> str:

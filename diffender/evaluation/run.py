@@ -15,7 +15,7 @@ import torch
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.evaluation.curves import draw_curves
-from diffender.evaluation.forecast import PLAIN, announce, forecast
+from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.plan import (
     COSTLY,
     OURS,
@@ -111,7 +111,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     parts = split(opts, mine(opts, len(batch.ids)))
     left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
     forecasts = [
-        forecast(e.opts, e.target, batch.x[:1].to(e.device), todo) for e, todo in zip(experiments, left, strict=True)
+        forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=i > 0)
+        for i, (e, todo) in enumerate(zip(experiments, left, strict=True))
     ]
     if not opts.run.quiet:
         announce(opts, forecasts)
@@ -120,15 +121,16 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
     total = sum(f.work for f in forecasts)
+    costs = [f.parts for f in forecasts]
     with (
         patient(how_to_go_on(experiments[0])) as may_stop,
         Progress(model, total, opts.attack, opts.run.quiet) as progress,
     ):
-        for turn in zip(*left, strict=True):
+        for turn, seconds in zip(zip(*left, strict=True), zip(*costs, strict=True), strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
-            for e, (part, costly), log in zip(experiments, turn, follow, strict=True):
+            for e, (part, costly), cost, log in zip(experiments, turn, seconds, follow, strict=True):
                 if part:
-                    judge_part(e, batch, part, costly, progress, bases)
+                    judge_part(e, batch, part, costly, progress, cost, bases)
                     if opts.track != "none":
                         log_accuracies(e, log)
                     may_stop()
@@ -147,14 +149,17 @@ def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
     log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
 
 
-def judge_part(e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, bases: dict) -> None:
+def judge_part(
+    e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, cost: dict[str, float], bases: dict
+) -> None:
+    """Attack, judge and record some images, at a `cost` in seconds that was forecast for each variant."""
     ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         plans = [without(p, () if costly else COSTLY) for p in e.plans]
-        records = evaluate_batch(task, judge, plans, e.folder, lambda n: progress.advance(n * PLAIN), bases)
+        records = evaluate_batch(task, judge, plans, e.folder, progress.through(cost), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     shares = {name: value / len(records) for name, value in spent.items()}
     append_records(e.own, [record | shares for record in records])

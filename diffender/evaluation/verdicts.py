@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -103,14 +104,14 @@ def evaluate_batch(
     judge: Judge,
     plans: Sequence[Plan],
     folder: Path,
-    on_step: Callable[[int], None] = lambda images: None,
+    on_work: Callable[[str, float], None] = lambda variant, done: None,
     bases: dict | None = None,
 ) -> list[dict]:
     """Attack and judge the images of a task, whose victim is the undefended classifier: one record each.
 
     Every attacked image is saved in `folder` as an 8-bit PNG beside its mask, and judged as loaded from there.
-    `on_step` hears the number of images after each step of an attack on the undefended classifier. `bases` keeps the
-    patches made on it, for other defences of the same classifier.
+    `on_work` hears what share of the work on `clean` or on a variant of an attack is done. `bases` keeps the patches
+    made on the undefended classifier, for other defences of it.
     """
     task = task._replace(x=to_8bit(task.x))
     x, y, ids, bare, kept = task.x, task.y, task.image_ids, task.victim, {} if bases is None else bases
@@ -123,8 +124,9 @@ def evaluate_batch(
         {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
     ]
     save_stages(folder / "images", names, {"clean": x} | stages(clean))
+    on_work("clean", 1)
     for plan in plans:
-        for kind, made, seconds in craft(plan, task, on_step, kept):
+        for kind, made, seconds in craft(plan, task, on_work, kept):
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
             out, seen, sure = purifications(judge, image, ids, task.seed)
@@ -141,6 +143,7 @@ def evaluate_batch(
                 record["attacks"][variant] = {name: column[b] for name, column in columns.items()}
                 record["attacks"][variant]["seconds"] = seconds / len(ids)
             save_stages(folder / "images" / variant, names, {"attacked": image} | stages(out))
+            on_work(variant, 1)
     return records
 
 
@@ -158,18 +161,18 @@ def answers(alone: Reading, seen: list[list[int]], sure: list[float]) -> dict[st
     return {"undefended": alone.label, "defended": seen, "confidence": confidence}
 
 
-def craft(plan: Plan, task: Task, on_step: Callable, bases: dict) -> Iterator[tuple[str, Attacked, float]]:
+def craft(plan: Plan, task: Task, on_work: Callable, bases: dict) -> Iterator[tuple[str, Attacked, float]]:
     """(kind, attacked, seconds): the patches of the undefended classifier, then each adaptive variant's."""
     key = plan.base, tuple(task.image_ids)
     if key not in bases:
         started = time.monotonic()
-        base = plan.base(task, callback=lambda _step: on_step(len(task.image_ids)))
+        base = plan.base(task, callback=partial(on_work, f"{plan.name}/transfer"))
         bases[key] = base, time.monotonic() - started
     base, seconds = bases[key]
     yield "transfer", base, seconds
     for kind, (attack, victim) in plan.adaptive.items():
         started = time.monotonic()
-        made = attack(task._replace(victim=victim), init=base.state)
+        made = attack(task._replace(victim=victim), init=base.state, callback=partial(on_work, f"{plan.name}/{kind}"))
         yield kind, made, time.monotonic() - started
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 30  # between two lines where there is no terminal
 LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} gone, {remaining} left"
+TIMED = LINE.replace("{n_fmt} of {total_fmt}, {rate_fmt}, ", "")
+TIMED_BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left"
 
 
 class Lines:
@@ -33,36 +36,40 @@ class Lines:
         pass
 
 
-def bar(what: Collection | int, description: str, quiet: bool = False, unit: str = "it", initial: int = 0) -> tqdm:
-    """Progress over a collection, or over a count that `update` is told of: rate and time left, on stderr."""
-    given: dict[str, object] = {"total": what} if isinstance(what, int) else {"iterable": what}
+def bar(what: Collection | float, description: str, quiet: bool = False, unit: str = "it", initial: int = 0) -> tqdm:
+    """Progress over a collection, over a count that `update` is told of, or over seconds of work (a float): rate and
+    time left, on stderr."""
+    given: dict[str, object] = {"total": what} if isinstance(what, (int, float)) else {"iterable": what}
     given |= {"desc": description, "unit": unit, "initial": initial, "disable": quiet}
+    terminal, file = (TIMED_BAR, TIMED) if isinstance(what, float) else (None, LINE)
     if sys.stderr.isatty():
-        return tqdm(**given, mininterval=1, dynamic_ncols=True)
-    seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1}
-    return tqdm(**given, **seconds, bar_format=LINE, file=Lines())
+        return tqdm(**given, mininterval=1, dynamic_ncols=True, bar_format=terminal)
+    seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 0}
+    return tqdm(**given, **seconds, bar_format=file, file=Lines())
 
 
 class Progress:
-    """A bar over the work ahead, in units of one UNet evaluation; counts the evaluations that really ran.
+    """A bar over the seconds of work that a forecast expects; counts the UNet evaluations that really run."""
 
-    Work on the classifier alone is told to `advance`, at its worth in UNet evaluations; so it is for a defence without
-    a diffusion model (None).
-    """
-
-    def __init__(self, model: LatentDiffusion | None, total: int, description: str, quiet: bool = False):
+    def __init__(self, model: LatentDiffusion | None, total: float, description: str, quiet: bool = False):
         self.evaluations = 0
-        self.bar = bar(total, description, quiet, unit=" evaluations")
+        self.bar = bar(float(total), description, quiet)
         unets = [] if model is None else [unet for unet in (model.unet, model.locator) if unet is not None]
         self.hooks = [unet.register_forward_pre_hook(self.count) for unet in unets]
 
     def count(self, _module: nn.Module, args: tuple) -> None:
         _x, _t, contexts = args
         self.evaluations += len(contexts)
-        self.advance(len(contexts))
 
-    def advance(self, n: int) -> None:
-        self.bar.update(min(n, self.bar.total - self.bar.n))
+    def through(self, stages: Mapping[str, float]) -> Callable[[str, float], None]:
+        """What hears of work in stages of so many seconds, from here on: the stage, and what share of it is done."""
+        starts = dict(zip(stages, accumulate(stages.values(), initial=self.bar.n), strict=False))
+
+        def hear(stage: str, done: float) -> None:
+            here = min(starts[stage] + done * stages[stage], self.bar.total)
+            self.bar.update(max(0.0, here - self.bar.n))
+
+        return hear
 
     def __enter__(self) -> Progress:
         return self
