@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
-from diffender.attacks.expectation import Task
+from diffender.attacks.expectation import Task, rank
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
@@ -344,6 +344,42 @@ def test_rhde_judges_its_elite_again_in_every_generation(batch):
     images, masks = search.paste(crowd.genes, crowd.sticker)
     assert torch.equal(images * (1 - masks), (x[:1] * (1 - masks)))
     assert (masks.sum(dim=(1, 2, 3)) > 0.2 * SIZE**2).all()
+
+
+class Lucky(Linear):
+    """Answers by chance, but always wrong to one image: an attack that starts from it should end there."""
+
+    def __init__(self, image: torch.Tensor, y: int):
+        super().__init__(sigma=1.0)
+        self.image, self.y = image, y
+
+    def forward(self, x, noise=None):
+        asked = x.flatten(1).double().sum(dim=1)
+        chance = torch.frac(1e4 * (asked + noise[:, 0].double()).sin()).abs()  # another number for each image and noise
+        start = (x - self.image).abs().amax(dim=(1, 2, 3)) == 0
+        gap = torch.where(start, -0.5, 10 * chance.float() - 2.5)  # true class before the next
+        return gap[:, None] * torch.eye(5)[self.y]
+
+
+@pytest.mark.parametrize("name", ["rhde", "sparse-rs"])
+def test_no_lucky_draw_wins_a_search_by_queries(name, batch):
+    x, y = batch
+    attack = ATTACKS[name](area=0.3, queries=60)
+    kept = []
+    for b in range(8):
+        start = attack(Task(Linear(), x[b : b + 1], y[b : b + 1], IDS[b : b + 1], 0))
+        task = Task(Lucky(start.image, int(y[b])), x[b : b + 1], y[b : b + 1], IDS[b : b + 1], 0)
+        made = attack(task, init=start.state)
+        assert made.queries <= 60
+        kept.append(torch.equal(made.image, start.image))
+    assert sum(kept) >= 7
+
+
+def test_of_patches_that_fool_alike_the_one_of_lower_loss_is_better():
+    fooled = torch.ones(3, 4)
+    values = torch.tensor([-16.8, -16.9, -21.4, -40.0]).expand(3, 4)
+    assert rank(values, fooled).argsort().tolist() == [0, 1, 2, 3]
+    assert rank(torch.full((1, 2), -1e6), torch.tensor([[0.0, 1.0]])).argmax() == 1, "successes come first"
 
 
 # Ready-made patches and controls

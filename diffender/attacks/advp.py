@@ -55,11 +55,12 @@ class AdvP(GradientAttack):
         states = torch.stack([*candidates, *course.best, patch])
         place = self.place(task, "choice", 0, key)
         images = [apply_patch(x, to_8bit(p), place) for p in states]
-        scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image in images]
+        purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
+        scores = [judge(task, image, purpose + key, self.eot, self.eot_batch, least) for image in images]
         chosen = torch.stack(scores).argmax(dim=0)
         patch = to_8bit(states[chosen, torch.arange(len(x), device=x.device)])
         mask = self.place(task, "verdict", 0, key)
-        passes = self.eot * self.iters + judgements(task, self.eot) * len(states)
+        passes = self.eot * self.iters + judgements(task, self.eot, least) * len(states)
         queries = torch.full((len(x),), passes, device=x.device)
         return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch, queries, *course.curves(x))
 

@@ -141,10 +141,10 @@ class Course:
         return value, fooled
 
 
-def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) -> Tensor:
-    """The score of attacked images, (B,): `rank` over `eot` noises, at least three, if there is noise, `batch` of
+def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1, least: int = 3) -> Tensor:
+    """The score of attacked images, (B,): `rank` over `eot` noises, at `least` three, if there is noise, `batch` of
     them side by side; the same purpose compares all on the same."""
-    values, fooled, n = [], [], judgements(task, eot)
+    values, fooled, n = [], [], judgements(task, eot, least)
     for start in range(0, n, batch):
         noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
         logits = task.victim(images.repeat(len(noises), 1, 1, 1), stack(noises)).detach()
@@ -154,14 +154,15 @@ def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1) ->
     return rank(torch.stack(values), torch.stack(fooled))
 
 
-def judgements(task: Task, eot: int) -> int:
+def judgements(task: Task, eot: int, least: int = 3) -> int:
     """How many passes `judge` takes."""
-    return 1 if task.noise("judge") is None else max(3, eot)
+    return 1 if task.noise("judge") is None else max(least, eot)
 
 
 def rank(values: Tensor, fooled: Tensor) -> Tensor:
     """Losses and successes (K, B) to one number each (B,), larger is better: first the successes, then the loss."""
-    return fooled.sum(dim=0) + torch.sigmoid(-values.mean(dim=0))  # in (0, 1): never worth a success
+    loss = values.mean(dim=0)
+    return fooled.sum(dim=0) + 0.5 - 0.5 * loss / (1 + loss.abs())  # in (0, 1): never worth a success, never flat
 
 
 def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """RHDE: a fixed sticker, its place, angle and opacity searched by differential evolution (Wei, Guo and Yu 2022).
 
 Black-box: it sees class probabilities alone, and counts every query. On a randomised defence all candidates of a
-generation share their noise, each generation has new noise, and the elite is judged again in each.
+generation share their noise, each generation has new noise, and the elite is judged again in each. No lucky draw may
+win: queries are kept back, and in the end the best three and the start are compared on noise that none has seen.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffender.attacks.attack import Attack, Callback, within
-from diffender.attacks.expectation import Attacked, Task
+from diffender.attacks.expectation import Attacked, Task, judge, judgements
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
@@ -20,6 +21,7 @@ from diffender.utils.errors import InputError, named_images, nearest
 
 GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
 FRESH = 10  # draws that must all be fooled before the search may stop
+FINALISTS = 4  # the best three and the start
 
 
 class Crowd(NamedTuple):
@@ -69,8 +71,8 @@ class RHDE(Attack):
         for b, image_id in enumerate(task.image_ids):
             x, y = task.x[b : b + 1], task.y[b : b + 1]
             one = task._replace(x=x, y=y, image_ids=[image_id])
+            one, heard = one._replace(loss=self.loss(one)), within(callback, b, len(task.y))
             with named_images([image_id]):
-                heard = within(callback, b, len(task.y))
                 results.append(Search(self, one).run(None if init is None else init[b], heard))
         yield Attacked(*map(torch.cat, zip(*results, strict=True)))
 
@@ -82,6 +84,8 @@ class Search:
         self.cfg, self.task, self.y = cfg, task, int(task.y)
         self.g: Generator = generator(task.seed, task.image_ids[0], "rhde")
         self.seen = 0
+        finals = FINALISTS * judgements(task, 1) if task.noise("choice") is not None else 0
+        self.limit = cfg.queries - finals if cfg.queries >= 2 * finals else cfg.queries  # of the search
         self.locked: int | None = None  # the runner-up class, once the gap to it is small
         self.visited: set[tuple[int, int, int]] = set()  # sticker, top, left
 
@@ -101,7 +105,7 @@ class Search:
 
     def ask(self, genes: Tensor, sticker: Tensor, purpose: str) -> Crowd:
         """Query the victim, all candidates on the same noise; none beyond the budget."""
-        left = self.cfg.queries - self.seen
+        left = self.limit - self.seen
         genes, sticker = genes[:left], sticker[:left]
         if not len(genes):
             return Crowd(genes, sticker, torch.empty(0, 0))
@@ -118,7 +122,7 @@ class Search:
         n = self.cfg.population
         if init is not None:
             return self.ask(init[:n, :4], init[:n, 4].long(), "attack 0")
-        tries = min(5, self.cfg.queries // (2 * len(NAMES)))  # at most half of the queries go into the screening
+        tries = min(5, self.limit // (2 * len(NAMES)))  # at most half of the queries go into the screening
         if self.cfg.sticker is not None or tries == 0:
             best = torch.tensor([NAMES.index(self.cfg.sticker or NAMES[0])])
         else:
@@ -141,16 +145,26 @@ class Search:
                 others[self.y] = -1
                 self.locked = int(others.argmax())  # energies follow: they are computed from the probabilities
             callback(self.seen / self.cfg.queries)
-            if done or self.seen >= self.cfg.queries:
+            if done or self.seen >= self.limit:
                 done = True
                 continue
             crowd = self.generation(crowd, f"attack {step}")
             done = self.certain(crowd, step)
         crowd = crowd.take(self.energies(crowd).argsort(stable=True))
-        image, mask = self.paste(crowd.genes[:1], crowd.sticker[:1])
         state = torch.cat([crowd.genes, crowd.sticker[:, None].float()], dim=1)
+        if self.limit < self.cfg.queries:
+            start = state[:0] if init is None else init[:1].cpu()
+            state = self.final(torch.cat([state[: FINALISTS - 1], start]), state)
+        image, mask = self.paste(state[:1, :4], state[:1, 4].long())
         curves = (torch.stack(curve)[None] for curve in (trace, missed))
         return Attacked(image, mask, state[None], torch.tensor([self.seen]), *curves)
+
+    def final(self, few: Tensor, state: Tensor) -> Tensor:
+        """The candidates (N, 5), led by the one of a few that is best on fresh noise."""
+        images, _ = self.paste(few[:, :4], few[:, 4].long())
+        scores = torch.cat([judge(self.task, image[None], "choice", 1) for image in images])
+        self.seen += len(few) * judgements(self.task, 1)
+        return torch.cat([few[scores.argmax()][None], state])
 
     def energies(self, crowd: Crowd) -> Tensor:
         return energy(crowd.probs, self.y, self.locked)
@@ -158,7 +172,7 @@ class Search:
     def certain(self, crowd: Crowd, step: int) -> bool:
         """Whether the best candidate fools the victim on FRESH new draws; asked only of one that fools it now."""
         best = crowd.take(self.energies(crowd).argmin()[None])
-        if best.probs.argmax() == self.y or self.cfg.queries - self.seen < FRESH:
+        if best.probs.argmax() == self.y or self.limit - self.seen < FRESH:
             return False
         if self.task.noise("certain") is None:
             return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Attack, Callback
-from diffender.attacks.expectation import Attacked, Task, pick_rows
+from diffender.attacks.expectation import Attacked, Task, judge, judgements, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 
@@ -22,7 +22,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 class SparseRS(Attack):
     """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube.
 
-    Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step.
+    Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step. In
+    the end the last patch and the start are compared on noise that none has seen.
     """
 
     access: ClassVar[str] = "queries"
@@ -40,7 +41,10 @@ class SparseRS(Attack):
         else:
             pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
         random = task.noise("attack 0") is not None
-        steps = (self.queries - (not random)) // (2 if random else 1)
+        finals = 2 * judgements(task, 1)
+        start = (pattern, corner) if random and init is not None and self.queries >= 2 * finals else None
+        finals = finals if start else 0
+        steps = (self.queries - finals - (not random)) // (2 if random else 1)
 
         def loss(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
             image, _ = paste(x, to_8bit(pattern).to(x), corner)
@@ -60,9 +64,13 @@ class SparseRS(Attack):
             value = torch.where(better, new_value, value)
             trace.append(value)
             callback((step + 1) / steps)
+        if start:
+            made = [paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start)]
+            better = torch.sub(*(judge(task, image, "choice", 1) for image in made)).cpu() >= 0
+            pattern, corner = (pick_rows(better, *pair) for pair in zip((pattern, corner), start, strict=True))
         image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
-        queries = torch.full((len(x),), 2 * steps if random else steps + 1)
+        queries = torch.full((len(x),), finals + (2 * steps if random else steps + 1))
         losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
         yield Attacked(image, mask, state, queries, losses, (losses < 0).float())
 
