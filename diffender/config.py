@@ -38,7 +38,7 @@ class DIFFenderConfig:
     sigma: float = option(1.0, "Standard deviation of the mask's 3x3 blur, in latents. 0: no blur.", low=0)
     dilation: int = option(3, "Side of the square that dilates the mask, in latents. Odd; 1: no dilation.", low=1)
     steps: int = option(20, "Sampler steps of restoration (authors' demo: 20).", low=1, high=999)
-    guidance: float = option(7.5, "Classifier-free guidance. 1: none (authors' demo: 7.5).", low=0)
+    guidance: float = option(7.5, "Classifier-free guidance. 1: none (authors' demo: 7.5).", low=1)
     sampler: str = option(
         "ddim", "Sampler: ddim (paper), or dpmpp, which is DPM-Solver++(2M), for few steps.", choices=("ddim", "dpmpp")
     )
@@ -50,6 +50,8 @@ class DIFFenderConfig:
         check_options(self)
         if self.dilation % 2 == 0:
             raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
+        if not (self.restore or self.composite):
+            raise InputError("without restoration there is no image to return whole: leave out --no-composite")
         if self.sampler == "dpmpp" and self.eta > 0:
             raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
 

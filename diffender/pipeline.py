@@ -137,7 +137,8 @@ class DIFFender(nn.Module):
         if backward.mode == "surrogate":
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
         elif backward.mode in ("full", "full+loc", "auto"):
-            x_hat = restore(x, found.mask, noise)
+            mask = resize(found.mask, self.size) if backward.ste == "soft" else found.mask  # `restore` makes it binary
+            x_hat = restore(x, mask, noise)
         check_finite("restored image", x_hat)
         return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
 

@@ -343,6 +343,17 @@ def test_recomputation_changes_no_gradient(defense, photos, monkeypatch):
     assert torch.equal(gradient(), with_recomputation)
 
 
+def test_nothing_is_binary_when_soft(defense, monkeypatch):
+    """At the model's size, and where the mask is made smaller for it."""
+    seen = []
+    monkeypatch.setattr(defense, "restore", lambda x, mask, noise: seen.append(mask) or x)
+    for size in (224, 240):
+        x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        defense(x, noise_for(defense, 1), Backward(ste="soft"))
+    assert [mask.shape[-1] for mask in seen] == [224, 224]
+    assert all(len(mask.unique()) > 100 for mask in seen)
+
+
 def test_gradients_agree_with_finite_differences(model, contexts, photos):
     """Directional derivatives of the difference map and of restoration, in float64 (thresholds left out)."""
     double = load_double(model)

@@ -16,7 +16,7 @@ from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
 from diffender.evaluation import plan as plans
 from diffender.evaluation.plan import Options, fill
-from diffender.evaluation.records import append_records
+from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
 from diffender.paper.figures import FIGURES
@@ -39,6 +39,7 @@ from diffender.paper.tables import (
 from diffender.pipeline import Defended, DIFFender
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError
+from diffender.utils.files import write_json
 from diffender.utils.images import save_png
 from diffender.utils.options import change
 from diffender.weights.prompts import contexts_for
@@ -136,6 +137,8 @@ def test_knowing_more_is_never_worth_less(tmp_path):
     ]
     assert [p["right"] for p in known(records)] == [2, 1, 1]
     append_records(tmp_path / "per_image.jsonl", records)
+    write_json(tmp_path / "results.json", {"ids": ["0", "1"]})
+    assert [r["id"] for r in read_finished(tmp_path)[1]] == ["0", "1"]
     draw_knowledge({"DIFFender": tmp_path, "JPEG": tmp_path}, tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").size == (880, 440)
 
@@ -172,6 +175,13 @@ def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos)
     moved = elsewhere(mask, ids, 0)
     assert torch.equal(moved.sum(dim=(1, 2, 3)), mask.sum(dim=(1, 2, 3)))
     assert not torch.equal(moved[0], moved[1])
+    for corner in (0, 87, 174):  # wherever a patch of 5 % lies, the other one lies apart from it, in one piece
+        small = torch.zeros(1, 1, 224, 224)
+        small[..., corner : corner + 50, 174 - corner : 224 - corner] = 1
+        (other,) = elsewhere(small, ["a"], corner)
+        assert (other * small[0]).sum() == 0
+        assert other[0].any(dim=1).sum() == other[0].any(dim=0).sum() == 50
+        assert other[0].any(dim=1).nonzero().diff(dim=0).max() == 1
     cut = (classifier(grey(x, moved)).argmax(dim=1) == y).tolist()
     assert [v.single for v in found["random grey"]["clean"]] == cut
 

@@ -1,5 +1,6 @@
 """AdvP: a patch of optimised free pixels (Brown et al. 2017), one for each image, as the paper's figures imply."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from diffender.attacks.attack import Callback, GradientAttack, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, to_8bit
 from diffender.noise import generator
+from diffender.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class AdvP(GradientAttack):
     lr: float = 0.05  # step size in units of the pixel range; halved at 1/2 and 3/4 of the steps
     momentum: float = 0.9
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
+
+    def __post_init__(self) -> None:
+        if self.shape == "circle" and self.area > math.pi / 4:
+            raise InputError(
+                f"a circle of {self.area:g} of the image does not fit into it; at most {math.pi / 4:.3f} does"
+            )
 
     @property
     def averaged_steps(self) -> float:

@@ -38,7 +38,7 @@ class Attacked(NamedTuple):
     state: Tensor  # (B, ...): from where the same attack can go on, as its `init`
     queries: Tensor  # (B,): how often the victim saw each image
     trace: Tensor  # (B, steps): the loss along the way
-    fooled: Tensor  # (B, steps): the share of each step's samples that the victim misread
+    fooled: Tensor  # (B, steps): the share of each step's samples that were misread; in evade by the classifier alone
 
 
 class Sample(NamedTuple):

@@ -240,6 +240,11 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
     return pil_to_tensor(image.crop((left, top, left + cfg.size, top + cfg.size))).float() / 255
 
 
+def digest_of(path: Path) -> str:
+    """By which images are told apart, whatever their names: the first 16 digits of their file's sha256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def correct_subset(
     items: list[Item], classifier: Classifier, count: int, seed: int, exclude: frozenset[str] = frozenset()
 ) -> Batch:
@@ -255,7 +260,7 @@ def correct_subset(
             break
         item = items[i]
         x = load_image(item.path, classifier.cfg)
-        digest = hashlib.sha256(item.path.read_bytes()).hexdigest()[:16]
+        digest = digest_of(item.path)
         if digest not in exclude and classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
             ids.append(item.id)
             images.append(x)

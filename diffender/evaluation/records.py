@@ -28,6 +28,13 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
     return list(records.values())
 
 
+def read_finished(folder: Path) -> tuple[dict, list[dict]]:
+    """The results of a run and the records of its images. A folder may hold more, of a run of the same name."""
+    results, records = json.loads((folder / "results.json").read_text("utf-8")), read_records(folder)
+    ids = set(results.get("ids", [r["id"] for r in records]))
+    return results, [r for r in records if r["id"] in ids]
+
+
 def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
     """Make the folder, or resume in it: the records that are there. Another configuration there is refused.
 
@@ -39,7 +46,9 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
         other = read_config(folder)
         changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
         if changed:
-            raise InputError(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name")
+            raise InputError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name or --out"
+            )
     else:
         place_for(path)
         write_json(path, config)
@@ -60,7 +69,7 @@ def read_config(folder: Path) -> dict:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
-        raise InputError(f"{folder / 'config.json'} is damaged ({one_line(e)}); choose another --name") from e
+        raise InputError(f"{folder / 'config.json'} is damaged ({one_line(e)}); choose another --name or --out") from e
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from diffender.attacks.expectation import Task
-from diffender.classifiers.dataset import Batch, correct_subset
+from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
+from diffender.defenses import split as settings_of
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.plan import (
@@ -37,7 +38,7 @@ from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch,
 from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
 from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.utils.errors import named_images
+from diffender.utils.errors import InputError, named_images
 from diffender.utils.files import read_header, sha256, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
@@ -106,6 +107,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
     opts = experiments[0].opts
+    for e in experiments:
+        refuse_seen(e.opts, batch)
     there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
     done = [{r["id"] for r in records} for records in there]
     parts = split(opts, mine(opts, len(batch.ids)))
@@ -128,12 +131,19 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     ):
         for turn, seconds in zip(zip(*left, strict=True), zip(*costs, strict=True), strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
-            for e, (part, costly), cost, log in zip(experiments, turn, seconds, follow, strict=True):
-                if part:
-                    judge_part(e, batch, part, costly, progress, cost, bases)
+            for e, part, cost, log in zip(experiments, turn, seconds, follow, strict=True):
+                if part[0]:
+                    judge_part(e, batch, part, cost, progress, bases)
                     if opts.track != "none":
                         log_accuracies(e, log)
                     may_stop()
+
+
+def refuse_seen(opts: Options, batch: Batch) -> None:
+    """Raises InputError where FNC's statistics would be estimated from images that are evaluated."""
+    photographs = settings_of(opts.defense)[1].get("statistics")
+    if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
+        raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
 
 def how_to_go_on(e: Experiment) -> str:
@@ -150,10 +160,11 @@ def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
 
 
 def judge_part(
-    e: Experiment, batch: Batch, part: list[int], costly: bool, progress: Progress, cost: dict[str, float], bases: dict
+    e: Experiment, batch: Batch, part: tuple[list[int], bool], cost: dict[str, float], progress: Progress, bases: dict
 ) -> None:
-    """Attack, judge and record some images, at a `cost` in seconds that was forecast for each variant."""
-    ids, x, y = ([batch.ids[i] for i in part], batch.x[part].to(e.device), batch.y[part].to(e.device))
+    """Attack, judge and record the images of a part, each variant of which should `cost` so many seconds."""
+    rows, costly = part
+    ids, x, y = ([batch.ids[i] for i in rows], batch.x[rows].to(e.device), batch.y[rows].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
@@ -179,6 +190,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "machine": machine(e.device),
         "defense": OURS.get(opts.defense, opts.defense),
         "names": e.names,
+        "ids": batch.ids,
         "seed": opts.run.seed,
         "setting": describe(opts),
         "verdicts": opts.verdicts,

@@ -49,10 +49,25 @@ def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batc
 
 
 def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
-    """Each mask (1, H, W) rolled around the image by a random way: same shape, another place."""
-    size = mask.shape[-1]
-    ways = [torch.randint(size, (2,), generator=generator(seed, i, "random mask")).tolist() for i in ids]
-    return torch.stack([m.roll(way, dims=(1, 2)) for m, way in zip(mask, ways, strict=True)])
+    """Each mask (1, S, S) moved within the image to a random place where it does not cover what it covered before; of
+    a large one, to the place where it does least."""
+    return torch.stack([moved(m, generator(seed, i, "random mask")) for m, i in zip(mask, ids, strict=True)])
+
+
+def moved(mask: Tensor, g: torch.Generator, tries: int = 100) -> Tensor:
+    rows, columns = (mask[0].any(dim=d).nonzero().flatten().tolist() for d in (1, 0))
+    if not rows:
+        return mask
+    (top, low), (left, right), size = (rows[0], rows[-1]), (columns[0], columns[-1]), mask.shape[-1]
+    best, least = mask, mask.sum()
+    for _ in range(tries):
+        y, x = (int(torch.randint(size - (end - start), (), generator=g)) for start, end in ((top, low), (left, right)))
+        there = mask.roll((y - top, x - left), dims=(1, 2))
+        if (both := (there * mask).sum()) < least:
+            best, least = there, both
+        if least == 0:
+            break
+    return best
 
 
 def classes(target: Defended, fill: str, x: Tensor, mask: Tensor, ids: Sequence[str], seed: int) -> list[int]:

@@ -29,6 +29,7 @@ from diffender.paper.tables import NAMES, Row, run_rows, share
 from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, predict_x0, q_sample
+from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
@@ -105,6 +106,8 @@ def draw(columns: Sequence[Column], path: Path) -> None:
 def figure_1(s: Scene, folder: Path) -> str:
     """Two one-step predictions of the same noised image, where they differ, and the mask."""
     d, cfg = s.target.defense, s.target.defense.cfg
+    if d.contexts.locate is None:
+        raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
     model, noise = d.model, s.noise()
     t = noise_timestep(cfg.noise_ratio)
     a_t = ALPHAS_CUMPROD[t]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from diffender.evaluation.records import read_records
+from diffender.evaluation.records import read_finished
 from diffender.evaluation.verdicts import by_variant, proportion, strongest_of
 from diffender.utils.images import save_figure
 
@@ -32,7 +32,7 @@ def draw_knowledge(runs: dict[str, Path], path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for i, (title, folder) in enumerate(runs.items()):
-        points = known(read_records(folder))
+        points = known(read_finished(folder)[1])
         y = [100 * p["accuracy"] for p in points]
         around = [[v - 100 * p["low"] for v, p in zip(y, points, strict=True)]]
         around += [[100 * p["high"] - v for v, p in zip(y, points, strict=True)]]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.plan import Options, describe, fill, kinds
+from diffender.evaluation.plan import Options, describe, fill, kinds, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
 from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, proportion, strongest_of, verdict
@@ -51,11 +51,11 @@ NAMES = {
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
 BESIDE = {  # other readings of the same run, in lines of their own
-    "bpda": ", attacked through bpda alone",  # the paper's gradient, where a run has others too
+    "bpda": ", attacked by transfer and bpda alone",  # the paper's gradient, where a run has others too
     "certified": ", certified at the patch's place",
 }
 TUNING = {  # of Table 2, by preset
-    "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--held-out 16 --rounds 20", "paper": "",
+    "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--rounds 20", "paper": "",
     "strong": "",
 }  # fmt: skip
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
@@ -109,7 +109,7 @@ def retuned(opts: Options, without: str) -> str:
     target = opts.target
     given = {"data": opts.tuning_data, "classifier": target.classifier, "classifier_weights": target.classifier_weights}
     given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
-    given |= {k: v for k, v in target.defense.method.items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
+    given |= {k: v for k, v in method_of(opts).items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
     flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING[opts.preset].split()
     told = json.dumps([flags, model_hashes(target.defense.model)])
     key = f"{target.classifier}-without-{without}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"

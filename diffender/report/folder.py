@@ -1,10 +1,9 @@
 """What people read of a finished run, beside its records: table.md, grid.png and report.html."""
 
-import json
 from pathlib import Path
 
 from diffender.classifiers.imagenet import class_names
-from diffender.evaluation.records import read_config, read_records
+from diffender.evaluation.records import read_config, read_finished
 from diffender.report.page import page
 from diffender.report.tables import markdown
 from diffender.utils.errors import InputError
@@ -23,7 +22,7 @@ def write_report(folder: Path) -> dict:
     if not (folder / "results.json").is_file():
         raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")
     try:
-        results, records = (json.loads((folder / "results.json").read_text("utf-8")), read_records(folder))
+        results, records = read_finished(folder)
         names = results["names"] or class_names()
         texts = {
             "table.md": markdown(results),

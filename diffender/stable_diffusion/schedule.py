@@ -43,7 +43,11 @@ def eps_from_v(x_t: Tensor, v: Tensor, a_t: Tensor | float) -> Tensor:
 
 
 def noise_timestep(noise_ratio: float) -> int:
-    """The timestep of a noise ratio in (0, 1], on the 50-step DDIM grid that the authors' demo uses: 481 for 0.5."""
+    """The timestep of a noise ratio in (0, 1], on a DDIM grid of 50 steps with the inpainting models' offset of 1: 481
+    for 0.5.
+
+    The authors' demo localises with a model whose offset is 0, at 480.
+    """
     if not 0.02 <= noise_ratio <= 1:
         raise ValueError(f"noise_ratio is {noise_ratio}; it lies between 0.02 and 1")
-    return 20 * (int(50 * noise_ratio) - 1) + 1
+    return 20 * (int(round(50 * noise_ratio, 6)) - 1) + 1
