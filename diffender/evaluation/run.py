@@ -141,7 +141,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 
 def refuse_seen(opts: Options, batch: Batch) -> None:
     """Raises InputError where FNC's statistics would be estimated from images that are evaluated."""
-    photographs = settings_of(opts.defense)[1].get("statistics")
+    photographs = settings_of(opts.defense)[1]["statistics"] if opts.defense.startswith("fnc:statistics") else None
     if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
