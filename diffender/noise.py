@@ -5,7 +5,7 @@ of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,3 +50,21 @@ def sample_noise(
         return [torch.randn(*size, *shape, generator=g) for size in sizes]
 
     return Noise(*map(torch.stack, zip(*(one(i) for i in image_ids), strict=True)))
+
+
+def seeds(image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor:
+    """The k-th noise of a module that draws from torch's global generator: a seed for each image, (B,)."""
+    return torch.tensor([generator(seed, i, purpose, k).initial_seed() for i in image_ids])
+
+
+def seeded(module: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> Tensor:
+    """module(x) for x (B, 3, H, W), each image alone with torch's global generator seeded; it is put back afterwards.
+
+    So other people's random modules know no batch and no order either.
+    """
+    rows = []
+    for row, one in zip(x.split(1), seeds.tolist(), strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(one)
+            rows.append(module(row))
+    return torch.cat(rows)

@@ -8,7 +8,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from diffender.classifiers.dataset import Batch
+from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import Options, build_plans, default_name, fill, refuse_unread
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
-from diffender.noise import generator
+from diffender.noise import seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
 from diffender.stable_diffusion.layers import Upsample
-from diffender.utils.errors import InputError
-from diffender.utils.options import change, flat, settings
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.options import change, check_options, flat, leaves, settings
 
 IMAGENET = 1000  # so many classes have ImageNet's names, unless others are given
 
@@ -35,9 +36,11 @@ IMAGENET = 1000  # so many classes have ImageNet's names, unless others are give
 class AnyModel(Defended):
     """A module from images (B, 3, H, W) in [0, 1] to logits (B, K) as a victim, attacked as a whole.
 
-    One that is random takes its numbers from torch's global generator. It sees each image alone, with that generator
-    seeded from the image's noise and put back afterwards: a result knows no batch and no order.
+    One that is random takes its numbers from torch's global generator, seeded for each image. What stands in place of
+    an undefended classifier is the model under one and the same noise.
     """
+
+    undefended_is = "one fixed noise"
 
     def __init__(self, model: nn.Module, x: Tensor):
         one = x[:1].to(next(chain(model.parameters(), model.buffers()), x).device)
@@ -45,23 +48,17 @@ class AnyModel(Defended):
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model, self.sample_noise = model.eval(), self.seeds
         with torch.random.fork_rng():  # the caller's numbers stay as they are
-            self.random = not torch.equal(model(one), model(one))
+            first, second = model(one), model(one)
+        if not isinstance(first, Tensor) or first.ndim != 2:
+            told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
+            raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
+        self.random = not torch.equal(first, second)
 
     def seeds(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
-        """A seed for each image, (B,)."""
-        if not self.random:
-            return None
-        return torch.tensor([generator(seed, i, purpose, k).initial_seed() for i in image_ids])
+        return seeds(image_ids, seed, purpose, k) if self.random else None
 
     def forward(self, x: Tensor, noise: Any = None) -> Tensor:
-        if noise is None:
-            return self.model(x)
-        rows = []
-        for row, seed in zip(x.split(1), noise.tolist(), strict=True):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                rows.append(self.model(row))
-        return torch.cat(rows)
+        return self.model(x) if noise is None else seeded(self.model, x, noise)
 
     def looks(self, x: Tensor, noises: Sequence[Any], batch: int = 1) -> Iterator[tuple[Purified, Tensor]]:
         for noise in noises:
@@ -103,21 +100,25 @@ def benchmark(
     stopped. Raises InputError for what does not fit.
     """
     names = options.pop("names", None)
-    y = torch.as_tensor(labels)
     check_images(images)
-    victim = model if isinstance(model, Defended) else AnyModel(model, images)
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    victim = as_victim(model, images)
     classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
-    if y.shape != (len(images),) or y.is_floating_point() or not 0 <= y.min() <= y.max() < classes:
-        raise InputError(
-            f"labels of shape {tuple(y.shape)} and type {y.dtype}; they are one whole number for each of the "
-            f"{len(images)} images, from 0 to {classes - 1}"
-        )
+    y = as_labels(labels, len(images), classes)
     names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
-    given = {"attack": attack, "grad": gradient, "preset": budget, "images": len(images), "defense": title(victim)}
+    if names is not None and (isinstance(names, str) or len(names) != classes):
+        raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
+    given = {"attack": attack, "grad": gradient, "preset": budget} | options
+    refuse_foreign(options)
     if isinstance(victim, AnyModel):
-        given |= {"grad": "auto", "trust": "off"} | ({} if victim.random else {"eot": 1})
-    opts = change(Options(), **{"quiet": True, **given, **options})
+        if gradient not in (None, "auto"):
+            raise InputError(f"gradient is {gradient!r}; a module has its own gradient alone: leave it out")
+        given |= {"grad": "auto", "trust": "off"}
+    opts = change(Options(), **{"quiet": True, **given}, images=len(images), defense=title(victim))
+    check_options(opts)
     refuse_unread(opts)
+    if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
+        opts = replace(opts, eot=1)
     opts = fill(opts)
     folder = Path("runs") / (opts.name or default_name(opts))
     own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
@@ -125,7 +126,48 @@ def benchmark(
     batch = Batch([f"{i:05}" for i in range(len(images))], images, y, [])
     work([experiment], batch)
     finish(experiment, batch)
+    for module, mode in modes:  # the caller's model goes on as it was
+        module.training = mode
     return write_report(folder)
+
+
+def as_victim(model: nn.Module, images: Tensor) -> Defended:
+    """The model as a victim. Raises InputError for what is none."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if isinstance(model, DIFFender | Purifier):
+        raise InputError("a defence alone has no classes; give diffender.Defended(defense, classifier)")
+    if not isinstance(model, Defended):
+        return AnyModel(model, images)
+    if not isinstance(model.classifier, Classifier | Alone):
+        raise InputError(
+            f"the classifier behind the defence is a {type(model.classifier).__name__}; wrap it so that its size and "
+            "normalisation are known: Classifier(net, ClassifierConfig(...)) of diffender.classifiers.imagenet"
+        )
+    return model
+
+
+def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tensor:
+    """Labels (B,). Raises InputError unless they fit the images and the classes."""
+    wanted = f"they are one whole number for each of the {images} images, from 0 to {classes - 1}"
+    try:
+        y = torch.as_tensor(labels)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"labels are {labels!r:.99}; {wanted}") from e
+    whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if y.shape != (images,) or not whole or not 0 <= y.min() <= y.max() < classes:
+        raise InputError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; {wanted}")
+    return y.long()
+
+
+def refuse_foreign(options: dict[str, Any]) -> None:
+    """Raises InputError for options that evaluate.py does not have, or that say what the arguments say."""
+    foreign = {"grad", "preset", "images", "defense", "device", "table", "rows", "figure", "folds", "frames"}
+    foreign |= {"tuning_data", "shard", "list", "dry_run", *(leaf.name for leaf in leaves(TargetOptions()))}
+    known = {leaf.name for leaf in leaves(Options())} - foreign
+    if unknown := sorted(options.keys() - known):
+        why = "is told by the arguments" if unknown[0] in foreign else f"is unknown{nearest(unknown[0], known)}"
+        raise InputError(f"option {unknown[0]} {why}; options are {', '.join(sorted(known))}")
 
 
 def title(victim: Defended | AnyModel) -> str:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffender.config import DefenseOptions, ModelOptions, RunOptions
-from diffender.utils.errors import InputError
-from diffender.utils.options import option, parse, part, run, settings
+from diffender.config import PAPER, DefenseOptions, ModelOptions, RunOptions
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.options import check_options, flat, option, parse, part, run, settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +40,7 @@ class Options:
     out: str = option("defended", "Output folder.")
     classifier: str = option("none", "Name in diffender.classifiers.imagenet, timm:TAG, or none.")
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
+    classes: int | None = option(None, "Number of classes of a classifier of your own.", low=2)
 
 
 class Found(NamedTuple):
@@ -63,26 +64,24 @@ class Defender:
         device = self.defense.blank.device
         self.classifier: Classifier | None = None
         if opts.classifier != "none":
-            self.classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
-            self.names = self.classifier.names or class_names()
-        self.defenses: dict[tuple[int, int], DIFFender] = {}  # by the size that they work at
+            self.classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes).to(device)
+            self.names = class_names() if opts.classes is None else [str(i) for i in range(opts.classes)]
 
     def __call__(self, image: "Image.Image", name: str = "image") -> Found:
         """An image of any size and mode; noise follows from its name."""
+        import PIL.Image
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
         from diffender.classifiers.dataset import as_rgb
-        from diffender.pipeline import DIFFender
         from diffender.utils.errors import named_images
         from diffender.utils.images import stretch
 
         started = time.monotonic()
+        if not isinstance(image, PIL.Image.Image):
+            raise InputError(f"an image is a {type(image).__name__}; give a PIL image, or a tensor (B, 3, H, W)")
         image = as_rgb(image)
         x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
-        size = working_size(image.size, self.defense.model.cfg)
-        if size not in self.defenses:
-            self.defenses[size] = DIFFender(self.defense.model, self.defense.contexts, self.defense.cfg, size)
-        defense = self.defenses[size]
+        defense = self.defense.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):
             out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])
@@ -105,17 +104,24 @@ class Defender:
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
 
 
-def load(name: str = "tiny", device: str = "auto", **method: Any) -> "DIFFender":
+def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **method: Any) -> "DIFFender":
     """The defence around a model, with the prompts and settings that suit it, as the commands open it.
 
-    name is that of the embedded model, or the path of a checkpoint; `method` replaces settings (theta=2.0, draws=6, see
-    `DIFFenderConfig`). Raises InputError for what is not there or does not fit.
+    name is that of the embedded model, or the path of a checkpoint; `prompt` is tuned, manual or empty; `method`
+    replaces settings (theta=2.0, draws=6, see `DIFFenderConfig`). Raises InputError for what is not there or does not
+    fit.
     """
     from diffender.factory import open_defense, pick_device
     from diffender.stable_diffusion.model import PRESETS
 
     model = ModelOptions(model=name) if name in PRESETS else ModelOptions(weights=name)
-    return open_defense(DefenseOptions(model=model, method=method), pick_device(device))
+    if unknown := sorted(method.keys() - flat(PAPER).keys()):
+        raise InputError(
+            f"unknown setting {unknown[0]}; choose of {', '.join(flat(PAPER))}{nearest(unknown[0], flat(PAPER))}"
+        )
+    opts = DefenseOptions(model, prompt, method=method)
+    check_options(opts)
+    return open_defense(opts, pick_device(device))
 
 
 def defend(
@@ -129,11 +135,17 @@ def defend(
     """
     from torch import Tensor
 
-    defense = defense or load()
+    from diffender.pipeline import DIFFender, check_images
+
+    defense = load() if defense is None else defense
+    if not isinstance(defense, DIFFender):
+        raise InputError(f"the defence is a {type(defense).__name__}; give what diffender.load returns, or none")
     if isinstance(images, Tensor):
+        check_images(images)
+        defense = defense.at(working_size((images.shape[3], images.shape[2]), defense.model.cfg))
         noise = defense.sample_noise([str(i) for i in range(len(images))], seed, "defend")
         return defense(images.to(defense.blank.device), noise).image.to(images.device)
-    if not isinstance(images, Sequence):
+    if not isinstance(images, Sequence) or isinstance(images, str):
         return defend([images], defense, seed)[0]
     defender = Defender(Options(run=RunOptions(seed=seed)), defense)
     return [defender(image, str(i)).restored for i, image in enumerate(images)]
@@ -158,7 +170,11 @@ def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() not in SUFFIXES and not readable(path):
             raise InputError(f"{path} is no image that can be read; wanted are {kinds}, and folders of them")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not path.exists():
+            raise InputError(f"no file or folder {path}; give {kinds}, and folders of them")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         if not inside:
             raise InputError(f"no images in {path}; wanted are {kinds}")
         root = path if path.is_dir() else path.parent

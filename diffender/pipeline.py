@@ -87,6 +87,10 @@ class DIFFender(nn.Module):
         noise = sample_noise(shape, (self.cfg.draws, steps), seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
+    def at(self, size: tuple[int, int]) -> "DIFFender":
+        """The same defence, working at another size."""
+        return self if size == self.size else DIFFender(self.model, self.contexts, self.cfg, size)
+
     def posterior(self, x: Tensor) -> Posterior:
         """What localisation makes of images (B, 3, H, W) in [0, 1] before any noise."""
         return self.model.posterior(resize(x, self.size))
@@ -166,6 +170,8 @@ class Defended(nn.Module):
 
     `bare` is the classifier without any defence; it is another one where the defence lies within the classifier (FNC).
     """
+
+    undefended_is = "undefended"  # what reports call it
 
     def __init__(
         self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT, bare: "Classifier | None" = None
@@ -247,11 +253,15 @@ class Undefended(nn.Module):
 
 
 def check_images(x: Tensor) -> None:
-    """Raises InputError unless x is float32 (B, 3, H, W) in [0, 1], within rounding."""
+    """Raises InputError unless x is float32 (B, 3, H, W) in [0, 1], within rounding, with B at least 1."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"images are a {type(x).__name__}; they are a torch.Tensor (B, 3, H, W), float32 in [0, 1]")
     if x.ndim != 4 or x.shape[1] != 3:
         raise InputError(f"images of shape {tuple(x.shape)}; they are (B, 3, H, W)")
     if x.dtype != torch.float32:
         raise InputError(f"images of dtype {x.dtype}; they are torch.float32: convert them by .float()")
+    if not x.numel():
+        raise InputError(f"images of shape {tuple(x.shape)}: there are none; give at least one")
     low, high = x.detach().aminmax()
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise InputError(

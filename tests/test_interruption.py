@@ -174,3 +174,14 @@ def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, monke
     code, out, error = here([*args, "b", "--quiet"], tmp_path, monkeypatch, capfd)
     assert (code, error) == (0, "")
     assert out.strip() == (tmp_path / "runs" / "b" / "table.md").read_text().strip()
+
+
+def test_a_reader_who_goes_leaves_no_traceback():
+    """As in `evaluate.py --list | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", "--list"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch import nn
 import diffender
 import evaluate
 from diffender.own import AnyModel, digest
+from diffender.report.__main__ import compare
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
@@ -123,7 +125,76 @@ def test_the_defence_itself(model, classifier, photos):
     assert all("certified" in row for row in results["rows"][1:])
 
 
-def test_wrong_input_is_one_clear_line(images):
+class Noisy(nn.Module):
+    def forward(self, x):
+        return (x + 0.5 * torch.randn(x.shape)).clamp(0, 1)
+
+
+def test_a_random_purifier(classifier, photos):
+    """Every purification has a draw of its own, and all follow from the seed; undeclared, it is refused."""
+    y = classifier(photos[:1]).argmax(dim=1)
+    seen = []
+    for n, seed in enumerate((0, 0)):
+        torch.manual_seed(n)
+        victim = diffender.Defended(diffender.Purifier(Noisy(), random=True), classifier)
+        given = {"gradient": "bpda", "eot": 1, "trust": "off", "seed": seed, "name": f"noisy {n}"} | FAST
+        diffender.benchmark(victim, photos[:1], y, **given)
+        seen.append(json.loads((Path("runs") / f"noisy {n}" / "per_image.jsonl").read_text("utf-8"))["attacks"])
+    assert seen[0]["advp/bpda"]["defended"] == seen[1]["advp/bpda"]["defended"]
+    noise = victim.sample_noise(["a", "a"], 0, "test")
+    assert torch.equal(*victim(photos[:1].repeat(2, 1, 1, 1), noise).split(1))
+    assert not torch.equal(victim(photos[:1], noise[:1]), victim(photos[:1], victim.sample_noise(["a"], 0, "test", 1)))
+    hidden = diffender.Defended(diffender.Purifier(Noisy()), classifier)
+    with pytest.raises(InputError, match=r"say Purifier\(purify, random=True\)"):
+        diffender.benchmark(hidden, photos[:1], y, gradient="bpda", **FAST)
+
+
+def test_attacks_without_gradients_take_any_module(images):
+    y = Bright()(images).argmax(dim=1)
+    model = Bright().train()
+    results = diffender.benchmark(model, images, y, attack="rhde", queries=20, queries_undefended=20, curves="off")
+    assert [r["gradient"] for r in results["rows"]] == ["", "transfer", "queries", ""]
+    assert model.training, "the caller's model goes on as it was"
+    (report,) = Path("runs").glob("*/report.html")
+    assert "undefended classifier" not in report.read_text("utf-8")
+    assert "one fixed noise" in (report.parent / "table.md").read_text("utf-8")
+
+
+def test_runs_on_other_images_are_not_compared(images):
+    y = Bright()(images).argmax(dim=1)
+    for name, x in (("a", images), ("b", images.flip(3)), ("c", images)):
+        diffender.benchmark(Bright(), x, y, attack="none", curves="off", name=name, verdicts=1 + (name == "c"))
+    assert compare(Path("runs/a"), Path("runs/c"))
+    with pytest.raises(InputError, match="are of different images"):
+        compare(Path("runs/a"), Path("runs/b"))
+
+
+def test_wrong_input_is_one_clear_line(images, classifier):
+    y, own = [0, 1, 2], diffender.Defended(diffender.Purifier(nn.Identity()), Bright())
+    for model, given, says in (
+        (Bright(), {"names": TEN[:2]}, "a list of 10, one for each class"),
+        (Bright(), {"names": "cat"}, "a list of 10"),
+        (Bright(), {"gradient": "full"}, "has its own gradient alone"),
+        (Bright(), {"iter": 3}, "option iter is unknown .nearest: iters.; options are"),
+        (Bright(), {"theta": 3.0}, "option theta is told by the arguments"),
+        (Bright(), {"budget": "lapptop"}, "unknown preset 'lapptop'; choose one of .*nearest: laptop"),
+        (Bright(), {"shape": "triangle"}, "unknown shape 'triangle'"),
+        (Bright(), {"iters": "3"}, "iters is '3'; it is of type int"),
+        (Bright(), {"iters": -1}, "iters is -1; allowed is at least 1"),
+        (Bright(), {"area": 2}, "area is 2; allowed is from 0.0005 to 0.9"),
+        (nn.Flatten(0), {}, "the model returns a Tensor .12288,."),
+        (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
+        (lambda x: x, {}, "the model is a function; give a torch.nn.Module"),
+        (own, {}, "wrap it so that its size and normalisation are known"),
+        (own.defense, {}, "a defence alone has no classes"),
+    ):
+        with pytest.raises(InputError, match=says):
+            diffender.benchmark(model, images, y, **given)
+    for labels in ([True, False, True], ["a", "b", "c"]):
+        with pytest.raises(InputError, match="one whole number for each of the 3 images"):
+            diffender.benchmark(Bright(), images, labels)
+    with pytest.raises(InputError, match="images are a ndarray"):
+        diffender.benchmark(Bright(), images.numpy(), y)
     for labels in ([0, 1], [0, 1, 10], [0, 1, -1], [0.0, 1.0, 2.0]):
         with pytest.raises(InputError, match="one whole number for each of the 3 images, from 0 to 9"):
             diffender.benchmark(Bright(), images, labels)
@@ -162,6 +233,8 @@ def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
     code, error = run(*common)
     assert (code, len(error.splitlines())) == (2, 1)
     assert "2 classes of your own need --classifier-weights" in error
+    with pytest.raises(InputError, match="knows 2 classes, not 1000; give --classes 2"):
+        diffender.load_classifier("efficientnet_lite0", "net.safetensors")
     code, error = run(*common, *weights, "--classes", "3")
     assert (code, len(error.splitlines())) == (2, 1)
     assert "pets has 2 folders (cats, dogs); --classes 3 wants one for each class" in error

@@ -87,10 +87,12 @@ def test_the_command(tmp_path, photo, monkeypatch, capfd):
         return e.value.code, *capfd.readouterr()
 
     code, out, error = run(tmp_path / "in", tmp_path / "gone.jpg")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "no file or folder" in error and not (tmp_path / "out").exists()
+    code, out, error = run(tmp_path / "in")
     assert code == 1
-    assert "1 of 3 images defended" in out
+    assert "1 of 2 images defended" in out
     assert "broken.png: it does not decode" in error
-    assert "gone.jpg: no such file" in error
     (line,) = (tmp_path / "out/per_image.jsonl").read_text().splitlines()
     record = json.loads(line)
     expected = {"id", "file", "sha256", "size", "masked", "largest_z_score", "before", "after", "seconds"}
@@ -186,3 +188,33 @@ def test_images_are_taken_as_they_are_seen(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert open_image(tmp_path / "moving.webp").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_tensors_are_defended_as_pictures_are(photo):
+    """Whatever their proportions; and a defence that cannot work at these says so, as do things that are no images."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    wide = photo.resize((300, 150))
+    x = pil_to_tensor(wide)[None].float() / 255
+    found = diffender.defend(x)[0]
+    assert (found - pil_to_tensor(diffender.defend(wide)).float() / 255).abs().max() < 0.6 / 255
+    model = diffender.load()
+    classifier = diffender.load_classifier("efficientnet_lite0")
+    hardened = diffender.Hardened(model, diffender.PatchCleanser(classifier, patch=50, masks=2))
+    with pytest.raises(InputError, match="this one is none; crop it"):
+        diffender.defend(wide, hardened)
+    for images, says in (
+        (x.numpy(), "an image is a ndarray"),
+        ([x], "an image is a Tensor"),
+        (x[:0], "there are none"),
+    ):
+        with pytest.raises(InputError, match=says):
+            diffender.defend(images)
+    with pytest.raises(InputError, match="the defence is a str"):
+        diffender.defend(wide, "tiny")
+    for given, says in (
+        ({"thetta": 2.0}, "nearest: theta"), ({"theta": "2"}, "it is of type float"), ({"draws": 0}, "at least 1"),
+        ({"prompt": "best"}, "choose one of tuned"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            diffender.load(**given)

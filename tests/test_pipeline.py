@@ -467,7 +467,7 @@ def test_the_package_leaves_gradients_and_seeds_to_the_caller():
         names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
         own = {"enable_grad"} if path.name != "dw.py" else set()  # DW is made of a gradient
         assert not names & {"no_grad", "inference_mode", "set_grad_enabled", *own}, path
-        if path.name != "own.py":  # which seeds for other people's models, and puts the generator back
+        if path.name != "noise.py":  # which seeds for other people's modules, and puts the generator back
             assert "torch.manual_seed" not in path.read_text(), path
         assert not re.search(r"^\s*(import|from) (diffusers|transformers)", path.read_text(), re.MULTILINE), path
 

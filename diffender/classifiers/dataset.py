@@ -22,7 +22,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import one_line
 
 LONGEST = 20  # of an image's sides, in shorter ones
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
 class Item(NamedTuple):

@@ -155,6 +155,7 @@ def load_classifier(name: str, weights: str | Path | None = None, classes: int |
     weights = weights or fetched(name)
     if weights is not None:
         state = {k: v for k, v in load_tensors(Path(weights).expanduser()).items() if not k.startswith("AuxLogits.")}
+        refuse_other_classes(str(weights), state, net)
         check_fit(Path(weights), name, state, net.state_dict())
         net.load_state_dict(state)
     elif cfg.package:
@@ -163,9 +164,22 @@ def load_classifier(name: str, weights: str | Path | None = None, classes: int |
         how = f"python -m diffender.weights fetch {name} downloads them, or " if name in CLASSIFIERS else ""
         raise InputError(
             f"classifier {name!r} has no weights in this package; {how}give --classifier-weights the file "
-            f"model.safetensors of timm/{cfg.tag}"
+            f"model.safetensors of {timm_says(net, 'hf_hub_id') or f'timm/{cfg.tag}'}"
         )
     return Classifier(net, cfg)
+
+
+def timm_says(net: nn.Module, what: str) -> Any:
+    """What timm's configuration of its network says."""
+    return dict(getattr(net, "pretrained_cfg", {})).get(what)
+
+
+def refuse_other_classes(weights: str, state: dict[str, Tensor], net: nn.Module) -> None:
+    """Raises InputError where the file is that of a network with another number of classes."""
+    last = f"{timm_says(net, 'classifier')}.bias"
+    mine, theirs = (len(tensors[last]) if last in tensors else 0 for tensors in (net.state_dict(), state))
+    if mine and theirs and mine != theirs:
+        raise InputError(f"{weights} knows {theirs} classes, not {mine}; give --classes {theirs} (classes= in Python)")
 
 
 def timm_config(tag: str, net: nn.Module) -> ClassifierConfig:

@@ -21,6 +21,7 @@ from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
+from diffender.noise import seeded, seeds
 from diffender.ops import resize, straight_through
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.stable_diffusion.model import LatentDiffusion
@@ -42,17 +43,18 @@ class Purifier(nn.Module):
     """A function of images with DIFFender's signature and its two extreme backward passes.
 
     bpda is the identity; anything else (`auto`) differentiates what is differentiable and goes straight through
-    what is not, as each defence's own file says.
+    what is not, as each defence's own file says. `random`: purify draws from torch's global generator, which is seeded
+    for each image.
     """
 
-    def __init__(self, purify: Purify | Diffusing, model: LatentDiffusion | None = None):
+    def __init__(self, purify: Purify | Diffusing, model: LatentDiffusion | None = None, random: bool = False):
         super().__init__()
-        self.purify, self.model = purify, model
+        self.purify, self.model, self.random = purify, model, random
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
         if isinstance(self.purify, Diffusing):
             return self.purify.sample_noise(image_ids, seed, purpose, k)
-        return None
+        return seeds(image_ids, seed, purpose, k) if self.random else None
 
     def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
         check_images(x)
@@ -62,6 +64,9 @@ class Purifier(nn.Module):
         if isinstance(self.purify, Diffusing):
             assert noise is not None, "this defence needs the noise of its sample_noise"
             return Purified(self.purify(x, noise), None, None, None)
+        if self.random:
+            assert noise is not None, "this defence needs the seeds of its sample_noise"
+            return Purified(seeded(self.purify, x, noise), None, None, None)  # type: ignore[arg-type]  # gives images
         out = self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
         return Purified(image, mask, None, None)

@@ -16,6 +16,7 @@ from diffender.noise import Noise
 from diffender.pipeline import DIFFender, Purified
 from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
+from diffender.utils.errors import InputError
 
 
 class Hardened(DIFFender):
@@ -43,6 +44,12 @@ class Hardened(DIFFender):
         covered = composite(x, self.cleanser.classifier.mean, mask)
         assert out.mask is not None
         return out._replace(image=torch.where(known, covered, out.image), mask=torch.where(known, mask, out.mask))
+
+    def at(self, size: tuple[int, int]) -> "Hardened":
+        """Itself: raises InputError for another size, which an image that is not square would need."""
+        if size != self.size:
+            raise InputError("windows are squares in a square image, and this one is none; crop it")
+        return self
 
     def window(self, x: Tensor) -> Tensor | None:
         """What to cover of one image (3, S, S), as a mask (1, S, S): nothing, a window, or None without agreement."""

@@ -27,6 +27,7 @@ class Options:
     masks: str = option("6", "Masks of the first round along each axis; several with commas.")
     classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
+    classes: int | None = option(None, "Number of classes of a classifier of your own.", low=2)
     seed: int = option(0, "Seed of the choice of images.", low=0)
     out: str | None = option(
         None, "Output folder. None: one in runs/ for these images and this classifier. A run there is resumed."
@@ -65,7 +66,7 @@ def main() -> None:
     from diffender.utils.markdown import table
     from diffender.utils.progress import bar
 
-    classifier = load_classifier(opts.classifier, opts.classifier_weights)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes)
     batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed)
     config = {"data": opts.data, "classifier": opts.classifier}
     if opts.classifier_weights:

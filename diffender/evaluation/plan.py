@@ -105,7 +105,7 @@ class Options:
     grad: str | None = option(
         None,
         f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
-        f"defences {', '.join(GRADIENTS['others'])} (smoke and paper bpda-mask, laptop evade, strong all)",
+        f"defences {', '.join(GRADIENTS['others'])} (smoke and paper bpda-mask, laptop evade, strong every one)",
     )
     images_full: int | None = option(
         None, "Number of images for the costly gradients surrogate, full and full+loc.", low=0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
@@ -109,6 +110,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     opts = experiments[0].opts
     for e in experiments:
         refuse_seen(e.opts, batch)
+        refuse_hidden_noise(e.target, batch.x[:1].to(e.device))
     there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
     done = [{r["id"] for r in records} for records in there]
     parts = split(opts, mine(opts, len(batch.ids)))
@@ -144,6 +146,18 @@ def refuse_seen(opts: Options, batch: Batch) -> None:
     photographs = settings_of(opts.defense)[1]["statistics"] if opts.defense.startswith("fnc:statistics") else None
     if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
+
+
+def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
+    """Raises InputError for a defence that draws noise which it is not given: all its verdicts would be one draw."""
+    if target.sample_noise(["a"], 0, "a") is None:
+        with torch.random.fork_rng():  # the caller's numbers stay as they are
+            first, second = target(x, None), target(x, None)
+        if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+            raise InputError(
+                "the defence answers the same image in different ways, but has no noise to repeat that by; say "
+                "Purifier(purify, random=True), or give it a sample_noise"
+            )
 
 
 def how_to_go_on(e: Experiment) -> str:
@@ -189,6 +203,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
         "defense": OURS.get(opts.defense, opts.defense),
+        "undefended": e.target.undefended_is,
         "names": e.names,
         "ids": batch.ids,
         "seed": opts.run.seed,

@@ -1,10 +1,8 @@
 """From the records of a run to what people read.
 
-    python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
-    python -m diffender.report compare runs/A runs/B          # two runs, image by image
-    python -m diffender.report page runs/NAME                 # write report.html there anew
-
-Torch is imported inside the functions: tables need none.
+python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
+python -m diffender.report compare runs/A runs/B          # two runs, image by image
+python -m diffender.report page runs/NAME                 # write report.html there anew
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffender.evaluation.records import read_records
+from diffender.evaluation.records import read_config, read_records
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_text
 from diffender.utils.markdown import table
@@ -41,7 +39,7 @@ def compare(a: Path, b: Path) -> str:
     """Two runs on the images and attacks that they share: who is right where the other is not, by the first
     purification of each; McNemar's exact p. `strongest` counts an image under all shared attacks.
 
-    Raises InputError where they share no images.
+    Raises InputError where they share no images, or images of one name are not the same.
     """
     from diffender.evaluation.metrics import mcnemar
     from diffender.factory import command
@@ -50,6 +48,9 @@ def compare(a: Path, b: Path) -> str:
     ids = [i for i in left if i in right]
     if not ids:
         raise InputError(f"{a} and {b} share no images; compare runs of evaluate.py on the same --data and --seed")
+    images = [read_config(folder).get("sha256", {}).get("images") for folder in (a, b)]
+    if images[0] != images[1] or any(left[i]["label"] != right[i]["label"] for i in ids):
+        raise InputError(f"{a} and {b} are of different images, or labels; compare runs on the same ones")
     variants = list(left[ids[0]]["attacks"])
     shared = [v for v in variants if all(v in run[i]["attacks"] for run in (left, right) for i in ids)]
 
@@ -73,8 +74,10 @@ def main() -> None:
         print(__doc__)
         return
     if what == "compare":
-        if len(rest) != 2 or not all((Path(folder) / "config.json").is_file() for folder in rest):
-            raise InputError(f"compare {' '.join(rest)}: give two folders that evaluate.py wrote")
+        missing = [folder for folder in rest if not (Path(folder) / "config.json").is_file()]
+        if len(rest) != 2 or missing:
+            why = f"there is no run in {missing[0]}" if missing else f"compare {' '.join(rest)}"
+            raise InputError(f"{why}; give two folders that evaluate.py wrote")
         print(compare(*map(Path, rest)), end="")
         return
     if what == "page":
@@ -88,7 +91,7 @@ def main() -> None:
         return
     for path in map(Path, sys.argv[1:]):
         if not path.is_file():
-            raise InputError(f"no document {path}; give Markdown files, or compare and two folders of runs")
+            raise InputError(f"no document {path}; give Markdown files, compare and two runs, or page and runs")
         write_text(path, fill(path.read_text(encoding="utf-8"), Path("results")))
 
 

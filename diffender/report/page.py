@@ -140,10 +140,11 @@ def headline(results: dict) -> str:
     bound = "Other patches may do more harm: these are upper bounds."
     if "certified" in last:
         bound += f" Certified are {counted(last['certified'])}: no pixels at the patch's place can change that answer."
+    alone = f", and the undefended classifier {counted(last['undefended'])}"
     return (
         f"Under the strongest patch made for each of {n} images, {results['defense']} leaves "
-        f"{counted(last['single'])} right, and the undefended classifier {counted(last['undefended'])}. Clean: "
-        f"{counted(results['rows'][0]['single'])}. {bound}"
+        f"{counted(last['single'])} right{alone if results.get('undefended', 'undefended') == 'undefended' else ''}. "
+        f"Clean: {counted(results['rows'][0]['single'])}. {bound}"
     )
 
 

@@ -21,7 +21,7 @@ def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     head = (
         "attack",
         "gradient",
-        "undefended",
+        results.get("undefended", "undefended"),
         f"{results['defense']}, single",
         "average",
         f"worst of {results['verdicts']}",

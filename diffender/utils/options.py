@@ -6,6 +6,7 @@ Bad input ends in one line and exit code 2.
 import argparse
 import errno
 import math
+import os
 import signal
 import sys
 import types
@@ -119,14 +120,21 @@ def allowed(low: float | None, high: float | None) -> str:
 
 
 def check_options(opts: Any) -> None:
-    """Raises InputError for a value outside of its choices or its range."""
-    for f in fields(opts):
-        value, choices = getattr(opts, f.name), f.metadata.get("choices")
-        low, high = f.metadata.get("low"), f.metadata.get("high")
-        if choices and value is not None and value not in choices:
-            raise InputError(f"unknown {f.name} {value!r}; choose one of {', '.join(choices)}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not within(value, low, high):
-            raise InputError(f"{f.name} is {value}; allowed is {allowed(low, high)}")
+    """Raises InputError for a flag, of whatever part, with a value that a command line would not take."""
+    values = flat(opts)
+    for leaf in leaves(opts):
+        value, (choices, low, high) = values.get(leaf.name), map(leaf.metadata.get, ("choices", "low", "high"))
+        kind = leaf.hint.__args__[0] if isinstance(leaf.hint, types.UnionType) else leaf.hint
+        if value is None or not leaf.metadata or isinstance(kind, types.GenericAlias):
+            continue
+        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise InputError(f"{leaf.name} is {value!r}; it is of type {kind.__name__}")
+        if choices and value not in choices:
+            raise InputError(
+                f"unknown {leaf.name} {value!r}; choose one of {', '.join(choices)}{nearest(str(value), choices)}"
+            )
+        if kind in (int, float) and not within(value, low, high):
+            raise InputError(f"{leaf.name} is {value}; allowed is {allowed(low, high)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -204,11 +212,15 @@ def run(main: Callable[[], None]) -> NoReturn:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         main()
+        sys.stdout.flush()
         code = 0
     except (InputError, Interrupted) as e:
         told, code = str(e), 2 if isinstance(e, InputError) else 130
     except KeyboardInterrupt:
         told, code = f"stopped; {KEPT}", 130
+    except BrokenPipeError:  # who read along has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        told, code = "", 0
     except OSError as e:
         if e.errno not in FAULTS:
             raise
