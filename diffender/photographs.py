@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +62,7 @@ class Defender:
 
         self.opts = opts = opts or Options()
         self.defense = defense or open_defense(opts.defense, pick_device(opts.run.device))
+        self.at = cache(self.defense.at)  # by size: one defence for all images of it
         device = self.defense.blank.device
         self.classifier: Classifier | None = None
         if opts.classifier != "none":
@@ -81,7 +83,7 @@ class Defender:
             raise InputError(f"an image is a {type(image).__name__}; give a PIL image, or a tensor (B, 3, H, W)")
         image = as_rgb(image)
         x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
-        defense = self.defense.at(working_size(image.size, self.defense.model.cfg))
+        defense = self.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):
             out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
         heatmap = stretch(out.heatmap[0], x.shape[-2:])

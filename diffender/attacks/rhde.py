@@ -85,7 +85,7 @@ class Search:
         self.g: Generator = generator(task.seed, task.image_ids[0], "rhde")
         self.seen = 0
         finals = FINALISTS * judgements(task, 1) if task.noise("choice") is not None else 0
-        self.limit = cfg.queries - finals if cfg.queries >= 2 * finals else cfg.queries  # of the search
+        self.limit = cfg.queries - finals if cfg.queries >= 2 * finals else cfg.queries  # few: all for the search
         self.locked: int | None = None  # the runner-up class, once the gap to it is small
         self.visited: set[tuple[int, int, int]] = set()  # sticker, top, left
 
