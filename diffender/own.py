@@ -166,7 +166,7 @@ def refuse_foreign(options: dict[str, Any]) -> None:
     foreign |= {"tuning_data", "shard", "list", "dry_run", *(leaf.name for leaf in leaves(TargetOptions()))}
     known = {leaf.name for leaf in leaves(Options())} - foreign
     if unknown := sorted(options.keys() - known):
-        why = "is told by the arguments" if unknown[0] in foreign else f"is unknown{nearest(unknown[0], known)}"
+        why = "is told by the arguments" if unknown[0] in foreign else f"is unknown{nearest(unknown[0], sorted(known))}"
         raise InputError(f"option {unknown[0]} {why}; options are {', '.join(sorted(known))}")
 
 
