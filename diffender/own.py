@@ -8,6 +8,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -101,34 +102,43 @@ def benchmark(
     """
     names = options.pop("names", None)
     check_images(images)
+    with left_as_it_was(model):
+        victim = as_victim(model, images)
+        classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
+        y = as_labels(labels, len(images), classes)
+        names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
+        if names is not None and (isinstance(names, str) or len(names) != classes):
+            raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
+        given = {"attack": attack, "grad": gradient, "preset": budget} | options
+        refuse_foreign(options)
+        if isinstance(victim, AnyModel):
+            if gradient not in (None, "auto"):
+                raise InputError(f"gradient is {gradient!r}; a module has its own gradient alone: leave it out")
+            given |= {"grad": "auto", "trust": "off"}
+        opts = change(Options(), **{"quiet": True, **given}, images=len(images), defense=title(victim))
+        check_options(opts)
+        refuse_unread(opts)
+        if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
+            opts = replace(opts, eot=1)
+        opts = fill(opts)
+        folder = Path("runs") / (opts.name or default_name(opts))
+        own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
+        experiment = Experiment(opts, folder, own, victim, plans, resolved(opts, victim, images, y), names)
+        batch = Batch([f"{i:05}" for i in range(len(images))], images, y, [])
+        work([experiment], batch)
+        finish(experiment, batch)
+        return write_report(folder)
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts the mode of every part of the caller's model back, whatever happens."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    victim = as_victim(model, images)
-    classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
-    y = as_labels(labels, len(images), classes)
-    names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
-    if names is not None and (isinstance(names, str) or len(names) != classes):
-        raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
-    given = {"attack": attack, "grad": gradient, "preset": budget} | options
-    refuse_foreign(options)
-    if isinstance(victim, AnyModel):
-        if gradient not in (None, "auto"):
-            raise InputError(f"gradient is {gradient!r}; a module has its own gradient alone: leave it out")
-        given |= {"grad": "auto", "trust": "off"}
-    opts = change(Options(), **{"quiet": True, **given}, images=len(images), defense=title(victim))
-    check_options(opts)
-    refuse_unread(opts)
-    if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
-        opts = replace(opts, eot=1)
-    opts = fill(opts)
-    folder = Path("runs") / (opts.name or default_name(opts))
-    own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
-    experiment = Experiment(opts, folder, own, victim, plans, resolved(opts, victim, images, y), names)
-    batch = Batch([f"{i:05}" for i in range(len(images))], images, y, [])
-    work([experiment], batch)
-    finish(experiment, batch)
-    for module, mode in modes:  # the caller's model goes on as it was
-        module.training = mode
-    return write_report(folder)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def as_victim(model: nn.Module, images: Tensor) -> Defended:

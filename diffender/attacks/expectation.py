@@ -159,6 +159,13 @@ def judgements(task: Task, eot: int, least: int = 3) -> int:
     return 1 if task.noise("judge") is None else max(least, eot)
 
 
+def kept_back(task: Task, candidates: int, queries: int) -> int:
+    """How many of an attack's queries are kept for judging so many candidates in the end, lest a lucky draw wins: none
+    without noise, and none of a budget that this would take half of."""
+    wanted = 0 if task.noise("judge") is None else candidates * judgements(task, 1)
+    return wanted if queries >= 2 * wanted else 0
+
+
 def rank(values: Tensor, fooled: Tensor) -> Tensor:
     """Losses and successes (K, B) to one number each (B,), larger is better: first the successes, then the loss."""
     loss = values.mean(dim=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffender.attacks.attack import Attack, Callback, within
-from diffender.attacks.expectation import Attacked, Task, judge, judgements
+from diffender.attacks.expectation import Attacked, Task, judge, judgements, kept_back
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
@@ -84,8 +84,7 @@ class Search:
         self.cfg, self.task, self.y = cfg, task, int(task.y)
         self.g: Generator = generator(task.seed, task.image_ids[0], "rhde")
         self.seen = 0
-        finals = FINALISTS * judgements(task, 1) if task.noise("choice") is not None else 0
-        self.limit = cfg.queries - finals if cfg.queries >= 2 * finals else cfg.queries  # few: all for the search
+        self.limit = cfg.queries - kept_back(task, FINALISTS, cfg.queries)  # of the search
         self.locked: int | None = None  # the runner-up class, once the gap to it is small
         self.visited: set[tuple[int, int, int]] = set()  # sticker, top, left
 

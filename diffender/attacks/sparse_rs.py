@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Attack, Callback
-from diffender.attacks.expectation import Attacked, Task, judge, judgements, pick_rows
+from diffender.attacks.expectation import Attacked, Task, judge, kept_back, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 
@@ -41,9 +41,7 @@ class SparseRS(Attack):
         else:
             pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
         random = task.noise("attack 0") is not None
-        finals = 2 * judgements(task, 1)
-        start = (pattern, corner) if random and init is not None and self.queries >= 2 * finals else None
-        finals = finals if start else 0
+        start, finals = (pattern, corner), kept_back(task, 2, self.queries) if init is not None else 0
         steps = (self.queries - finals - (not random)) // (2 if random else 1)
 
         def loss(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
@@ -64,7 +62,7 @@ class SparseRS(Attack):
             value = torch.where(better, new_value, value)
             trace.append(value)
             callback((step + 1) / steps)
-        if start:
+        if finals:
             made = [paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start)]
             better = torch.sub(*(judge(task, image, "choice", 1) for image in made)).cpu() >= 0
             pattern, corner = (pick_rows(better, *pair) for pair in zip((pattern, corner), start, strict=True))

@@ -1,7 +1,6 @@
 """Images with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
 
 import csv
-import hashlib
 import importlib.util
 import warnings
 from collections import Counter
@@ -19,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffender.classifiers.imagenet import Classifier, ClassifierConfig
 from diffender.noise import generator
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line
+from diffender.utils.files import one_line, sha256
 
 LONGEST = 20  # of an image's sides, in shorter ones
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -242,7 +241,7 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
 
 def digest_of(path: Path) -> str:
     """By which images are told apart, whatever their names: the first 16 digits of their file's sha256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def correct_subset(

@@ -55,6 +55,7 @@ def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
 
 
 def moved(mask: Tensor, g: torch.Generator, tries: int = 100) -> Tensor:
+    """One mask (1, S, S) in another place, as `elsewhere` says."""
     rows, columns = (mask[0].any(dim=d).nonzero().flatten().tolist() for d in (1, 0))
     if not rows:
         return mask

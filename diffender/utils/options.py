@@ -62,6 +62,11 @@ class Leaf(NamedTuple):
     metadata: Mapping[str, Any]
     shown: Any  # the default in the help
 
+    @property
+    def kind(self) -> Any:
+        """Its type, None left out."""
+        return self.hint.__args__[0] if isinstance(self.hint, types.UnionType) else self.hint
+
 
 def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """The flags of a dataclass of options with these defaults, those of its parts included."""
@@ -124,7 +129,7 @@ def check_options(opts: Any) -> None:
     values = flat(opts)
     for leaf in leaves(opts):
         value, (choices, low, high) = values.get(leaf.name), map(leaf.metadata.get, ("choices", "low", "high"))
-        kind = leaf.hint.__args__[0] if isinstance(leaf.hint, types.UnionType) else leaf.hint
+        kind = leaf.kind
         if value is None or not leaf.metadata or isinstance(kind, types.GenericAlias):
             continue
         if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
@@ -160,7 +165,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             group = parser.add_argument_group(f.metadata["group"])
         flag = with_hyphens(f"--{f.name}")
         text = f.metadata["help"] + ("" if f.shown is None else f" (default: {f.shown})")
-        kind = f.hint.__args__[0] if isinstance(f.hint, types.UnionType) else f.hint
+        kind = f.kind
         if f.hint == tuple[str, ...]:
             group.add_argument(f.name, nargs="*", help=f.metadata["help"])
         elif kind is bool:
