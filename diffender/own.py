@@ -109,13 +109,13 @@ def benchmark(
         names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
         if names is not None and (isinstance(names, str) or len(names) != classes):
             raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
-        given = {"attack": attack, "grad": gradient, "preset": budget} | options
+        given = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget}
         refuse_foreign(options)
         if isinstance(victim, AnyModel):
             if gradient not in (None, "auto"):
                 raise InputError(f"gradient is {gradient!r}; a module has its own gradient alone: leave it out")
             given |= {"grad": "auto", "trust": "off"}
-        opts = change(Options(), **{"quiet": True, **given}, images=len(images), defense=title(victim))
+        opts = change(Options(), **given | options, images=len(images), defense=title(victim))
         check_options(opts)
         refuse_unread(opts)
         if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
