@@ -194,7 +194,7 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, f
     speaks = first and not opts.run.quiet
     log = TRACKERS[opts.track if first else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
-    with progress, patient(f"stopped after a round; go on with: {command()}") as may_stop:
+    with progress, patient(f"stopped after a round; go on with: {command(from_here=True)}") as may_stop:
         for terms in tune(target, tuning, work, opts.tuning):
             if first:
                 with whole(unfinished(opts)) as partial:

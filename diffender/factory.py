@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,13 +87,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def command() -> str:
-    """The command line of this process, as a user would type it again."""
-    if sys.argv[0].startswith("diffender "):
-        return " ".join(["python -m", *sys.argv])
+def command(from_here: bool = False) -> str:
+    """The command line of this process: as the documents have it, in the repository, or as it works `from_here`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    return " ".join(["python", program, *sys.argv[1:]])
+    if sys.argv[0].startswith("diffender "):
+        program = f"-m {sys.argv[0]}"
+    elif spec:
+        program = f"-m {spec.name.removesuffix('.__main__')}"
+    else:
+        program = sys.argv[0] if from_here else Path(sys.argv[0]).name
+    return f"python {program} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def machine(device: torch.device) -> str:

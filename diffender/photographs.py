@@ -230,7 +230,7 @@ def main() -> None:
     defender, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"
     done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
-    with patient(f"stopped between two images; go on with: {command()}") as may_stop:
+    with patient(f"stopped between two images; go on with: {command(from_here=True)}") as may_stop:
         for name, file in bar(images, "defending", opts.run.quiet, unit=" images"):
             try:
                 image, digest = open_image(file, upright=True), sha256(file)

@@ -131,7 +131,7 @@ def test_in_one_line_from_python(photo, pasted):
     both = diffender.defend([one, two], defense)
     assert [image.size for image in both] == [one.size, two.size]
     assert diffender.defend(one, defense).tobytes() == both[0].tobytes()
-    with pytest.raises(InputError, match="no weights file"):
+    with pytest.raises(InputError, match="no file"):
         diffender.load("nothing.safetensors")
 
 

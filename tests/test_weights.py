@@ -76,7 +76,7 @@ def test_wrong_shapes_are_named(tmp_path):
 
 
 def test_files_and_names_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"no weights file .*gone"):
+    with pytest.raises(InputError, match=r"no file .*gone"):
         load_model("tiny", tmp_path / "gone.safetensors")
     with pytest.raises(InputError, match="choose one of auto, tiny, sd15-inpainting"):
         load_model("sd3")

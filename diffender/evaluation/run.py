@@ -163,7 +163,8 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
 def how_to_go_on(e: Experiment) -> str:
     """The command that resumes a run: its own, and the name that it was given."""
     named = any(a.startswith("--name") for a in sys.argv) or e.opts.table or e.opts.figure
-    return f"stopped between two images; go on with: {command()}{'' if named else f' --name {e.folder.name}'}"
+    name = "" if named else f" --name {e.folder.name}"
+    return f"stopped between two images; go on with: {command(from_here=True)}{name}"
 
 
 def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:

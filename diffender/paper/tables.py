@@ -151,6 +151,8 @@ def run_table(number: int, opts: Options) -> str:
     """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
     folder = Path("runs") / f"table{number}-{opts.preset}"
     if number == 7:
+        if opts.frames and not Path(opts.frames).is_file():
+            raise InputError(f"--frames {opts.frames}: no such file; give a csv of file, label, configuration")
         own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
         experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
         batch = None if opts.frames else load_images(own, experiment.target)

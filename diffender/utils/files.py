@@ -107,7 +107,7 @@ def open_safetensors(path: Path):  # noqa: ANN201
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a .safetensors file")
     if not path.exists():
-        raise InputError(f"no weights file {path}; give the path of a .safetensors file")
+        raise InputError(f"no file {path}; give the path of a .safetensors file")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
