@@ -42,7 +42,9 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     parts = {"vae": opts.vae, "locator": opts.locate_unet}
     dtype = pick_dtype(opts.dtype, device)
     model = load_model(opts.model, opts.weights, dtype, ema=opts.ema, parts=parts, prediction=prediction)
-    model.micro_batch, model.keep = opts.micro_batch, bool(opts.keep)
+    model.micro_batch = opts.micro_batch
+    if opts.keep is not None:
+        model.keep = opts.keep
     return model.to(device)
 
 

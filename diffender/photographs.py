@@ -161,8 +161,9 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
     return tuple(cfg.multiple * max(1, round(side / cfg.multiple)) for side in sides)
 
 
-def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(name, file) of every image given or in a folder given; a name is the file's path, unlike any other."""
+def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
+    """(name, file) of every image given or in a folder given, but not in `out`; a name is the file's path, unlike any
+    other."""
     from diffender.classifiers.dataset import SUFFIXES
 
     kinds = f"files of the kinds {', '.join(sorted(SUFFIXES))}"
@@ -177,6 +178,7 @@ def find_images(paths: tuple[str, ...]) -> list[tuple[str, Path]]:
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+            inside = [p for p in inside if out.resolve() not in p.resolve().parents]
         if not inside:
             raise InputError(f"no images in {path}; wanted are {kinds}")
         root = path if path.is_dir() else path.parent
@@ -217,7 +219,7 @@ def resolved(opts: Options) -> dict:
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    images = find_images(opts.paths)
+    images = find_images(opts.paths, Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
     from diffender.evaluation.records import append_records, open_run, read_records

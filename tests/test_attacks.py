@@ -72,6 +72,8 @@ def test_patch_geometry():
     assert places == set(range(7))  # the last place included
     disc = random_mask(224, 0.05, "circle", g)
     assert disc.mean().item() == pytest.approx(0.05, rel=0.02)
+    widest = random_mask(224, 0.7853, "circle", g)  # its diameter, rounded twice, is 225
+    assert widest.mean().item() == pytest.approx(0.7853, rel=0.02)
 
 
 def test_apply_patch_is_exact():

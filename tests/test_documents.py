@@ -33,7 +33,7 @@ NEEDS = {  # words in a command, and what it takes that is not here
     "pretrain all": "the same", "pretrain join": "the same", "results/": "hours: it is the command of a result",
 }  # fmt: skip
 SMALLEST = {
-    "evaluate.py": "--preset smoke --images 1 --images-full 1 --iters 1 --iters-undefended 2 --steps 1 --draws 1 "
+    "evaluate.py": "--preset smoke --images 1 --iters 1 --iters-undefended 2 --steps 1 --draws 1 "
     "--verdicts 1 --eot 1 --queries 4 --queries-undefended 20 --trust off --curves off --batch-size 1",
     "train.py": "--shots 2 --batch-size 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1",
     "diffender.paper.ablate": "--images 1 --iters 2 --draws 1 --steps 1",

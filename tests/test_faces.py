@@ -116,6 +116,9 @@ def test_verification_by_hand():
     assert result.accuracy == 1
     assert 0.2 <= result.threshold < 0.8
     assert verify(distances, ~same, folds=5).accuracy <= 0.5
+    assert verify(distances, same, folds=9).accuracy == 1, "folds of 2 and of 3 pairs"
+    with pytest.raises(InputError, match="20 pairs are too few for 11 folds"):
+        verify(distances, same, folds=11)
 
 
 def test_real_faces_are_recognised(faces):

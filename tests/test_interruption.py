@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -107,6 +108,19 @@ def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, mon
     assert "go on with: python" in error
     assert error.endswith(f" {' '.join(args)} --name {folder.name}\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_a_thread_of_the_callers_nothing_waits_for_signals():
+    said = []
+    with ThreadPoolExecutor() as pool:
+
+        def work():
+            with patient("go on") as may_stop:
+                may_stop()
+                said.append("done")
+
+        pool.submit(work).result()
+    assert said == ["done"]
 
 
 def test_a_second_ctrl_c_does_not_wait():

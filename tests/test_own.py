@@ -12,6 +12,7 @@ from torch import nn
 
 import diffender
 import evaluate
+from diffender.evaluation import certify
 from diffender.own import AnyModel, digest
 from diffender.report.__main__ import compare
 from diffender.utils import options as cli
@@ -223,15 +224,18 @@ def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
     common = ["--data", "pets", "--classifier", "efficientnet_lite0", "--classes", "2"]
     weights = ["--classifier-weights", "net.safetensors"]
 
-    def run(*args):
+    def run(*args, main=evaluate.main):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
         with pytest.raises(SystemExit) as e:
-            cli.run(evaluate.main)
+            cli.run(main)
         return e.value.code, capfd.readouterr().err
 
     code, error = run(*common, *weights, "--preset", "smoke", "--attack", "none", "--trust", "off", "--name", "own")
     assert code == 0, error
     assert json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))["names"] == ["cats", "dogs"]
+    code, error = run(*common, *weights, "--images", "1", "--masks", "2", "--out", "certified", main=certify.main)
+    assert code == 0, error
+    assert json.loads((tmp_path / "certified/results.json").read_text("utf-8"))["rows"][0]["n"] == 1
     code, error = run(*common)
     assert (code, len(error.splitlines())) == (2, 1)
     assert "2 classes of your own need --classifier-weights" in error

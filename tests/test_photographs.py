@@ -62,16 +62,17 @@ def test_names_of_images(tmp_path):
     for file in ("a.png", "a.jpg", "sub/a.png", "notes.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    assert [name for name, _ in find_images((str(tmp_path),))] == ["a", "a_", "sub__a"]
+    assert [name for name, _ in find_images((str(tmp_path),), tmp_path / "out")] == ["a", "a_", "sub__a"]
+    assert len(find_images((str(tmp_path),), tmp_path / "sub")) == 2, "what an earlier run made is no input"
     with pytest.raises(InputError, match="no images given"):
-        find_images(())
+        find_images((), tmp_path / "out")
     with pytest.raises(InputError, match="notes.txt is no image"):
-        find_images((str(tmp_path / "notes.txt"),))
+        find_images((str(tmp_path / "notes.txt"),), tmp_path / "out")
     with pytest.raises(InputError, match="is a web address"):
-        find_images(("https://example.org/a.png",))
+        find_images(("https://example.org/a.png",), tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images in"):
-        find_images((str(tmp_path / "empty"),))
+        find_images((str(tmp_path / "empty"),), tmp_path / "out")
 
 
 def test_the_command(tmp_path, photo, monkeypatch, capfd):

@@ -33,7 +33,6 @@ from diffender.paper.tables import (
     markdown,
     pool,
     readings,
-    rows_of,
     run_table,
 )
 from diffender.pipeline import Defended, DIFFender
@@ -68,7 +67,7 @@ def test_quoted_numbers_are_in_the_paper():
 
 @pytest.mark.parametrize("number", [1, 3, 4, 5, 6])
 def test_rows_are_those_of_the_paper(number):
-    rows = rows_of(number, Options())
+    rows = chosen_rows(number, Options())
     quoted = set().union(*QUOTED[number].values())
     assert {row.key for row in rows} - {"resize", "vae", "hardened"} == quoted - {"undefended"}
     for row in rows:
@@ -107,6 +106,8 @@ def test_rows_by_name():
     assert [row.key for row in chosen_rows(1, opts)] == ["jpeg", "diffender"]
     with pytest.raises(InputError, match=r"--rows jpg: table 1 has resize, .*nearest: jpeg"):
         chosen_rows(1, change(opts, rows="jpg"))
+    with pytest.raises(InputError, match="--rows mask: table 2 has without mask, "):  # and tunes nothing before
+        chosen_rows(2, change(opts, rows="mask"))
 
 
 def test_readings_of_a_run(tmp_path):

@@ -21,7 +21,7 @@ def random_mask(size: int, area: float, shape: str, g: Generator, corner: bool =
     """
     side = patch_side(size, area)
     if shape == "circle":
-        side = round(side * math.sqrt(4 / math.pi))
+        side = min(size, round(side * math.sqrt(4 / math.pi)))
     free = size - side
     top, left = (int(torch.randint(0, free + 1, (), generator=g)) for _ in "yx")
     if corner:

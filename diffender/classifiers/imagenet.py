@@ -154,7 +154,7 @@ def load_classifier(name: str, weights: str | Path | None = None, classes: int |
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)
     if weights is not None:
-        state = {k: v for k, v in load_tensors(Path(weights).expanduser()).items() if not k.startswith("AuxLogits.")}
+        state = {k: v for k, v in load_tensors(Path(weights)).items() if not k.startswith("AuxLogits.")}
         refuse_other_classes(str(weights), state, net)
         check_fit(Path(weights), name, state, net.state_dict())
         net.load_state_dict(state)

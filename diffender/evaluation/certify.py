@@ -29,6 +29,7 @@ class Options:
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
     classes: int | None = option(None, "Number of classes of a classifier of your own.", low=2)
     seed: int = option(0, "Seed of the choice of images.", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:0, ...")
     out: str | None = option(
         None, "Output folder. None: one in runs/ for these images and this classifier. A run there is resumed."
     )
@@ -61,13 +62,14 @@ def main() -> None:
     from diffender.defenses.patchcleanser import PatchCleanser
     from diffender.evaluation.metrics import wilson
     from diffender.evaluation.records import append_records, open_run
-    from diffender.factory import command, machine
+    from diffender.factory import command, machine, pick_device
     from diffender.utils.files import sha256, write_json, write_text
     from diffender.utils.markdown import table
     from diffender.utils.progress import bar
 
-    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes)
-    batch = correct_subset(list_items(opts.data), classifier, opts.images, opts.seed)
+    device = pick_device(opts.device)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes).to(device)
+    batch = correct_subset(list_items(opts.data, opts.classes), classifier, opts.images, opts.seed)
     config = {"data": opts.data, "classifier": opts.classifier}
     if opts.classifier_weights:
         config["sha256"] = sha256(Path(opts.classifier_weights))
@@ -75,7 +77,7 @@ def main() -> None:
     folder = Path(opts.out or f"runs/certify-{digest}")
     own = folder / "per_image.jsonl"
     done = {r["id"] for r in open_run(folder, config, own)}
-    for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x, batch.y.tolist(), strict=True):
+    for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x.to(device), batch.y.tolist(), strict=True):
         for area, masks in asked:
             if key(image_id, area, masks) not in done:
                 started = time.monotonic()
@@ -102,7 +104,7 @@ def main() -> None:
         results.append({"area": area, "masks": masks, "n": len(mine)} | {k: sum(v) for k, v in columns.items()})
     text = table(("patches of", "masks", *columns), rows) + (
         f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {opts.classifier}, seed {opts.seed}, "
-        f"{seconds:.0f} s on {machine(batch.x.device)}, {time.strftime('%Y-%m-%d')}.\n"
+        f"{seconds:.0f} s on {machine(device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(folder / "results.json", {"command": command(), "rows": results})
     write_text(folder / "table.md", text)

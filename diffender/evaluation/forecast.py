@@ -16,7 +16,6 @@ from diffender.attacks.patch import margin
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
 from diffender.evaluation.plan import (
     AREAS,
-    COSTLY,
     Options,
     attacks,
     backward_of,
@@ -47,7 +46,7 @@ class Forecast(NamedTuple):
     parts: list[dict[str, float]]  # of each batch, the seconds of `clean` and of each variant of an attack
     after: float  # the seconds of checks and curves, when all images are done
     seconds: dict[str, float]  # of everything in COST
-    memory: str  # in words
+    memory: tuple[int, str]  # bytes at most, and in words
 
     @property
     def work(self) -> float:
@@ -55,20 +54,18 @@ class Forecast(NamedTuple):
         return sum(sum(part.values()) for part in self.parts)
 
 
-def forecast(
-    opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]], made: bool = False
-) -> Forecast:
+def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]], made: bool = False) -> Forecast:
     """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S). `made`: the patches
     of the undefended classifier come from another experiment."""
     seconds = measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # without randomness one says it all
     of = seconds | {"query": 0.0, "bare": 0.0} if made else seconds
-    each = {costly: costs(opts, costly, of) for costly in (True, False)}
-    todo = [{variant: len(part) * cost for variant, cost in each[costly].items()} for part, costly in parts]
+    each = costs(opts, of)
+    todo = [{variant: len(part) * cost for variant, cost in each.items()} for part in parts]
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
     after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
-    after += sum(len(part) for part, _ in parts) * curve_costs(opts, seconds)
+    after += sum(len(part) for part in parts) * curve_costs(opts, seconds)
     return Forecast(todo, after, seconds, memory_needed(opts, target, x, parts))
 
 
@@ -115,7 +112,7 @@ def timed(run: Callable[[int], None], rows: int) -> float:
 def announce(opts: Options, forecasts: list[Forecast]) -> None:
     """Say before the start what will be done, what it will cost, and what it leaves out."""
     total = sum(f.work + f.after for f in forecasts)
-    memory = max((f.memory for f in forecasts), key=len)
+    memory = max(f.memory for f in forecasts)[1]
     if len(forecasts) > 1:
         print(f"{len(forecasts)} experiments, about {duration(total)}{memory}")
     else:
@@ -127,7 +124,7 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
         print(f"that is {step:.1f} s an image and step; the paper's 64 hours for 512 images and 100 steps are 4.5 s")
     elif opts.preset != "strong" and opts.attack != "none":
         strong = replace(opts, **budget(opts, "strong"))
-        whole = strong.images * sum(sum(costs(strong, True, f.seconds).values()) for f in forecasts)
+        whole = strong.images * sum(sum(costs(strong, f.seconds).values()) for f in forecasts)
         print(
             f"left out against --preset strong ({strong.images} images, {strong.iters} steps, EOT {strong.eot}, "
             f"{strong.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "
@@ -135,25 +132,26 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
         )
 
 
-def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[tuple[list[int], bool]]) -> str:
-    """The memory needed by a defence with a diffusion model, in words."""
+def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[list[int]]) -> tuple[int, str]:
+    """The memory needed by a defence with a diffusion model, in bytes and in words."""
     model = target.defense.model
     if model is None:
-        return ""
+        return 0, ""
     one = footprint(
         model.cfg, pick_dtype(opts.target.defense.model.dtype, x.device), target.classifier.net, x.shape[-1]
     )
     draws = config_of(opts).draws
-    side_by_side = min(opts.batch_size, max((len(part) for part, _ in parts), default=1))
-    above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # verdicts take less
+    side_by_side = min(opts.batch_size, max((len(part) for part in parts), default=1))
+    above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # as wide as verdicts
     if model.keep:
         rows = side_by_side * min(opts.eot, opts.eot_batch)
         above = max(above, kept_bytes(one, rows, draws, recorded_steps(opts)))
     peak = held_bytes(x.device) + above
-    return f"; at most {peak / GIB:.1f} GiB" + (f", micro-batches of {model.micro_batch}" if model.micro_batch else "")
+    micro = f", micro-batches of {model.micro_batch}" if model.micro_batch else ""
+    return peak, f"; at most {peak / GIB:.1f} GiB{micro}"
 
 
-def costs(opts: Options, costly: bool, of: Mapping[str, float]) -> dict[str, float]:
+def costs(opts: Options, of: Mapping[str, float]) -> dict[str, float]:
     """What an image takes, for `clean` and each variant of an attack: patches made, choices among them, verdicts. `of`
     says what everything in COST takes."""
     verdicts = opts.verdicts * of["pass"]
@@ -166,7 +164,7 @@ def costs(opts: Options, costly: bool, of: Mapping[str, float]) -> dict[str, flo
         elif cls.access == "gradient":
             found[f"{name}/transfer"] += opts.iters_undefended * (of["bare"] + cls.moves * of["query"])
             for kind in kinds(opts):
-                if kind != "transfer" and (costly or kind not in COSTLY):
+                if kind != "transfer":
                     chosen = 3 * max(3, opts.eot) * of["pass"]
                     attempt = opts.iters * (opts.eot * of[kind] + cls.moves * of["pass"]) + chosen
                     found[f"{name}/{kind}"] = verdicts + opts.restarts * attempt
@@ -178,7 +176,7 @@ def curve_costs(opts: Options, of: Mapping[str, float]) -> float:
     if opts.curves == "off":
         return 0
     columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
-    whole = sum(costs(opts, True, of).values()) / max(1, len(attacks(opts)))
+    whole = sum(costs(opts, of).values()) / max(1, len(attacks(opts)))
     return 3 * columns * of["pass"] + (len(AREAS) * whole if opts.curves == "all" else 0)
 
 

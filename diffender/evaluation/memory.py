@@ -66,7 +66,7 @@ def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size:
 def peak_bytes(one: Footprint, images: int, draws: int, micro_batch: int | None) -> int:
     """Bytes that a full gradient of so many images side by side needs, besides what the process holds already.
 
-    Networks are recomputed one after the other in the backward pass, so the largest counts, beside the classifier.
+    Networks are recomputed one after the other in the backward pass, so the largest counts, the classifier included.
     Steps of the sampler and samples of EOT do not enter.
     """
     limit = micro_batch or sys.maxsize

@@ -107,9 +107,6 @@ class Options:
         f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
         f"defences {', '.join(GRADIENTS['others'])} (smoke and paper bpda-mask, laptop evade, strong every one)",
     )
-    images_full: int | None = option(
-        None, "Number of images for the costly gradients surrogate, full and full+loc.", low=0
-    )
     iters: int | None = budgeted("iters", "Steps of the adaptive attack; generations of rhde.")
     iters_undefended: int | None = budgeted("iters_undefended", "Steps of the attack on the classifier alone.")
     eot: int | None = budgeted("eot", "EOT samples in each step.")
@@ -254,7 +251,6 @@ def refuse_unread(opts: Options) -> None:
         "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc and evade", hiding),
         "hide": (opts.backward.hide != plain.hide, "--grad full+loc and evade", hiding),
         "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc and evade", hiding),
-        "images_full": (opts.images_full is not None, f"--grad {', '.join(COSTLY)}", set(COSTLY) & set(kinds(filled))),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
@@ -309,15 +305,8 @@ def default_name(opts: Options) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}"
 
 
-def split(opts: Options, todo: list[int]) -> list[tuple[list[int], bool]]:
-    """Batches of images, and whether they get the costly gradients."""
-    limit = float("inf") if opts.images_full is None else opts.images_full
-    groups = [([i for i in todo if i < limit], True), ([i for i in todo if i >= limit], False)]
-    return [(g[i : i + opts.batch_size], costly) for g, costly in groups for i in range(0, len(g), opts.batch_size)]
-
-
-def without(plan: Plan, kinds: tuple[str, ...]) -> Plan:
-    return plan._replace(adaptive={k: v for k, v in plan.adaptive.items() if k not in kinds})
+def batches(opts: Options, todo: list[int]) -> list[list[int]]:
+    return [todo[i : i + opts.batch_size] for i in range(0, len(todo), opts.batch_size)]
 
 
 def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:

@@ -19,10 +19,10 @@ from diffender.defenses import split as settings_of
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.plan import (
-    COSTLY,
     OURS,
     Options,
     attacks,
+    batches,
     build_plans,
     build_target,
     config_of,
@@ -30,8 +30,6 @@ from diffender.evaluation.plan import (
     describe,
     mine,
     share,
-    split,
-    without,
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
@@ -113,8 +111,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         refuse_hidden_noise(e.target, batch.x[:1].to(e.device))
     there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
     done = [{r["id"] for r in records} for records in there]
-    parts = split(opts, mine(opts, len(batch.ids)))
-    left = [[([i for i in part if batch.ids[i] not in ids], costly) for part, costly in parts] for ids in done]
+    parts = batches(opts, mine(opts, len(batch.ids)))
+    left = [[[i for i in part if batch.ids[i] not in ids] for part in parts] for ids in done]
     forecasts = [
         forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=i > 0)
         for i, (e, todo) in enumerate(zip(experiments, left, strict=True))
@@ -134,7 +132,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         for turn, seconds in zip(zip(*left, strict=True), zip(*costs, strict=True), strict=True):
             bases = {}  # the patches on the undefended classifier, for this batch
             for e, part, cost, log in zip(experiments, turn, seconds, follow, strict=True):
-                if part[0]:
+                if part:
                     judge_part(e, batch, part, cost, progress, bases)
                     if opts.track != "none":
                         log_accuracies(e, log)
@@ -143,7 +141,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 
 def refuse_seen(opts: Options, batch: Batch) -> None:
     """Raises InputError where FNC's statistics would be estimated from images that are evaluated."""
-    photographs = settings_of(opts.defense)[1]["statistics"] if opts.defense.startswith("fnc:statistics") else None
+    photographs = settings_of(opts.defense)[1].get("statistics") if opts.defense.startswith("fnc:") else None
     if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
@@ -175,17 +173,15 @@ def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
 
 
 def judge_part(
-    e: Experiment, batch: Batch, part: tuple[list[int], bool], cost: dict[str, float], progress: Progress, bases: dict
+    e: Experiment, batch: Batch, rows: list[int], cost: dict[str, float], progress: Progress, bases: dict
 ) -> None:
-    """Attack, judge and record the images of a part, each variant of which should `cost` so many seconds."""
-    rows, costly = part
+    """Attack, judge and record some images, each variant of which should `cost` so many seconds."""
     ids, x, y = ([batch.ids[i] for i in rows], batch.x[rows].to(e.device), batch.y[rows].to(e.device))
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
-        plans = [without(p, () if costly else COSTLY) for p in e.plans]
-        records = evaluate_batch(task, judge, plans, e.folder, progress.through(cost), bases)
+        records = evaluate_batch(task, judge, e.plans, e.folder, progress.through(cost), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     shares = {name: value / len(records) for name, value in spent.items()}
     append_records(e.own, [record | shares for record in records])

@@ -217,7 +217,7 @@ def strongest(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
-    """Verdicts by attack/gradient and image; the costly gradients may see fewer images."""
+    """Verdicts by attack/gradient and image."""
     found: dict[str, dict[str, Verdict]] = {}
     for r in records:
         for variant, a in r["attacks"].items():
@@ -227,7 +227,7 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
 
 def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
     """Of each image, under the strongest of its patches in these variants."""
-    return [strongest([judged[v][i] for v in variants if i in judged[v]]) for i in ids]
+    return [strongest([judged[v][i] for v in variants]) for i in ids]
 
 
 def proportion(values: Sequence[float]) -> dict:
@@ -262,13 +262,12 @@ def summarize(records: Sequence[dict]) -> dict:
     variants = list(judged)
     for variant in variants:
         name, kind = variant.split("/")
-        found = {r["id"]: r["attacks"][variant] for r in records if variant in r["attacks"]}
+        found = {r["id"]: r["attacks"][variant] for r in records}
         rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
         base = judged[f"{name}/transfer"]
         if kind != "transfer":
-            same = [(base[i], v) for i, v in judged[variant].items()]  # the costly kinds see fewer images
-            rows[-1]["mcnemar"] = mcnemar([(a.single, v.single) for a, v in same])
-            rows[-1]["transfer"] = mean(a.average for a, _ in same)
+            rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in judged[variant].items()])
+            rows[-1]["transfer"] = mean(v.average for v in base.values())
         columns = next(iter(found.values()))["masks"]
         if all("certified" in f for f in found.values()):
             rows[-1]["certified"] = proportion([float(f["certified"]) for f in found.values()])
@@ -282,11 +281,11 @@ def summarize(records: Sequence[dict]) -> dict:
         groups["strongest"] = variants
     for title, mine in groups.items():
         worst = strongest_of(judged, mine, list(label))
-        seen = [{r["attacks"][v]["undefended"] for v in mine if v in r["attacks"]} for r in records]
+        seen = [{r["attacks"][v]["undefended"] for v in mine} for r in records]
         alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
         rows.append(row(f"{title} on each image", "", alone, worst))
         if all("certified" in a for r in records for a in r["attacks"].values()):
-            proven = [all(r["attacks"][v]["certified"] for v in mine if v in r["attacks"]) for r in records]
+            proven = [all(r["attacks"][v]["certified"] for v in mine) for r in records]
             rows[-1]["certified"] = proportion(list(map(float, proven)))
     masked = [r["masked"] for r in records if r["masked"] is not None]
     return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}

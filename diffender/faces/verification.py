@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffender.classifiers.dataset import read_csv
+from diffender.utils.errors import InputError
 
 
 class Verification(NamedTuple):
@@ -15,8 +16,13 @@ class Verification(NamedTuple):
 
 
 def verify(distances: Tensor, same: Tensor, folds: int = 10) -> Verification:
-    """LFW's protocol: squared distances (N,), whether each pair is of one person (N,), in blocks of a fold each."""
-    parts = torch.arange(len(same)).chunk(folds)
+    """LFW's protocol: squared distances (N,), whether each pair is of one person (N,), in blocks of a fold each.
+
+    Raises InputError for fewer than two pairs a fold.
+    """
+    if len(same) < 2 * folds:
+        raise InputError(f"{len(same)} pairs are too few for {folds} folds; give at least {2 * folds}")
+    parts = torch.arange(len(same)).tensor_split(folds)
     accuracies, thresholds = [], []
     for part in parts:
         others = torch.ones(len(same), dtype=torch.bool)

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +59,19 @@ TUNING = {  # of Table 2, by preset
     "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--rounds 20", "paper": "",
     "strong": "",
 }  # fmt: skip
+OURS: dict[str, dict] = {
+    "diffender": {}, "hardened": {"defense": "hardened"}, "NR": {"restore": False}, "EP": {"prompt": "empty"},
+    "MP": {"prompt": "manual"},
+}  # fmt: skip
+BASELINES = ("jpeg", "smoothing", "dw", "lgs", "fnc")
+ROWS = {  # of each table
+    1: ("resize", "vae", *BASELINES, "diffpure", "jedi", "hardened", "diffender"),
+    2: ("without mask", "without feature", "without l1", "diffender"),
+    3: ("NR", "diffender"),
+    4: ("EP", "MP", "diffender"),
+    5: ("diffender",),
+    6: (*BASELINES, "jedi", "EP", "MP", "diffender"),
+}
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
@@ -68,40 +82,22 @@ class Row(NamedTuple):
 
 def chosen_rows(number: int, opts: Options) -> list[Row]:
     """The rows of a table, or those of them that --rows names. Raises InputError for others."""
-    rows = rows_of(number, opts)
-    if opts.rows is None:
-        return rows
-    wanted = [name.strip() for name in opts.rows.split(",")]
-    keys = [row.key for row in rows]
+    keys = ROWS[number]
+    wanted = keys if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
     if unknown := [name for name in wanted if name not in keys]:
         raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
-    return [row for row in rows if row.key in wanted]
+    return [Row(key, changes(number, key, opts)) for key in keys if key in wanted]
 
 
-def rows_of(number: int, opts: Options) -> list[Row]:
-    ours = Row("diffender", {})
-    if number == 1:
-        others = ("resize", "vae", "jpeg", "smoothing", "dw", "lgs", "fnc", "diffpure", "jedi")
-        return [*(baseline(name, opts) for name in others), Row("hardened", {"defense": "hardened"}), ours]
+def changes(number: int, key: str, opts: Options) -> dict:
+    """How a row's options differ from the table's. Tunes the prompts of Table 2."""
     if number == 2:
-        terms = ("mask", "feature", "l1")
-        tuned = [Row(f"without {term}", {"prompts": retuned(opts, term)}) for term in terms]
-        return [*tuned, Row("diffender", {"prompts": retuned(opts, "none")})]
-    prompts = [Row("EP", {"prompt": "empty"}), Row("MP", {"prompt": "manual"})]
-    if number == 6:
-        others = ("jpeg", "smoothing", "dw", "lgs", "fnc", "jedi")
-        return [*(baseline(name, opts) for name in others), *prompts, ours]
-    if number == 3:
-        return [Row("NR", {"restore": False}), ours]
-    if number == 4:
-        return [*prompts, ours]
-    return [ours]
-
-
-def baseline(name: str, opts: Options) -> Row:
-    """FNC's statistics are estimated anew where enough photographs are named that are not evaluated."""
-    counts = name == "fnc" and opts.tuning_data != "samples" and opts.target.classifier not in RECOGNIZERS
-    return Row(name, {"defense": f"fnc:statistics={opts.tuning_data}" if counts else name, "grad": None})
+        return {"prompts": retuned(opts, "none" if key == "diffender" else key.removeprefix("without "))}
+    if key in OURS:
+        return OURS[key]
+    # FNC's statistics are estimated anew where enough photographs are named that are not evaluated.
+    counts = key == "fnc" and opts.tuning_data != "samples" and opts.target.classifier not in RECOGNIZERS
+    return {"defense": f"fnc:statistics={opts.tuning_data}" if counts else key, "grad": None}
 
 
 def retuned(opts: Options, without: str) -> str:
@@ -116,7 +112,9 @@ def retuned(opts: Options, without: str) -> str:
     path = Path("runs") / "tables" / f"{key}.safetensors"
     if not path.is_file() and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
-        if subprocess.run([sys.executable, train, "--out", path, "--device", opts.run.device, *flags]).returncode != 0:
+        words = [sys.executable, train, "--out", path, "--device", opts.run.device, *flags]
+        alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}  # other workers wait here
+        if subprocess.run(words, env=alone).returncode != 0:
             raise InputError(f"Table 2 needs prompts tuned without {without}; train.py failed, as said above")
     wait()
     return str(path)
@@ -195,11 +193,13 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
 
 
 def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> list[Line]:
-    """Lines of the undefended classifier, of controls if wanted, and of each row, on the same images; none while
-    other shards are at work. The last row is DIFFender."""
+    """Lines of the undefended classifier, of controls if wanted, and of each row, on the images that DIFFender has;
+    none while other shards are at work."""
     model = open_model(opts.target.defense.model, pick_device(opts.run.device))  # once for all
     experiments = [prepare(named(fill(change(opts, **row.changes, name="tables")), row.key), model) for row in rows]
-    batch = load_images(experiments[-1].opts, experiments[-1].target)
+    last = rows[-1].key
+    ours = experiments[-1] if last == "diffender" or last.startswith("without") else prepare(fill(opts), model)
+    batch = load_images(ours.opts, ours.target)
     work(experiments, batch)
     wait()
     if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
@@ -214,9 +214,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
         lines += [line._replace(verdicts=found, reading=name) for name, found in readings(e, batch.ids).items()]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
-        target, folder = experiments[-1].target, experiments[-1].folder
-        columns = [plan.name for plan in experiments[-1].plans]
-        beside += [Line(classifier, *c) for c in controls(target, folder, columns, batch, opts.run.seed)]
+        columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
+        beside += [Line(classifier, *c) for c in controls(ours.target, folder, columns, batch, opts.run.seed)]
     return [*beside, *lines]
 
 
@@ -320,8 +319,7 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     where = machine(pick_device(opts.run.device))
-    missing = [NAMES[row.key] for row in rows_of(number, opts)] if opts.rows else []
-    missing = [name for name in missing if name not in {NAMES[line.key] for line in lines}]
+    missing = [NAMES[key] for key in ROWS[number] if key not in {line.key for line in lines}]
     left = f"Left out: {', '.join(missing)}. " if missing else ""
     proven = any(line.reading == "certified" for line in lines)
     budget = f"RHDE {full.queries} queries to the defence"

@@ -28,7 +28,10 @@ def fill(document: str, results: Path) -> str:
     """
 
     def content(match: re.Match) -> str:
-        text = (results / match["name"] / "table.md").read_text(encoding="utf-8")
+        path = results / match["name"] / "table.md"
+        if not path.is_file():
+            raise InputError(f"no {path}, whose table the document asks for; make it, or take out its marks")
+        text = path.read_text(encoding="utf-8")
         if match["part"]:
             text = text.split("\n\n")[0] + "\n"
         return f"<!-- results/{match['name']}{match['part'] or ''} -->\n{text}<!-- end -->"

@@ -70,7 +70,8 @@ def place_for(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; read once while its size and time stay the same."""
+    """Of a file's bytes; read once while its size and time stay the same. "~" is the home folder."""
+    path = path.expanduser()
     told = path.stat()
     return hashed(path, told.st_size, told.st_mtime_ns)
 
@@ -101,9 +102,10 @@ def one_line(e: BaseException) -> str:
 
 
 def open_safetensors(path: Path):  # noqa: ANN201
-    """A lazily read safetensors file; raises InputError for anything that is not one."""
+    """A lazily read safetensors file; raises InputError for anything that is not one. "~" is the home folder."""
     from safetensors import SafetensorError, safe_open
 
+    path = path.expanduser()
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a .safetensors file")
     if not path.exists():

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import current_thread, main_thread
 from types import FrameType
 
 
@@ -14,7 +15,7 @@ class Interrupted(Exception):
 @contextmanager
 def patient(goes_on: str) -> Iterator[Callable[[], None]]:
     """Inside, Ctrl-C and SIGTERM wait for the next call of the function given, which raises Interrupted(goes_on); a
-    second one does not wait."""
+    second one does not wait. Only the main thread is told of signals: in another one nothing is done."""
     asked: list[bool] = []
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
@@ -27,7 +28,8 @@ def patient(goes_on: str) -> Iterator[Callable[[], None]]:
         if asked:
             raise Interrupted(goes_on)
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    before = {s: signal.signal(s, ask) for s in signals}
     try:
         yield check
     finally:

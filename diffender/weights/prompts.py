@@ -36,7 +36,7 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
 def contexts_for(kind: str, model: LatentDiffusion, path: Path = SHIPPED) -> Contexts:
     """Contexts by name: empty, manual, or tuned (the vectors at `path`). They are constants; see `PromptPair`."""
     if kind == "tuned":
-        prompts = load_prompts(path.expanduser(), model.cfg.text.width).to(model.alphas_cumprod.device)
+        prompts = load_prompts(path, model.cfg.text.width).to(model.alphas_cumprod.device)
         return prompts(model).detach()
     kinds = {"empty": empty_contexts, "manual": manual_contexts}
     if kind not in kinds:
