@@ -86,7 +86,7 @@ class Defender:
         defense = self.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):
             out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
-        heatmap = stretch(out.heatmap[0], x.shape[-2:])
+        heatmap = stretch(out.heatmap, x.shape[-2:])[0]
         restored, mask, heatmap = (
             to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
         )

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
 from diffender.config import Backward, DIFFenderConfig
-from diffender.defenses import DEFENSES, build, split
+from diffender.defenses import DEFENSES, build, parse_defense
 from diffender.defenses.dw import guided
 from diffender.defenses.fill import FILLS, harmonic
 from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
@@ -391,8 +391,8 @@ def test_diffpure_without_noise_is_the_round_trip(target, photos):
 
 
 def test_settings_in_the_name():
-    assert split("jpeg:quality=50") == ("jpeg", {"quality": 50})
-    assert split("jedi:completion=none,min_area=0.01") == ("jedi", {"completion": "none", "min_area": 0.01})
+    assert parse_defense("jpeg:quality=50") == ("jpeg", {"quality": 50})
+    assert parse_defense("jedi:completion=none,min_area=0.01") == ("jedi", {"completion": "none", "min_area": 0.01})
     for text, said in (
         ("blur", "unknown defence 'blur'"),
         ("jpeg:q=5", "defaults: quality=75"),
@@ -400,6 +400,6 @@ def test_settings_in_the_name():
         ("none:x=1", "defaults: none"),
     ):
         with pytest.raises(InputError, match=said):
-            split(text)
+            parse_defense(text)
     with pytest.raises(InputError, match="from 1 to 100"):
         JPEG(0)

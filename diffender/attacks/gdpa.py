@@ -6,9 +6,8 @@ amortised  that network trained beforehand by `python -m diffender.pretrain`, on
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from diffender.attacks.attack import Callback, GradientAttack, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements, pick_rows
-from diffender.attacks.patch import apply_patch, cross_entropy, margin, paste, patch_side, to_8bit
+from diffender.attacks.patch import apply_patch, paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
@@ -176,7 +175,6 @@ class GDPA(GradientAttack):
     moves: ClassVar[float] = 0.5
 
     mode: str = "direct"  # or generator, amortised
-    objective: str = "margin"  # or ce, the authors'
     lr: float = 0.15  # step size of the pattern in direct mode
     lr_place: float = 0.005  # of the place there: about half a pixel a step, so that the pattern can follow
     lr_net: float = 5e-4  # of the generator
@@ -197,11 +195,6 @@ class GDPA(GradientAttack):
     @property
     def averaged_steps(self) -> float:
         return 1 / (1 - MODES[self.mode][0])
-
-    def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
-        if self.objective == "margin":
-            return partial(margin, y=task.y)
-        return lambda logits: -cross_entropy(logits, task.y)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2), of direct mode."""

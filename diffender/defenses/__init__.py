@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -72,16 +71,6 @@ class Purifier(nn.Module):
         return Purified(image, mask, None, None)
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """Control: to the diffusion model's size and back, nothing else."""
-
-    size: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return resize(resize(x, (self.size, self.size)), x.shape[-2:])
-
-
 class Entry(NamedTuple):
     options: Callable  # what takes the defence's settings, as keywords with defaults
     build: Callable[..., Defended]  # (target, **settings)
@@ -126,9 +115,11 @@ def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defe
 
 
 def build_round_trip(target: Defended) -> Defended:
+    """Control: to the diffusion model's size and back, nothing else."""
     model = target.defense.model
     assert model is not None  # DIFFender's
-    return Defended(Purifier(RoundTrip(model.cfg.image_size)), target.classifier)
+    size = (model.cfg.image_size,) * 2
+    return Defended(Purifier(lambda x: resize(resize(x, size), x.shape[-2:])), target.classifier)
 
 
 DEFENSES = {
@@ -147,7 +138,7 @@ DEFENSES = {
 }
 
 
-def split(text: str) -> tuple[str, dict[str, int | float | str]]:
+def parse_defense(text: str) -> tuple[str, dict[str, int | float | str]]:
     """ "jpeg:quality=50" to its name and settings. Raises InputError for what does not exist."""
     name, _, rest = text.partition(":")
     if name not in DEFENSES:
@@ -170,5 +161,5 @@ def build(text: str, target: Defended) -> Defended:
 
     target is DIFFender: it lends its diffusion model to the defences that need one.
     """
-    name, settings = split(text)
+    name, settings = parse_defense(text)
     return DEFENSES[name].build(target, **settings)

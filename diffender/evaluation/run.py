@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
-from diffender.defenses import split as settings_of
+from diffender.defenses import parse_defense
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.plan import (
@@ -141,7 +141,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 
 def refuse_seen(opts: Options, batch: Batch) -> None:
     """Raises InputError where FNC's statistics would be estimated from images that are evaluated."""
-    photographs = settings_of(opts.defense)[1].get("statistics") if opts.defense.startswith("fnc:") else None
+    photographs = parse_defense(opts.defense)[1].get("statistics") if opts.defense.startswith("fnc:") else None
     if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 

@@ -25,7 +25,7 @@ from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
-GRADIENTS = 8  # behind the check of their spread
+SPREAD_DRAWS = 8  # behind the check of their spread
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0.3, 0.55)}  # undefended accuracy
 
 
@@ -190,7 +190,7 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
     yield Check(
         "exact gradient against finite differences, soft mask", f"{100 * error:.2g} % off", "below 5 %", error < 0.05
     )
-    cosine = steadiness(draws(bench, victim, GRADIENTS, "trust steadiness"), attack.eot * attack.averaged_steps)
+    cosine = steadiness(draws(bench, victim, SPREAD_DRAWS, "trust steadiness"), attack.eot * attack.averaged_steps)
     remembered = f" of {attack.averaged_steps:.0f} steps" if attack.averaged_steps > 1 else ""
     yield Check(
         f"two directions of the attack, each from {attack.eot} draws{remembered}, cosine",

@@ -151,7 +151,7 @@ def stages(out: Purified) -> dict[str, Tensor]:
     """What there is to see of purified images, by name, each (B, C, H, W) in [0, 1]."""
     found = {"mask": out.mask, "restored": out.image}
     if out.heatmap is not None:
-        found["heatmap"] = torch.stack([stretch(h, out.image.shape[-2:]) for h in out.heatmap])
+        found["heatmap"] = stretch(out.heatmap, out.image.shape[-2:])
     return {stage: images for stage, images in found.items() if images is not None}
 
 

@@ -208,7 +208,7 @@ def show(
     x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]
     noise = defense.sample_noise(batch.ids[:first], opts.run.seed, "ablation")
     out = defense(image, noise)
-    heat = torch.stack([stretch(h, x.shape[-2:]) for h in out.heatmap])
+    heat = stretch(out.heatmap, x.shape[-2:])
     stages = [
         x,
         recon[:first],

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,12 +22,12 @@ from diffender.evaluation.plan import Options, attack_flags, backward_of, build_
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
+from diffender.localize import predict_pair
+from diffender.noise import Noise
 from diffender.paper.ablation import map_columns
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import NAMES, Row, run_rows, share
 from diffender.pipeline import Defended
-from diffender.stable_diffusion.model import LatentDiffusion
-from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, predict_x0, q_sample
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_figure, stretch
@@ -47,7 +46,7 @@ class Scene(NamedTuple):
     batch: Batch
     made: Attacked
 
-    def noise(self, defended: Defended | None = None) -> Tensor:
+    def noise(self, defended: Defended | None = None) -> Noise:
         return (defended or self.target).sample_noise(self.batch.ids, self.opts.run.seed, "figure")
 
 
@@ -108,17 +107,12 @@ def figure_1(s: Scene, folder: Path) -> str:
     d, cfg = s.target.defense, s.target.defense.cfg
     if d.contexts.locate is None:
         raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
-    model, noise = d.model, s.noise()
-    t = noise_timestep(cfg.noise_ratio)
-    a_t = ALPHAS_CUMPROD[t]
-    z_t = q_sample(model.encode(s.made.image, noise.image), noise.draws[:, 0], a_t)
-    decoded = {
-        name: one_step(model, z_t, t, a_t, context, d.blank)
-        for name, context in (("x0, prompt", d.contexts.locate), ("x0, empty prompt", d.contexts.empty))
-    }
-    found = d.localize(s.made.image, noise)
-    columns = {"attacked": s.made.image, **decoded}
-    columns |= {"difference": heat(found.heatmap, s.made.image), "mask": found.mask}
+    model, image, noise = d.model, s.made.image, s.noise()
+    pair = predict_pair(model, model.encode(image, noise.image), d.contexts, noise, cfg, d.blank)
+    prompted, empty = (model.decode(x0[:, 0]) for x0 in pair)
+    found = d.localize(image, noise)
+    columns = {"attacked": image, "x0, prompt": prompted, "x0, empty prompt": empty}
+    columns |= {"difference": stretch(found.heatmap, image.shape[-2:]), "mask": found.mask}
     draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
     return (
         f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict of {len(s.batch.ids)} images, "
@@ -144,7 +138,7 @@ def figure_2(s: Scene, folder: Path) -> str:
         out = s.target.defense(attacked.image, s.noise())
         columns += [
             Column(title, attacked.image, seen(attacked.image)),
-            Column("difference", heat(out.heatmap, attacked.image)),
+            Column("difference", stretch(out.heatmap, attacked.image.shape[-2:])),
             Column("mask", out.mask),
             Column("restored", out.image, seen(out.image)),
         ]
@@ -154,14 +148,6 @@ def figure_2(s: Scene, folder: Path) -> str:
         f"Fig. 2: of {len(y)} images, {right[0]} are read right after restoration from patches made on the classifier, "
         f"{right[1]} after restoration from patches made on the defence ({grad}, {describe(opts)}).\n"
     )
-
-
-def one_step(model: LatentDiffusion, z_t: Tensor, t: int, a_t: float, context: Tensor, blank: Tensor) -> Tensor:
-    return model.decode(predict_x0(z_t, model.eps_from_text(z_t, t, context, blank), a_t))
-
-
-def heat(heatmap: Tensor, like: Tensor) -> Tensor:
-    return torch.stack([stretch(h, like.shape[-2:]) for h in heatmap])
 
 
 def figure_3(s: Scene, folder: Path) -> str:
@@ -219,7 +205,7 @@ def figure_9(s: Scene, folder: Path) -> str:
 def figure_8(opts: Options, folder: Path) -> str:
     """Clean and robust accuracy over theta, under the adaptive attacks of this budget."""
     rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
-    lines = run_rows(rows, change(opts, trust="off"))[1 : 1 + len(rows)]
+    lines = run_rows(rows, change(opts, trust="off", curves="off"))[1 : 1 + len(rows)]
     if not lines:
         return ""
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,12 +51,12 @@ def stage_files(folder: Path, record: dict, variant: str = "") -> dict[str, Path
 
 
 def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
-    """A difference map (1, h, w) to its own range [0, 1], enlarged without smoothing: what the localiser sees."""
+    """Difference maps (B, 1, h, w), each in its own range [0, 1], enlarged without smoothing: what is localised by."""
     import torch
 
-    low, high = heatmap.aminmax()
+    low, high = (f(heatmap, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
     scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
-    return torch.nn.functional.interpolate(scaled[None], size, mode="nearest")[0]
+    return torch.nn.functional.interpolate(scaled, size, mode="nearest")
 
 
 def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
