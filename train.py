@@ -18,7 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import EMBEDDED, PAPER, Backward, DIFFenderConfig, ModelOptions, RunOptions, TuningConfig
+from diffender.config import (
+    EMBEDDED,
+    PAPER,
+    Backward,
+    DIFFenderConfig,
+    ModelOptions,
+    RunOptions,
+    TargetOptions,
+    TuningConfig,
+)
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
@@ -45,9 +54,7 @@ class Options:
         embedded=replace(EMBEDDED, **WHILE_TUNING),
     )
     run: RunOptions = part(RunOptions(), "device", "quiet")
-    data: str = option(
-        "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
-    )
+    target: TargetOptions = part(TargetOptions(), "data", "classifier", "classifier_weights")
     shots: int = option(8, "Number of images to tune on (paper: 8).", low=1)
     held_out: int = option(
         4, "Number of further images. The round whose masks fit them best is kept. 0: keep the last.", low=0
@@ -59,10 +66,6 @@ class Options:
     area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9)
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
     adaptive_iters: int = option(20, "Steps of AdvP through the defence, of --adaptive.", low=1)
-    classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet.")
-    classifier_weights: str | None = option(
-        None, "Safetensors file of the classifier, in timm's names. None for the embedded one."
-    )
     out: str = option("runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.")
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
@@ -99,7 +102,7 @@ def main() -> None:
         )
     opts = change(opts, device=own_device(opts.run.device))
     device = pick_device(opts.run.device)
-    classifier = load_classifier(opts.classifier, opts.classifier_weights).to(device)
+    classifier = load_classifier(opts.target.classifier, opts.target.classifier_weights).to(device)
     batch = photographs(opts, classifier)
     model, cfg = open_model(opts.model, device), config_of(opts)
     x, y = batch.x.to(device), batch.y.to(device)
@@ -142,7 +145,7 @@ def attack_alone(opts: Options, task: Task, speaks: bool) -> Attacked:
         attacked = attack(task, callback=lambda _: progress.update())
     if speaks:
         fooled = int((task.victim(attacked.image, None).argmax(dim=1) != task.y).sum())
-        print(f"{fooled} of {len(task.y)} attacked photographs fool {opts.classifier}")
+        print(f"{fooled} of {len(task.y)} attacked photographs fool {opts.target.classifier}")
     return attacked
 
 
@@ -166,14 +169,14 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
 
     if not classifier.cfg.taps:
         raise InputError(
-            f"{opts.classifier} names no layers for the feature distance of Eq. 6; take another classifier"
+            f"{opts.target.classifier} names no layers for the feature distance of Eq. 6; take another classifier"
         )
     wanted = opts.shots + opts.held_out
-    batch = correct_subset(list_items(opts.data), classifier, wanted, opts.tuning.seed)
+    batch = correct_subset(list_items(opts.target.data), classifier, wanted, opts.tuning.seed)
     if len(batch.ids) < wanted:
         raise InputError(
-            f"--shots {opts.shots} and --held-out {opts.held_out} are {wanted} photographs; {opts.classifier} reads "
-            f"{len(batch.ids)} of --data {opts.data} right: ask for fewer, or give more"
+            f"--shots {opts.shots} and --held-out {opts.held_out} are {wanted} photographs; {opts.target.classifier} "
+            f"reads {len(batch.ids)} of --data {opts.target.data} right: ask for fewer, or give more"
         )
     return batch
 

@@ -11,28 +11,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffender.config import RunOptions, TargetOptions
 from diffender.utils.errors import InputError
-from diffender.utils.options import allowed, option, parse, run, within
+from diffender.utils.options import allowed, option, parse, part, run, within
 
 SETTINGS = {"area": (0.0005, 0.5, float), "masks": (1, None, int)}  # lowest, highest, type
 
 
 @dataclass(frozen=True)
 class Options:
-    data: str = option(
-        "samples", "Images: samples, a folder with a folder for each wnid, or a csv with file and label."
-    )
+    target: TargetOptions = part(TargetOptions(), "data", "classifier", "classifier_weights", "classes")
     images: int = option(6, "Number of images, of those that the classifier gets right.", low=1)
     area: str = option("0.05", "Share of the image that the patch to withstand covers; several with commas.")
     masks: str = option("6", "Masks of the first round along each axis; several with commas.")
-    classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
-    classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
-    classes: int | None = option(None, "Number of classes of a classifier of your own.", low=2)
-    seed: int = option(0, "Seed of the choice of images.", low=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:0, ...")
     out: str | None = option(
         None, "Output folder. None: one in runs/ for these images and this classifier. A run there is resumed."
     )
+    run: RunOptions = part(RunOptions())
 
 
 def numbers(flag: str, text: str) -> list[float | int]:
@@ -67,17 +62,19 @@ def main() -> None:
     from diffender.utils.markdown import table
     from diffender.utils.progress import bar
 
-    device = pick_device(opts.device)
-    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes).to(device)
-    batch = correct_subset(list_items(opts.data, opts.classes), classifier, opts.images, opts.seed)
-    config = {"data": opts.data, "classifier": opts.classifier}
-    if opts.classifier_weights:
-        config["sha256"] = sha256(Path(opts.classifier_weights))
+    target, device = opts.target, pick_device(opts.run.device)
+    classifier = load_classifier(target.classifier, target.classifier_weights, target.classes).to(device)
+    batch = correct_subset(list_items(target.data, target.classes), classifier, opts.images, opts.run.seed)
+    config = {"data": target.data, "classifier": target.classifier}
+    if target.classifier_weights:
+        config["sha256"] = sha256(Path(target.classifier_weights))
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
     folder = Path(opts.out or f"runs/certify-{digest}")
     own = folder / "per_image.jsonl"
     done = {r["id"] for r in open_run(folder, config, own)}
-    for image_id, x, y in zip(bar(batch.ids, "certifying"), batch.x.to(device), batch.y.tolist(), strict=True):
+    for image_id, x, y in zip(
+        bar(batch.ids, "certifying", opts.run.quiet), batch.x.to(device), batch.y.tolist(), strict=True
+    ):
         for area, masks in asked:
             if key(image_id, area, masks) not in done:
                 started = time.monotonic()
@@ -103,7 +100,7 @@ def main() -> None:
         rows.append((f"{100 * area:g} %", f"{masks}²", *map(counted, columns.values())))
         results.append({"area": area, "masks": masks, "n": len(mine)} | {k: sum(v) for k, v in columns.items()})
     text = table(("patches of", "masks", *columns), rows) + (
-        f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {opts.classifier}, seed {opts.seed}, "
+        f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {target.classifier}, seed {opts.run.seed}, "
         f"{seconds:.0f} s on {machine(device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(folder / "results.json", {"command": command(), "rows": results})

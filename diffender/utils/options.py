@@ -73,6 +73,8 @@ def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
     hints = get_type_hints(type(opts))
     for f in fields(opts):
         default = getattr(opts, f.name)
+        if only and f.name not in only:
+            continue
         if "defaults" in f.metadata:
             for leaf in leaves(f.metadata["defaults"], f.metadata["only"]):
                 others = {name: getattr(other, leaf.name) for name, other in f.metadata["beside"].items()}
@@ -81,7 +83,7 @@ def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
                 yield leaf._replace(hint=leaf.hint | None, default=None, shown=shown)
         elif "only" in f.metadata:
             yield from leaves(default, f.metadata["only"])
-        elif not only or f.name in only:
+        else:
             yield Leaf(f.name, hints[f.name], default, f.metadata, default)
 
 
