@@ -10,9 +10,12 @@ import torch
 
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
+from diffender.config import DIFFenderConfig
+from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.memory import keep_freed_memory
 from diffender.weights.loading import load_model
+from diffender.weights.prompts import contexts_for
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -21,6 +24,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # share the 
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Inputs drawn without a generator of their own are the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +53,14 @@ def model() -> LatentDiffusion:
 @pytest.fixture(scope="session")
 def classifier() -> Classifier:
     return load_classifier("efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def target(model, classifier) -> Defended:
+    """The classifier behind the defence, with settings that are fast."""
+    cfg = DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
+    with torch.no_grad():
+        return Defended(DIFFender(model, contexts_for("tuned", model), cfg), classifier)
 
 
 @pytest.fixture(scope="session")

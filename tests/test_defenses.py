@@ -1,5 +1,6 @@
 """Baseline defences: against Pillow and scipy, worked examples, and what each must and must not do."""
 
+import inspect
 import io
 import math
 import re
@@ -11,9 +12,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
-from diffender.config import Backward, DIFFenderConfig
+from diffender.config import Backward
 from diffender.defenses import DEFENSES, build, parse_defense
-from diffender.defenses.dw import guided
+from diffender.defenses.dw import DW, guided
 from diffender.defenses.fill import FILLS, harmonic
 from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
 from diffender.defenses.hardened import Hardened
@@ -38,13 +39,6 @@ from diffender.utils.errors import InputError
 from diffender.weights.prompts import contexts_for
 
 BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
-
-
-@pytest.fixture(scope="module")
-def target(model, classifier):
-    with torch.no_grad():
-        cfg = DIFFenderConfig(noise_ratio=0.2, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
-        return Defended(DIFFender(model, contexts_for("tuned", model), cfg), classifier)
 
 
 def through_pillow(x, quality):
@@ -100,6 +94,17 @@ def test_lgs_sees_noise_everywhere():
             assert kept[..., top : top + 49, left : left + 49].all()
 
 
+def test_lgs_by_hand():
+    """Stripes 0.2 apart darken by 2.3 times that, their last one by 2.3 times 0.4; a lone edge of 1 stays."""
+    line = torch.zeros(45)
+    line[:25] = torch.tensor([0.4, 0.6] * 13)[:25]
+    line[40:] = 1
+    darkened = line.clone()
+    darkened[:24] *= 1 - 2.3 * 0.2
+    darkened[24] *= 1 - 2.3 * 0.4
+    assert torch.allclose(LGS()(line.expand(1, 3, 45, 45)), darkened.expand(1, 3, 45, 45), atol=1e-4)
+
+
 def test_lgs_of_a_flat_picture_and_of_a_batch(photos):
     flat = torch.full((1, 3, 224, 224), 0.3, requires_grad=True)
     y = LGS()(flat)
@@ -133,7 +138,6 @@ def test_fnc_clips_where_it_should(name, count):
     twin = fnc(classifier)
     assert sum(bool(m._forward_hooks) for m in twin.net.modules()) == count
     assert not any(m._forward_hooks for m in classifier.net.modules())
-    assert len(classifier.features(torch.rand(1, 3, cfg.size, cfg.size))) == len(cfg.taps)
 
 
 def test_fnc_caps_norms_and_keeps_directions():
@@ -149,6 +153,18 @@ def test_fnc_caps_norms_and_keeps_directions():
     assert torch.autograd.gradcheck(lambda f: clip_norm(f, 1.1), f[:, :, :2, :2].clone().requires_grad_())
     tokens = f.flatten(2).mT
     assert torch.equal(clip_tokens(tokens, 0.5)[:, 0], tokens[:, 0])
+
+
+def test_fnc_caps_every_feature_map_that_it_clips(classifier, photos):
+    twin, clipped, bounds = fnc(classifier, alpha=1.1), [], []
+    for module in [m for m in twin.net.modules() if m._forward_hooks]:
+        norms = lambda f: f.norm(dim=1)[0]  # noqa: E731
+        module.register_forward_hook(lambda _m, _a, f: bounds.append(1.1 * norms(f).mean()), prepend=True)
+        module.register_forward_hook(lambda _m, _a, f: clipped.append(norms(f).max()))
+    logits = twin(photos[:1])
+    assert len(clipped) == 17
+    assert torch.stack(clipped).tolist() == pytest.approx(torch.stack(bounds).tolist(), rel=1e-4)
+    assert not torch.allclose(logits, classifier(photos[:1]), atol=0.1)
 
 
 def test_fnc_is_attacked_from_the_classifier_without_it(model, classifier):
@@ -201,6 +217,26 @@ def test_guided_gradients_are_positive_ones(classifier, photos):
     assert torch.autograd.grad(guided(net)(x).sum(), x)[0].tolist() == [[1, 0]]
 
 
+class Spot(torch.nn.Module):
+    """One logit, which depends on a square of the image alone."""
+
+    def __init__(self, square):
+        super().__init__()
+        self.square = square
+
+    def forward(self, x):
+        return x[(..., *self.square)].sum(dim=(1, 2, 3))[:, None]
+
+
+def test_dw_masks_the_one_place_that_the_network_looks_at(photos):
+    x, square = photos[:1, :, :112, :112], (slice(40, 60), slice(30, 50))
+    out, mask = DW(Spot(square))(x)
+    assert mask[(..., *square)].all()
+    assert 400 < mask.sum() < 900
+    assert torch.equal(out, harmonic(x, mask))
+    assert not torch.equal(out, x)
+
+
 def test_jedi_constants_and_entropy():
     """The thresholds' constant parts, and windows whose entropy is known."""
     for i, constant in enumerate((5.491, 6.248, 6.670)):
@@ -211,10 +247,27 @@ def test_jedi_constants_and_entropy():
     assert entropy_windows(torch.full((1, 3, 32, 32), 0.2), 9, 4).abs().max() == 0
 
 
-def test_jedi_finds_noise(photos):
-    """On a smooth image, and nothing on a flat one."""
+@pytest.fixture
+def noisy(photos):
+    """A smooth image with a square of noise, (1, 3, 224, 224)."""
     x = F.avg_pool2d(photos[:1], 31, 1, 15, count_include_pad=False)
     x[..., 100:160, 40:100] = torch.rand(1, 3, 60, 60, generator=generator("jedi test"))
+    return x
+
+
+def test_jedi_fills_noise_and_leaves_the_rest(noisy):
+    out, mask = jedi()(noisy)
+    change = (out - noisy).abs().amax(dim=1)
+    assert (change[:, 100:160, 40:100] > 0.05).float().mean() > 0.8
+    assert mask.sum() < 1.5 * 60**2
+    assert torch.equal(out * (1 - mask), noisy * (1 - mask))
+    smooth = F.avg_pool2d(noisy, 31, 1, 15, count_include_pad=False)
+    assert torch.equal(jedi()(smooth)[0], smooth)
+
+
+def test_jedi_finds_noise(noisy):
+    """On a smooth image, and nothing on a flat one."""
+    x = noisy
     found = without_small(suspicious(x, *OFFICIAL), 0.005)
     assert found[..., 108:152, 48:92].mean() > 0.9  # where windows lie inside
     assert suspicious(torch.full((1, 3, 224, 224), 0.5), *OFFICIAL).sum() == 0
@@ -377,6 +430,39 @@ def test_every_defence(target, classifier, photos, name):
     alone = defended.sample_noise(["b"], 0, "test")
     assert torch.allclose(defended(y[1:], alone), defended(y, noise)[1:], atol=2e-3)
     assert classifier(y[:1]).shape == defended(y[:1], defended.sample_noise(["a"], 0, "test")).shape
+
+
+@pytest.mark.parametrize("name", ["smoothing", "lgs", "jpeg"])
+def test_auto_goes_through_the_defence_and_bpda_around_it(target, photos, name):
+    defense, x = build(name, target).defense, photos[:1].clone().requires_grad_()
+    outs = (defense(x, None, Backward("auto")).image, defense(x, None, Backward("bpda")).image, defense.purify(x))
+    auto, bpda, bare = (torch.autograd.grad(out.square().sum(), x)[0] for out in outs)
+    assert torch.equal(auto, bare)
+    assert torch.equal(bpda, 2 * defense.purify(photos[:1]))
+    assert (auto - bpda).norm() > 0.05 * bpda.norm()
+
+
+USUAL = {  # settings where none are given
+    "diffender": {},
+    "hardened": {"area": 0.05, "masks": 4},
+    "none": {},
+    "resize": {},
+    "vae": {},
+    "jpeg": {"quality": 75},  # Dziugaite et al. 2016
+    "smoothing": {"window": 3},  # Xu et al. 2018
+    "dw": {"sigma": 4, "erosion": 7, "dilation": 13, "quantile": 0.95},  # ours
+    "lgs": {"block": 15, "overlap": 5, "threshold": 0.1, "smoothing": 2.3},  # Naseer et al. 2019
+    "fnc": {"alpha": 1.1, "statistics": ""},  # Yu et al. 2021
+    "diffpure": {"t_star": 0.15, "steps": 15, "eta": 1},  # Nie et al. 2022, with fewer steps
+    "jedi": {"stats": "official", "completion": "autoencoder", "min_area": 0.005, "threshold": 0.33},  # Tarchoun 2023
+}
+
+
+def test_settings_are_those_of_the_literature():
+    for name, entry in DEFENSES.items():
+        parameters = inspect.signature(entry.options).parameters.values()
+        given = {p.name: p.default for p in parameters if isinstance(p.default, int | float | str)}
+        assert given == USUAL[name], name
 
 
 def test_diffpure_without_noise_is_the_round_trip(target, photos):
