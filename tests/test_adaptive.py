@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
-from diffender.config import Backward, DIFFenderConfig
-from diffender.defenses import build
+from diffender.config import PAPER, Backward, DIFFenderConfig
+from diffender.defenses import Purifier, build
 from diffender.evaluation import plan as plans
 from diffender.evaluation import trust
 from diffender.evaluation.forecast import COST, costs, duration
@@ -20,6 +20,7 @@ from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.verdicts import (
     Judge,
     Plan,
+    craft,
     evaluate_batch,
     purifications,
     summarize,
@@ -38,14 +39,6 @@ from diffender.tuning import Shots, mixed
 from diffender.utils.errors import InputError
 from diffender.utils.images import load_png
 from diffender.weights.prompts import contexts_for
-
-FAST = DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=2, guidance=1.0, sampler="dpmpp")
-
-
-@pytest.fixture(scope="module")
-def target(model, classifier):
-    with torch.no_grad():
-        return Defended(DIFFender(model, contexts_for("tuned", model), FAST), classifier)
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +337,60 @@ def test_what_is_certified_is_counted():
     assert "Certified are 33.3 % (1/3; 6-79): no pixels" in headline(named)
 
 
+class Noted(Purifier):
+    """A noisy defence that notes which noise it is asked for."""
+
+    def __init__(self):
+        super().__init__(lambda x: (x + 0.1 * torch.randn(x.shape)).clamp(0, 1), random=True)
+        self.purposes = set()
+
+    def sample_noise(self, image_ids, seed, purpose, k=0):
+        self.purposes.add(purpose)
+        return super().sample_noise(image_ids, seed, purpose, k)
+
+
+class Plain(torch.nn.Module):
+    """A linear classifier of small images."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.randn(4, 3 * 16 * 16, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x, noise=None):
+        return x.flatten(1) @ self.w.mT
+
+
+@pytest.fixture
+def small():
+    """A task of two small images, whose victim is undefended."""
+    x = to_8bit(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    return Task(Undefended(Plain()), x, Plain()(x).argmax(dim=1), ["a", "b"], 0)
+
+
+FEW = {"gradient": {"iters": 2, "eot": 2, "restarts": 2}, "queries": {"queries": 60}}  # budgets
+
+
+def test_verdicts_fall_on_noise_that_no_attack_has_seen(small, tmp_path):
+    attacks = [ATTACKS[name](area=0.3, **FEW[ATTACKS[name].access]) for name in ("advp", "gdpa", "rhde", "sparse-rs")]
+    judging, attacked = Noted(), Noted()
+    plans = [Plan(str(i), attack, {"k": (attack, Defended(attacked, Plain()))}) for i, attack in enumerate(attacks)]
+    evaluate_batch(small, Judge(Defended(judging, Plain()), 2), plans, tmp_path)
+    assert attacked.purposes > {"attack 0", "attack 1", "choice"}
+    assert judging.purposes and not judging.purposes & attacked.purposes
+
+
+def test_adaptive_attacks_start_from_the_transferred_patch(small):
+    attack, starts = ATTACKS["advp"](area=0.3, iters=2, eot=1), []
+
+    def adaptive(task, init, callback):
+        starts.append(init)
+        return attack(task)
+
+    kinds = {"bpda": (adaptive, small.victim), "full": (adaptive, small.victim)}
+    (_, base, _), *_ = craft(Plan("advp", attack, kinds), small, lambda *work: None, {})
+    assert [torch.equal(init, base.state) for init in starts] == [True, True]
+
+
 def test_certificates_of_hardened_go_into_the_records(target, photos, tmp_path):
     x = photos[:1]
     y = target.classifier(x).argmax(dim=1)
@@ -400,26 +447,116 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     assert len(trust_table(list(checks.values())).splitlines()) == 2 + len(checks)
 
 
-def test_a_check_can_fail(target, photos):
+def bench_of(target, x, y, **changed):
+    """Two images as they are, for the checks of the trust report, without a run."""
+    plan = Plan("advp", ATTACKS["grey"](), {"full": (ATTACKS["advp"](iters=10, eot=1), target)})
+    usual = {"records": [], "results": {}, "image": x, "mask": x[:, :1].round(), "state": None, "kind": "full"}
+    return trust.Bench(**{"task": Task(target, x, y, ["a", "b"], 0), "plan": plan} | usual | changed)
+
+
+@pytest.fixture
+def bench(target, photos):
+    return bench_of(target, photos[:2], target.classifier(photos[:2]).argmax(dim=1))
+
+
+def test_a_check_can_fail(target, photos, bench):
     """A deterministic defence, an attack that does nothing, a row that gets weaker: each is red."""
-    x = photos[:2]
-    y = target.classifier(x).argmax(dim=1)
-
-    class Frozen(Defended):
-        def __init__(self):
-            super().__init__(target.defense, target.classifier)
-            self.sample_noise = lambda ids, seed, purpose, k=0: target.sample_noise(ids, 0, "always", 0)
-
+    frozen = Defended(target.defense, target.classifier)
+    frozen.sample_noise = lambda ids, seed, purpose, k=0: target.sample_noise(ids, 0, "always", 0)
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 2, "right": 2}
     base = {"attack": "advp", "gradient": "transfer", "undefended": record, "average": record | {"accuracy": 0.5}}
     better = base | {"gradient": "full", "average": record, "transfer": 0.5}
-    task, results = Task(Frozen(), x, y, ["a", "b"], 0), {"rows": [base, better]}
-    bench = trust.Bench(task, None, [], results, x, x[:, :1], None, None)
-    (check,) = trust.noise_is_used(bench)
+    red = bench._replace(task=bench.task._replace(victim=frozen), results={"rows": [base, better]})
+    (check,) = trust.noise_is_used(red)
     assert check.passed is False
-    assert [c.passed for c in trust.undefended_accuracy(bench)] == [False]
-    assert [c.passed for c in trust.ladder(bench)] == [False]
+    assert [c.passed for c in trust.undefended_accuracy(red)] == [False]
+    assert [c.passed for c in trust.ladder(red)] == [False]
     assert "🔴" in trust_table([check._asdict()])
+
+
+def controls(bench):
+    survive = [fake_record(i, 1, [1], advp__transfer=[1, 0]) for i in ("a", "b")]
+    return trust.controls(bench._replace(records=survive))
+
+
+def masks(bench):
+    """Without a mask half of the images are right."""
+    y = bench.task.y.clone()
+    y[0] += 1
+    return trust.masks(bench._replace(task=bench.task._replace(y=y)))
+
+
+def black_box(bench):
+    return trust.black_box(bench, queries=1)
+
+
+ACCURACIES = [  # in the order in which a check asks for them: red, green
+    (controls, [0.6, 0.4, 0.6], [0.6, 0.5, 0.6]),
+    (masks, [0.5, 0.9], [0.6, 0.1]),
+    (trust.eot_sweep, [0.3, 0.2, 0.5], [0.3, 0.9, 0.3]),
+    (trust.step_sweep, [0.9, 0.5, 0.3], [0.9, 0.3, 0.25]),
+    (trust.size_sweep, [0.9] * 6 + [0.2], [0.9] * 6 + [0.1]),
+    (trust.size_sweep, [0.0] * 6 + [0.1], [0.1] * 7),
+    (trust.restart_sweep, [0.2, 0.4], [0.2, 0.25]),
+    (trust.ste_sweep, [0.3, 0.9, 0.9, 0.4], [0.4, 0.9, 0.9, 0.4]),
+    (trust.transfer_matrix, [0.5, 0.9, 0.3], [0.5, 0.9, 0.45]),
+    (black_box, [0.3, 0.4], [0.4, 0.4]),
+]
+
+
+@pytest.mark.parametrize(("check", "red", "green"), ACCURACIES)
+def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
+    monkeypatch.setattr(trust.Bench, "attack", lambda self, victim=None, init=None, **changed: bench)
+    for shares, passed in ((red, False), (green, True)):
+        asked = iter(shares)
+        monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, defense=None, asked=asked: next(asked))
+        assert next(iter(check(bench))).passed is passed
+        assert not list(asked), "every one is asked for"
+
+
+def test_a_fixed_noise_that_withstands_is_red(bench, monkeypatch):
+    for y, passed in ((bench.task.y, False), (bench.task.y + 1, True)):
+        wrong = bench._replace(task=bench.task._replace(y=y))
+        monkeypatch.setattr(trust.Bench, "attack", lambda self, victim=None, init=None, **changed: bench)
+        assert [c.passed for c in trust.fixed_noise(wrong)] == [passed]
+
+
+@pytest.mark.parametrize(
+    ("curve", "passed"), [([1, 0.9, 0.8, 0.7, 0.6], False), ([1, 1, 1, 1, 1.1], False), ([1, 0.2, 0.1, 0.1, 0.1], True)]
+)
+def test_an_attack_that_still_falls_or_never_did_is_red(bench, curve, passed):
+    records = [{"attacks": {"advp/full": {"loss": curve}}}]
+    assert [c.passed for c in trust.convergence(bench._replace(records=records))] == [passed]
+
+
+class Slope(torch.nn.Module):
+    """Linear, with one thing wrong with its gradient."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        self.wrong, self.backward, self.w = wrong, Backward(), Plain().w
+
+    def under(self, backward):
+        return self
+
+    def sample_noise(self, image_ids, seed, purpose, k=0):
+        return torch.stack([torch.randn(4, 768, generator=generator(seed, i, purpose, k)) for i in image_ids])
+
+    def forward(self, x, noise):
+        flat = x.flatten(1)
+        if self.wrong == "zeros":
+            flat = torch.where(torch.arange(768) % 50 > 0, flat, flat.detach())
+        w = self.w + (200 if self.wrong == "cosine" else 0.1) * noise
+        logits = torch.einsum("bd,bkd->bk", flat, w)
+        return 1.2 * logits - 0.2 * logits.detach() if self.wrong == "finite differences" else logits
+
+
+@pytest.mark.parametrize("wrong", ["", "zeros", "finite differences", "cosine"])
+def test_unhealthy_gradients_are_red(small, wrong):
+    checks = trust.gradient_health(bench_of(Slope(wrong), small.x, small.y, mask=torch.ones(2, 1, 16, 16)))
+    found = {next(n for n in ("zero", "norm", "finite differences", "cosine") if n in c.name): c for c in checks}
+    red = {name for name, check in found.items() if check.passed is False}
+    assert red == ({wrong.removesuffix("s") if wrong == "zeros" else wrong} - {""})
 
 
 @pytest.mark.parametrize("k", [1, 20])
@@ -515,6 +652,15 @@ def test_presets_fill_what_was_not_given():
     assert (messy.attack, messy.grad) == ("advp,lavan", "bpda,full"), "whatever their case, with blanks after commas"
     assert plans.fill(plans.Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
     assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
+
+
+def test_the_papers_settings():
+    cfg = (PAPER.noise_ratio, PAPER.draws, PAPER.theta, PAPER.steps, PAPER.guidance, PAPER.sampler)
+    assert cfg == (0.5, 3, 2.0, 20, 7.5, "ddim")
+    opts = plans.fill(plans.Options(preset="paper"))
+    assert (opts.images, opts.iters, opts.eot, opts.restarts, opts.grad) == (512, 100, 2, 1, "bpda-mask")
+    assert (opts.queries, opts.verdicts, opts.iters_undefended) == (2400, 1, 100)
+    assert plans.config_of(opts) == PAPER, "with the embedded model, too"
 
 
 def test_masks_of_attack_and_control_agree(photos):

@@ -158,9 +158,8 @@ def test_fnc_caps_norms_and_keeps_directions():
 def test_fnc_caps_every_feature_map_that_it_clips(classifier, photos):
     twin, clipped, bounds = fnc(classifier, alpha=1.1), [], []
     for module in [m for m in twin.net.modules() if m._forward_hooks]:
-        norms = lambda f: f.norm(dim=1)[0]  # noqa: E731
-        module.register_forward_hook(lambda _m, _a, f: bounds.append(1.1 * norms(f).mean()), prepend=True)
-        module.register_forward_hook(lambda _m, _a, f: clipped.append(norms(f).max()))
+        module.register_forward_hook(lambda _m, _a, f: bounds.append(1.1 * f.norm(dim=1).mean()), prepend=True)
+        module.register_forward_hook(lambda _m, _a, f: clipped.append(f.norm(dim=1).max()))
     logits = twin(photos[:1])
     assert len(clipped) == 17
     assert torch.stack(clipped).tolist() == pytest.approx(torch.stack(bounds).tolist(), rel=1e-4)
