@@ -622,6 +622,31 @@ def test_what_autograd_keeps_does_not_grow_with_sampler_steps(model, classifier,
     assert kept[8] < 1.1 * kept[2]
 
 
+def test_what_autograd_keeps_does_not_grow_with_eot():
+    toy, mask = Toy("ste"), torch.ones(1, 1, 32, 32)
+    x = torch.rand(1, 3, 32, 32)
+    task = Task(toy, x, torch.tensor([0]), ["a"], 0, lambda z: z[:, 0])
+
+    def most(eot):
+        now, peak = 0, 0
+
+        class Kept:
+            def __init__(self, t):
+                nonlocal now, peak
+                self.t, now = t, now + t.nbytes
+                peak = max(now, peak)
+
+            def __del__(self):
+                nonlocal now
+                now -= self.t.nbytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.t):
+            list(samples(task, lambda k: (x, mask, task.noise("eot", k)), eot))
+        return peak
+
+    assert most(4) == most(1) > 4 * x.numel()
+
+
 @pytest.fixture
 def module(target):
     return WithFreshNoise(target).eval()
