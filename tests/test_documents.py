@@ -1,8 +1,10 @@
 """Documents tell the truth: commands parse, and run at their smallest setting; code in them runs or is ours."""
 
+import argparse
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
+import diffender
 from diffender.__main__ import COMMANDS
 from diffender.classifiers.dataset import sample_items
 from diffender.evaluation import plan as plans
@@ -82,13 +85,32 @@ def test_there_are_commands():
 def test_commands_are_of_programs_and_options_that_exist(command):
     name, args = program(command)
     if name in ("pytest", "venv") or name.startswith("benchmarks/"):
-        assert not name.endswith(".py") or (ROOT / name).is_file()
         return
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     if hasattr(module, "Options"):
         opts = cli.parse(module.Options, "", args)
         if name == "evaluate.py":
             plans.attacks(plans.fill(opts))
+
+
+class Parsed(Exception):
+    """A benchmark has understood its command line."""
+
+
+@pytest.mark.parametrize("command", [c for c in PYTHON if program(c)[0].startswith("benchmarks/")])
+def test_commands_of_benchmarks_are_understood(command, monkeypatch):
+    name, args = program(command)
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self):
+        parse(self)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +179,36 @@ def test_code_of_the_readme_runs(photos, tmp_path, monkeypatch):
         exec(block, names)
     assert names["logits"].shape == (1, 1000)
     assert Image.open("clean.png").size == Image.open("photo.jpg").size
+
+
+class Brightness(torch.nn.Module):
+    """Somebody's cats and dogs."""
+
+    def forward(self, x):
+        bright = x.mean(dim=(1, 2, 3))
+        return torch.stack([1 - bright, bright], dim=1)
+
+
+def test_code_of_the_usage_runs(photos, tmp_path, monkeypatch):
+    """In the order of the page; a model is attacked at the smallest budget, a defended one only asked."""
+    benchmark, asked = diffender.benchmark, []
+
+    def short(model, images, labels, gradient=None, **given):
+        if not isinstance(model, diffender.Defended):
+            few = {"iters": 1, "iters_undefended": 1, "eot": 1, "verdicts": 1, "curves": "off"}
+            return benchmark(model, images, labels, gradient=gradient, **few | given)
+        known = plans.GRADIENTS["diffender" if isinstance(model.defense, diffender.Hardened) else "others"]
+        assert not set(gradient.split(",")) - set(known) and not given
+        asked.append(model(images, model.sample_noise(["a"], 0, "test")))
+        return {}
+
+    monkeypatch.setattr(diffender, "benchmark", short, raising=False)
+    monkeypatch.chdir(tmp_path)
+    names = {"diffender": diffender, "torch": torch, "images": photos[:1], "labels": [0], "model": Brightness()}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/usage.md").read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert [logits.shape for logits in asked] == [(1, 1000)] * 2
+    assert (tmp_path / "runs/mine/report.html").is_file()
 
 
 def test_code_of_the_guide_is_the_code():
