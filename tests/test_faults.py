@@ -3,7 +3,6 @@
 After each failure the same command goes on to the same results, or one line says what to do.
 """
 
-import errno
 import json
 import subprocess
 import sys
@@ -145,7 +144,3 @@ def test_a_defence_of_photographs(engine, tmp_path, photos):
     save_png(photos[0], tmp_path / "in/photo.png")
     small = ["in", "--draws", "1", "--steps", "1", "--quiet"]
     tried(engine, tmp_path / "out", lambda name: tmp_path / name, "defend", *small, "--out")
-
-
-def test_the_kinds_of_faults_are_told_apart():
-    assert len({getattr(errno, kind) for kind in FAULTS}) == len(FAULTS)

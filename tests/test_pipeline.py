@@ -15,7 +15,7 @@ from diffender.classifiers import imagenet
 from diffender.config import Backward, DIFFenderConfig
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
-from diffender.ops import binarize, dilate, gaussian_blur, resize, straight_through
+from diffender.ops import binarize, dilate, gaussian_blur, resize
 from diffender.pipeline import Defended, DIFFender, passes
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.restore import composite
@@ -61,24 +61,26 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
     assert torch.allclose(ours, total / m, rtol=1e-3, atol=1e-4 * ours.max().item())
 
 
-def test_several_contexts_are_answered_as_each_alone(model, contexts):
+def test_several_contexts_are_answered_as_each_alone(model, contexts, monkeypatch):
     g = torch.Generator().manual_seed(0)
     z, cond = (torch.randn(3, 4, 28, 28, generator=g), torch.randn(3, 5, 28, 28, generator=g))
     pair = torch.stack([contexts.locate, contexts.empty])
     alone = torch.stack([model.eps(z, 481, context, cond) for context in pair])
     for limit in (None, 4, 1):
-        model.micro_batch = limit
+        monkeypatch.setattr(model, "micro_batch", limit)
         assert torch.allclose(model.eps(z, 481, pair, cond), alone, atol=1e-4)
-    model.micro_batch = None
 
 
 def test_passes_are_what_each_noise_gives_alone(defense, photos):
     noises = [noise_for(defense, 2, f"pass {i}") for i in range(2)]
     for out, noise in zip(passes(defense, photos[:2], noises), noises, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(out, defense(photos[:2], noise), strict=True))
-    defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     seen: list[int] = []
-    list(passes(defense, photos[:2], noises))
+    hook = defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    try:
+        list(passes(defense, photos[:2], noises))
+    finally:
+        hook.remove()
     assert len(seen) == 3, "the images once, the masked images with every noise"
 
 
@@ -183,15 +185,6 @@ def test_refine_mask_drops_lone_pixels_and_grows_blocks():
     assert 128 <= rows.max() + 1 <= 128 + 8
 
 
-def test_straight_through_and_binarize():
-    x = torch.tensor([0.1, 0.7, 3.3], requires_grad=True)
-    y = binarize(x, 0.5)
-    assert y.tolist() == [0, 1, 1]
-    (g,) = torch.autograd.grad((y * torch.tensor([1.0, 2.0, 3.0])).sum(), x)
-    assert g.tolist() == [1, 2, 3]
-    assert straight_through(torch.tensor(5.0), x.sum()).item() == 5
-
-
 def test_blur_keeps_constants_and_dilation_spreads_by_one():
     assert torch.allclose(gaussian_blur(torch.full((1, 1, 5, 5), 0.3)), torch.full((1, 1, 5, 5), 0.3))
     x = torch.zeros(1, 1, 5, 5)
@@ -291,27 +284,10 @@ def test_global_random_state_is_untouched(defense, photos):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_gradient_reaches_the_picture_through_every_part(defense, classifier, pasted):
-    x = pasted.clone().requires_grad_()
-    noise = noise_for(defense, 1)
-    gradients = {}
-    for mode in ("full", "bpda", "bpda-mask"):
-        logits = Defended(defense, classifier, Backward(mode))(x, noise)
-        (gradients[mode],) = torch.autograd.grad(logits[0, 0], x)
-        assert gradients[mode].isfinite().all()
-        assert gradients[mode].abs().sum() > 0
-    assert not torch.equal(gradients["full"], gradients["bpda-mask"])
-    assert not torch.equal(gradients["bpda-mask"], gradients["bpda"])
-
-
-def test_gradient_modes_do_not_change_the_value(defense, photos):
-    noise = noise_for(defense, 1)
+def test_bpda_is_the_identity(defense, photos):
     x = photos[:1].clone().requires_grad_()
-    full, bpda, bpda_mask = (defense(x, noise, Backward(mode)).image for mode in ("full", "bpda", "bpda-mask"))
-    assert torch.allclose(full, bpda, atol=1e-5)
-    assert torch.allclose(full, bpda_mask, atol=1e-5)
-    (g,) = torch.autograd.grad(bpda.sum(), x)
-    assert torch.equal(g, torch.ones_like(x))  # BPDA is the identity
+    (g,) = torch.autograd.grad(defense(x, noise_for(defense, 1), Backward("bpda")).image.sum(), x)
+    assert torch.equal(g, torch.ones_like(x))
 
 
 def test_gradient_through_a_covering_mask_comes_from_the_straight_through_estimator(defense, photos):
@@ -392,7 +368,6 @@ def test_both_prompts_get_gradients_and_words_initialise_them(model, photos):
     (
         defense.localize(photos[:1], noise).z_score.square().sum() + defense.restore(photos[:1], mask, noise).sum()
     ).backward()
-    assert prompts.ctx_locate.grad.abs().min() >= 0
     assert prompts.ctx_locate.grad.norm() > 0
     assert prompts.ctx_restore.grad.norm() > 0
     prompts.initialize_from(model.text, ("adversarial", "clean"))

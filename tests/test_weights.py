@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.prompts import PromptPair
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header
+from diffender.utils.files import read_header, sha256
 from diffender.weights.loading import WEIGHTS, load_model, save_model
 from diffender.weights.prompts import load_prompts, save_prompts
 
@@ -31,7 +31,14 @@ def test_embedded_files_are_within_budget():
     assert (WEIGHTS / "tiny.safetensors").stat().st_size <= 27e6
     assert sum(p.stat().st_size for p in WEIGHTS.iterdir()) <= 28e6
     assert read_header(WEIGHTS / "tiny.safetensors")["config"]["image_size"] == 224
-    assert (WEIGHTS / "README.md").read_text().count("sha256") >= 1
+
+
+def test_the_card_has_the_hash_of_every_file():
+    card = (WEIGHTS / "README.md").read_text()
+    files = list(WEIGHTS.glob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        assert f"`{sha256(path)}`" in card, path.name
 
 
 def test_official_extras_are_passed_over(tmp_path):
