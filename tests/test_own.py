@@ -109,9 +109,8 @@ def test_a_purifier_of_ones_own(images, classifier, photos):
     assert results["defense"] == "dim"
 
 
-def test_the_defence_itself(model, classifier, photos):
-    cfg = diffender.DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=1, guidance=1.0, sampler="dpmpp")
-    victim = diffender.Defended(diffender.DIFFender(model, diffender.contexts_for("tuned", model), cfg), classifier)
+def test_the_defence_itself(target, classifier, photos):
+    victim = diffender.Defended(target.defense, classifier)
     y = classifier(photos[:1]).argmax(dim=1)
     few = FAST | {"eot": 1, "trust": "off"}
     results = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)

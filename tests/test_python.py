@@ -10,14 +10,13 @@ from diffender.pipeline import Undefended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 
-SMALL = diffender.DIFFenderConfig(noise_ratio=0.2, theta=2.5, draws=1, steps=1, guidance=1.0, sampler="dpmpp")
 EPS = 16 / 255
 
 
 @pytest.fixture
-def victim(model, classifier):
-    """As README.md builds it, with the smallest settings."""
-    return diffender.Defended(diffender.DIFFender(model, diffender.contexts_for("tuned", model), SMALL), classifier)
+def victim(target):
+    """The target as a module of its own, whose mode is its own."""
+    return diffender.Defended(target.defense, target.classifier)
 
 
 def is_right(victim, x, y) -> list[bool]:
@@ -42,8 +41,7 @@ def test_contexts_are_constants_and_a_second_backward_pass_works(victim, photos)
     assert not any(c.requires_grad for c in victim.defense.contexts)
 
 
-def test_contexts_go_where_the_victim_goes(model, classifier):
-    victim = diffender.Defended(diffender.DIFFender(model, diffender.contexts_for("tuned", model), SMALL), classifier)
+def test_contexts_go_where_the_victim_goes(victim):
     moved = copy.deepcopy(victim).to("meta")
     assert {t.device.type for t in [*moved.parameters(), *moved.buffers(), *moved.defense.contexts]} == {"meta"}
 
