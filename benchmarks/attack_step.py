@@ -91,7 +91,7 @@ def main() -> None:
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the UNet")
     flags.add_argument("--images", type=int, default=4)
     flags.add_argument("--draws", type=int, default=3)
-    flags.add_argument("--steps", type=int, default=4)
+    flags.add_argument("--steps", type=int, default=2)
     flags.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp")
     flags.add_argument("--guidance", type=float, default=1.0)
     flags.add_argument("--kept", action=argparse.BooleanOptionalAction, default=True, help="also without recomputation")

@@ -1,7 +1,6 @@
 """The whole defence of one image, ours and the authors' algorithm as one writes it with diffusers.
 
     python benchmarks/defense.py --dtype bfloat16             sd15-inpainting with random weights, 512 px: minutes
-    python benchmarks/defense.py --model tiny                 the embedded model
 
 The authors' algorithm: for each of m draws the image is encoded and noised anew, and each of the two prompts predicts
 x0 with its own guidance, four evaluations of the UNet; the mask goes to the stock inpainting pipeline with DDIM. Both
@@ -118,12 +117,11 @@ def mixed(unet: nn.Module) -> nn.Module:
 @torch.no_grad()
 def main() -> None:
     flags = parser(__doc__, repeats=1)
-    flags.add_argument("--model", choices=("tiny", "sd15-inpainting", "sd2-inpainting"), default="sd15-inpainting")
+    flags.add_argument("--model", choices=("sd15-inpainting", "sd2-inpainting"), default="sd15-inpainting")
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the UNets")
     flags.add_argument("--steps", type=int, default=PAPER.steps)
     args = flags.parse_args()
-    weights = None if args.model == "tiny" else "random"
-    model = load_model(args.model, weights, getattr(torch, args.dtype)).to(args.device)
+    model = load_model(args.model, "random", getattr(torch, args.dtype)).to(args.device)
     cfg = replace(PAPER, steps=args.steps)
     defense = DIFFender(model, manual_contexts(model), cfg)
     fast = DIFFender(model, defense.contexts, replace(cfg, sampler="dpmpp", steps=args.steps // 2))

@@ -1,78 +1,84 @@
-"""A pass of the defence and a step of each attack with two embedded models, each with its settings.
+"""A pass of the defence and a step of each attack, of this checkout and of another one, in turn.
 
-    git show b941bf2:weights/tiny.safetensors > first.safetensors        the first generation
-    python benchmarks/generations.py first.safetensors --out results/speed-generations
+    git worktree add ../before b941bf2 && python benchmarks/generations.py --before ../before
 
-One image at a time. Both run in this process with today's code, so the ratio is that of the models and their settings.
-The settings of the other model are those of its commit: --theta and --steps. Where nothing is masked, as in most clean
-images, today's code restores nothing. That has a line of its own, beside a whole pass of the other model, whose commit
-restored every image.
+Each runs in a process of its own through its own benchmarks/attack_step.py, so code, weights and settings of the
+embedded model are those of its commit. b941bf2 is the last one with the first generation, whose restoration took four
+steps. One image at a time, activations kept, as the scripts do it. In the image is a loud square that both mask. Where
+nothing is masked, as in most clean images, today's code restores nothing, while b941bf2 restored every image.
 """
 
-from dataclasses import replace
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
-import torch
 from common import in_turn, parser, report
 
-from diffender.attacks.patch import margin
-from diffender.classifiers.dataset import load_image, sample_items
-from diffender.classifiers.imagenet import load_classifier
-from diffender.config import EMBEDDED, Backward
-from diffender.pipeline import Defended, DIFFender
-from diffender.weights.loading import load_model
-from diffender.weights.prompts import contexts_for
-
+HERE = Path(__file__).parents[1]
 PASS, CLEAN = "a pass", "a pass, nothing masked"
-MODES = ("bpda-mask", "evade", "surrogate", "full")
+NOW = 2  # steps of today's restoration
+MODES = ("bpda-mask", "surrogate", "full")
+
+
+def measure(checkout: Path, steps: int, repeats: int) -> dict[str, float]:
+    """Seconds of each, with the code of the checkout."""
+    words = ["--checkout", checkout.resolve(), "--steps", steps, "--repeats", repeats]
+    command = [sys.executable, __file__, *map(str, words)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def work(args: argparse.Namespace) -> None:
+    """Print the seconds as JSON. What is imported here is the checkout's."""
+    sys.path[:0] = [str(args.checkout), str(args.checkout / "benchmarks")]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("diffender", "common")]:
+        del sys.modules[name]
+    import attack_step
+    import torch
+    from attack_step import build, step, task_for
+
+    photographs = attack_step.sample_items()[1:]  # in the first one today's map sees something
+    attack_step.sample_items = lambda: photographs
+
+    setting = argparse.Namespace(model="tiny", dtype="float32", device="cpu", guidance=1.0, sampler="dpmpp", draws=3)
+    clean = task_for(build(setting, args.steps), 1)
+    loud = torch.randint(0, 2, (1, 3, 25, 25), generator=torch.Generator().manual_seed(0))
+    x = clean.x.clone()
+    x[..., 60:110, 100:150] = loud.repeat_interleave(2, 2).repeat_interleave(2, 3).float()
+    patched = clean._replace(x=x)
+
+    def forward(task: tuple) -> torch.Tensor:
+        with torch.no_grad():
+            return task.victim.defense(task.x, task.noise("benchmark")).mask
+
+    runs = {PASS: lambda: forward(patched), CLEAN: lambda: forward(clean)}
+    runs |= {f"a step, {mode}": lambda mode=mode: step(patched, mode, keep=True) for mode in MODES}
+    seconds, outputs = in_turn(runs, args.repeats)
+    if not outputs[PASS].any() or (args.steps == NOW and outputs[CLEAN].any()):
+        raise AssertionError("the square is not masked, or the clean image is")
+    print(json.dumps(seconds))
 
 
 def main() -> None:
     flags = parser(__doc__, repeats=5)
-    flags.add_argument("other", help="weights of the other model")
-    flags.add_argument("--theta", type=float, default=2.5, help="of the other model (2.5)")
-    flags.add_argument("--steps", type=int, default=4, help="of the other model's restoration (4)")
+    flags.add_argument("--before", type=Path, help="the other checkout")
+    flags.add_argument("--rounds", type=int, default=3, help="processes of each checkout (3)")
+    flags.add_argument("--steps", type=int, default=4, help="of the other checkout's restoration (4)")
+    flags.add_argument("--checkout", type=Path, help="measure this checkout alone")
     args = flags.parse_args()
-    classifier = load_classifier("efficientnet_lite0").requires_grad_(False)
-    settings = {"other": replace(EMBEDDED, theta=args.theta, steps=args.steps), "embedded": EMBEDDED}
-    item = sample_items()[1]
-    x, y = load_image(item.path, classifier.cfg)[None], torch.tensor([item.label])
-    patch = torch.zeros_like(x[:, :1])
-    patch[..., 60:110, 100:150] = 1
-    loud = torch.randint(0, 2, (1, 3, 25, 25), generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 2)
-    patched = x.clone()
-    patched[..., 60:110, 100:150] = loud.repeat_interleave(2, 3).float()
-
-    def forward(victim: Defended, image: torch.Tensor) -> None:
-        with torch.no_grad():
-            victim(image, victim.sample_noise([item.id], 0, "benchmark"))
-
-    def step(victim: Defended, mode: str) -> None:
-        attacked = patched.clone().requires_grad_()
-        noise = victim.sample_noise([item.id], 0, "benchmark")
-        logits, penalty = victim.under(Backward(mode)).with_penalty(attacked, noise, patch)
-        torch.autograd.grad((margin(logits, y) + penalty).sum(), attacked)
-
-    runs = {}
-    for name, path in (("other", args.other), ("embedded", None)):
-        model = load_model("auto", path).requires_grad_(False)
-        model.keep = True
-        victim = Defended(DIFFender(model, contexts_for("manual", model), settings[name]), classifier)
-        runs[name, PASS] = lambda victim=victim: forward(victim, patched)
-        noise = victim.sample_noise([item.id], 0, "benchmark")
-        assert victim.defense.localize(patched, noise).mask.any(), "a pass is measured where something is masked"
-        if name == "embedded":
-            assert not victim.defense.localize(x, noise).mask.any()
-            runs[name, CLEAN] = lambda victim=victim: forward(victim, x)
-        for mode in MODES:
-            runs[name, f"a step, {mode}"] = lambda victim=victim, mode=mode: step(victim, mode)
-    seconds, _ = in_turn(runs, args.repeats)
+    if args.checkout:
+        work(args)
+        return
+    contenders = {"before": (args.before, args.steps), "now": (HERE, NOW)}
+    rounds = [{who: measure(*of, args.repeats) for who, of in contenders.items()} for _ in range(args.rounds)]
     rows, figures = [], {}
-    for name, what in runs:
-        if name == "embedded":
-            a, b = seconds["other", PASS if what == CLEAN else what], seconds["embedded", what]
-            rows.append((what, f"{a:.3f}", f"{b:.3f}", f"**{b / a:.2f}**"))
-            figures[what] = {"other": a, "embedded": b, "ratio": b / a}
-    report(("one image", "other, s", "embedded, s", "ratio"), rows, figures, args)
+    for name in rounds[0]["now"]:
+        before, now = (statistics.median(r[who][name] for r in rounds) for who in contenders)
+        rows.append((name, f"{before:.3f}", f"{now:.3f}", f"**{now / before:.2f}**"))
+        figures[name] = {"before": before, "now": now, "ratio": now / before}
+    report(("one image", "before, s", "now, s", "ratio"), rows, figures, args)
 
 
 if __name__ == "__main__":

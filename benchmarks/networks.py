@@ -53,7 +53,7 @@ def contenders(part: str, model: LatentDiffusion, dtype: torch.dtype, wrap: Call
 @torch.no_grad()
 def main() -> None:
     flags = parser(__doc__, repeats=3)
-    flags.add_argument("--model", choices=("tiny", "sd15-inpainting", "sd2-inpainting"), default="sd15-inpainting")
+    flags.add_argument("--model", choices=("sd15-inpainting", "sd2-inpainting"), default="sd15-inpainting")
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the UNet")
     flags.add_argument("--parts", default=",".join(PARTS))
     flags.add_argument("--compile", action="store_true", help="torch.compile both")

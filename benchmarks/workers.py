@@ -59,7 +59,7 @@ def main() -> None:
     flags = parser(__doc__, repeats=3)
     flags.add_argument("--seconds", type=float, default=15)
     flags.add_argument("--threads", type=int, help="be a worker of so many threads")
-    flags.set_defaults(model="tiny", dtype="float32", images=6, draws=3, steps=4, sampler="dpmpp", guidance=1.0)
+    flags.set_defaults(model="tiny", dtype="float32", images=6, draws=3, steps=2, sampler="dpmpp", guidance=1.0)
     args = flags.parse_args()
     if args.threads:
         work(args)
