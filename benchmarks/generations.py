@@ -71,6 +71,8 @@ def main() -> None:
     if args.checkout:
         work(args)
         return
+    if not args.before:
+        flags.error("give the other checkout: --before FOLDER")
     contenders = {"before": (args.before, args.steps), "now": (HERE, NOW)}
     rounds = [{who: measure(*of, args.repeats) for who, of in contenders.items()} for _ in range(args.rounds)]
     rows, figures = [], {}

@@ -59,7 +59,7 @@ TUNING = {  # of Table 2, by preset
     "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--rounds 20", "paper": "",
     "strong": "",
 }  # fmt: skip
-OURS: dict[str, dict] = {
+VARIANTS: dict[str, dict] = {
     "diffender": {}, "hardened": {"defense": "hardened"}, "NR": {"restore": False}, "EP": {"prompt": "empty"},
     "MP": {"prompt": "manual"},
 }  # fmt: skip
@@ -93,8 +93,8 @@ def changes(number: int, key: str, opts: Options) -> dict:
     """How a row's options differ from the table's. Tunes the prompts of Table 2."""
     if number == 2:
         return {"prompts": retuned(opts, "none" if key == "diffender" else key.removeprefix("without "))}
-    if key in OURS:
-        return OURS[key]
+    if key in VARIANTS:
+        return VARIANTS[key]
     # FNC's statistics are estimated anew where enough photographs are named that are not evaluated.
     counts = key == "fnc" and opts.tuning_data != "samples" and opts.target.classifier not in RECOGNIZERS
     return {"defense": f"fnc:statistics={opts.tuning_data}" if counts else key, "grad": None}
