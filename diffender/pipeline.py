@@ -125,11 +125,7 @@ class DIFFender(nn.Module):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about; `backward` chooses the backward pass."""
-        check_images(x)
-        if len(noise.image) != len(x):
-            raise InputError(
-                f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
-            )
+        check(x, noise)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
@@ -250,6 +246,15 @@ class Undefended(nn.Module):
 
     def forward(self, x: Tensor, noise: None = None) -> Tensor:
         return self.classifier(x)
+
+
+def check(x: Tensor, noise: Noise) -> None:
+    """Raises InputError unless x is a batch of images, and the noise is for as many."""
+    check_images(x)
+    if len(noise.image) != len(x):
+        raise InputError(
+            f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
+        )
 
 
 def check_images(x: Tensor) -> None:

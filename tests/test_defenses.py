@@ -370,6 +370,39 @@ def test_what_is_certified_holds(classifier, photos):
     assert proven > 0
 
 
+class Told(PatchCleanser):
+    """Answers from a table of pairs, and counts how many it was asked for."""
+
+    def predict(self, x, pairs):
+        self.asked.extend(pairs)
+        return [self.answers[i, j] for i, j in pairs]
+
+
+def test_rows_agree_as_defined():
+    """Row by row of random tables, with as few questions as need be."""
+    g = generator("rows")
+    x, seen, fewer = torch.zeros(3, 30, 30), set(), 0
+    for _ in range(300):
+        cleanser = Told(Bright(), 5, masks=3)
+        n = len(cleanser.windows(30))
+        table = (torch.rand(n, n, generator=g) > torch.rand(1, generator=g) ** 3).long()
+        table[0] = torch.randint(2, (1,), generator=g)
+        table = table[torch.randperm(n, generator=g)]
+        answers = {(i, j): int(table[min(i, j), max(i, j)]) for i in range(n) for j in range(n)}
+        object.__setattr__(cleanser, "answers", answers)
+        object.__setattr__(cleanser, "asked", [])
+        agreeing = {answers[i, i] for i in range(n) if len({answers[i, j] for j in range(n)}) == 1}
+        if len({answers[i, i] for i in range(n)}) == 1:  # the first round is enough
+            agreeing = {answers[0, 0]}
+        found = cleanser.agreed(x)
+        assert {found[0]} == agreeing if found else not agreeing
+        assert len(set(cleanser.asked)) == len(cleanser.asked)  # no pair twice
+        seen.add(found and found[0])
+        fewer += len(cleanser.asked) < n * (n + 1) / 2
+    assert seen == {None, 0, 1}
+    assert fewer > 200
+
+
 class Undecided(PatchCleanser):
     def agreed(self, x):
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffender.config import EXACT, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
-from diffender.pipeline import DIFFender, Purified
+from diffender.pipeline import DIFFender, Purified, check
 from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
@@ -34,13 +34,17 @@ class Hardened(DIFFender):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about. Gradients pass straight through the choice of the window."""
-        out = super().forward(x, noise, backward, posterior)
-        if backward.mode == "bpda":  # has been here, without gradient
-            return out
+        if backward.mode == "bpda":  # comes back here, without gradient
+            return super().forward(x, noise, backward, posterior)
+        check(x, noise)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         found = [self.window(image) for image in images]
         known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
         mask = torch.stack([x.new_zeros(1, *x.shape[2:]) if mask is None else mask for mask in found])[place]
+        if known.all():
+            out = Purified(x, *self.localize(x, noise, backward, posterior))
+        else:
+            out = super().forward(x, noise, backward, posterior)
         covered = composite(x, self.cleanser.classifier.mean, mask)
         assert out.mask is not None
         return out._replace(image=torch.where(known, covered, out.image), mask=torch.where(known, mask, out.mask))

@@ -14,6 +14,8 @@ from torch import Tensor
 from diffender.classifiers.imagenet import Classifier
 from diffender.restore import composite
 
+AT_ONCE = 4  # pairs of a row, before it is asked whether the row can still agree
+
 
 @dataclass(frozen=True)
 class PatchCleanser:
@@ -74,19 +76,24 @@ class PatchCleanser:
         """The class of one image (3, S, S) that all first masks, or all pairs with one mask, agree on, and that mask.
 
         None where no mask's row agrees. Two rows share a pair, so they cannot agree on two classes. Dissenters go
-        first: of an attacked image they are the few masks that hide the patch.
+        first: of an attacked image they are the few masks that hide the patch. The first pair that disagrees with a
+        row ends it.
         """
         first = self.singles(x)
         if len(set(first)) == 1:
             return first[0], 0
         majority = max(set(first), key=first.count)
-        possible = [True] * len(first)
-        for i in sorted(range(len(first)), key=lambda i: first[i] == majority):
-            if possible[i]:
-                row = self.row(x, i)
-                if set(row) == {first[i]}:
-                    return first[i], i
-                possible = [p and seen == own for p, seen, own in zip(possible, row, first, strict=True)]
+        order = sorted(range(len(first)), key=lambda i: first[i] == majority)
+        possible, known = set(order), {(i, i) for i in order}
+        for i in order:
+            row = [pair for j in order if (pair := (min(i, j), max(i, j))) not in known]
+            while row and i in possible:
+                part, row = row[:AT_ONCE], row[AT_ONCE:]
+                for pair, seen in zip(part, self.predict(x, part), strict=True):
+                    possible -= {k for k in pair if seen != first[k]}
+                known.update(part)
+            if i in possible:
+                return first[i], i
         return None
 
     def certified(self, x: Tensor, label: int, patch: Tensor) -> bool:
