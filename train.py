@@ -28,6 +28,7 @@ from diffender.config import (
     TargetOptions,
     TuningConfig,
 )
+from diffender.utils.errors import InputError
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Options:
 
 def main() -> None:
     opts = parse(Options, __doc__)
+    if opts.held_out and opts.tuning.adaptive > opts.tuning.rounds:
+        raise InputError(
+            f"--adaptive {opts.tuning.adaptive} with --rounds {opts.tuning.rounds}: no round would be compared; give "
+            "at most as many, or --held-out 0"
+        )
     # Imported after the options are known to be good: torch and timm take seconds.
     import torch
 
@@ -86,7 +92,6 @@ def main() -> None:
     from diffender.pipeline import Defended, DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
     from diffender.tuning import Shots, Tuning, Work
-    from diffender.utils.errors import InputError
     from diffender.utils.files import place_for
     from diffender.weights.prompts import save_prompts
 
@@ -114,7 +119,7 @@ def main() -> None:
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
     if opts.model.keep is None:
-        one = footprint(model.cfg, pick_dtype(opts.model.dtype, device), classifier.net, x.shape[-1])
+        one = footprint(model.cfg, pick_dtype(opts.model, device), classifier.net, x.shape[-1])
         model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, cfg.evaluations, device)
     defense = DIFFender(model, prompts(model), cfg)
     posterior, features = defense.posterior(attacked.image), classifier.features(x)
@@ -165,7 +170,6 @@ def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
 def photographs(opts: Options, classifier: Classifier) -> Batch:
     """Those to tune on and those to choose by. Raises InputError where there are too few, or no layers for Eq. 6."""
     from diffender.classifiers.dataset import correct_subset, list_items
-    from diffender.utils.errors import InputError
 
     if not classifier.cfg.taps:
         raise InputError(
@@ -224,9 +228,10 @@ def unfinished(opts: Options) -> Path:
 
 def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
-    from diffender.factory import model_hashes
+    from diffender.factory import model_hashes, pick_device, pick_dtype
 
-    return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": model_hashes(opts.model)}
+    dtype = str(pick_dtype(opts.model, pick_device(opts.run.device)))
+    return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": model_hashes(opts.model), "dtype": dtype}
 
 
 def read_unfinished(opts: Options) -> dict:
@@ -235,7 +240,6 @@ def read_unfinished(opts: Options) -> dict:
 
     import torch
 
-    from diffender.utils.errors import InputError
     from diffender.utils.files import one_line
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"

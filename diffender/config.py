@@ -138,7 +138,8 @@ class ModelOptions:
     )
     dtype: str = option(
         "auto",
-        "Dtype of the UNet. auto: float32 on the CPU, bfloat16 on a GPU. Text encoder and VAE stay in float32.",
+        "Dtype of the UNet. auto: float32; on a GPU bfloat16, but for the embedded model. Text encoder and VAE stay in "
+        "float32.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     micro_batch: int | None = option(

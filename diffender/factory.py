@@ -28,6 +28,7 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: a map is a difference of two near numbers
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -40,7 +41,7 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
     """The diffusion model that the flags ask for, on its device."""
     prediction = None if opts.prediction == "auto" else opts.prediction
     parts = {"vae": opts.vae, "locator": opts.locate_unet}
-    dtype = pick_dtype(opts.dtype, device)
+    dtype = pick_dtype(opts, device)
     model = load_model(opts.model, opts.weights, dtype, ema=opts.ema, parts=parts, prediction=prediction)
     model.micro_batch = opts.micro_batch
     if opts.keep is not None:
@@ -82,11 +83,10 @@ def open_items(opts: TargetOptions) -> list[Item]:
     return list_items(opts.data, opts.classes)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+def pick_dtype(opts: ModelOptions, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 for an official model on a GPU, and float32 elsewhere."""
+    auto = "bfloat16" if device.type == "cuda" and not opts.embedded else "float32"
+    return getattr(torch, auto if opts.dtype == "auto" else opts.dtype)
 
 
 def command(from_here: bool = False) -> str:

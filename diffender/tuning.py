@@ -99,8 +99,7 @@ def tune(target: Defended, tuning: Tuning, work: Work, cfg: TuningConfig) -> Ite
             found = versions[-1].part(held_out)
             terms["held_out_iou"] = mask_fit(target, tuning.prompts, found, empty, cfg.seed)
         compared = "held_out_iou" in terms or not len(held_out)
-        better = terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", 0)
-        if not tuning.best or (compared and better):
+        if compared and terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", -1):
             tuning.best = terms
             tuning.kept = {name: value.clone() for name, value in tuning.prompts.state_dict().items()}
         tuning.rounds += 1

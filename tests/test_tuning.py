@@ -89,3 +89,24 @@ def test_the_round_that_fits_the_held_out_best_is_kept(tuned, prompts, monkeypat
     rows = torch.tensor([0])
     list(tune(tuned, tuning, Work(nowhere(), [(rows, 1.0)], rows if scores else rows[:0], attack=None), cfg))
     assert torch.allclose(prompts.ctx_locate, start + best)
+
+
+def test_only_compared_rounds_are_kept(tuned, prompts, monkeypatch):
+    """With --adaptive 2 that is every second one, and of equals the first, even where no mask fits at all."""
+    zero = torch.zeros(())
+
+    def bowl(target, *_):
+        mean = target.defense.contexts.locate.mean() + target.defense.contexts.restore.mean()
+        return TuningLoss(mean, zero, zero, mean), zero
+
+    monkeypatch.setattr(tunings, "eq_7", bowl)
+    monkeypatch.setattr(tunings, "mask_fit", lambda *_: 0.0)
+    monkeypatch.setattr(tunings, "attacked_anew", lambda target, every, images: every)
+    cfg = TuningConfig(rounds=5, lr=0.05, adaptive=2)
+    work = Work(nowhere(), [(torch.tensor([0]), 1.0)], torch.tensor([0]), attack=lambda: torch.zeros(1, 3, 8, 8))
+    seen = []
+    tuning = Tuning(prompts, cfg, 1)
+    for _ in tune(tuned, tuning, work, cfg):
+        seen.append(prompts.ctx_locate.detach().clone())
+    assert torch.equal(tuning.kept["ctx_locate"], seen[1])
+    assert torch.equal(prompts.ctx_locate, seen[1])

@@ -320,7 +320,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     model, classifier = target.defense.model, target.classifier
     device = classifier.mean.device
     asked, draws = opts.target.defense.model, config_of(opts).draws
-    one = footprint(model.cfg, pick_dtype(asked.dtype, device), classifier.net, classifier.cfg.size)
+    one = footprint(model.cfg, pick_dtype(asked, device), classifier.net, classifier.cfg.size)
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))

@@ -231,7 +231,7 @@ def resolved(opts: Options) -> dict:
     asked = opts.target.defense
     found = settings(opts, *NO_MATTER) | asdict(config_of(opts)) | {"prompt": asked.prompt_kind}
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
-    found["dtype"] = str(pick_dtype(asked.model.dtype, pick_device(opts.run.device))).removeprefix("torch.")
+    found["dtype"] = str(pick_dtype(asked.model, pick_device(opts.run.device))).removeprefix("torch.")
     hashes = {"model": model_hashes(asked.model)}
     files = {
         "classifier": opts.target.classifier_weights,
