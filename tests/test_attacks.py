@@ -380,7 +380,11 @@ def test_stickers_stay_in_their_disc_at_any_angle():
 def test_rhde_energy_locks_on_the_runner_up_once(batch):
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1]])
     assert torch.allclose(rhde.energy(probs, 0, None), torch.tensor([0.2, -0.5]))
-    assert torch.allclose(rhde.energy(probs, 0, 2), torch.tensor([20 * 0.3 / 0.5 + 0.3, 20 * 0.1 / 0.2 + 0.1]))
+    assert torch.allclose(rhde.energy(probs, 0, 2), torch.tensor([20 * 0.3 / 0.5 + 0.3, 20 * 0.1 / 0.2 + 0.1 - 100]))
+    near, misread = torch.tensor([[0.4, 0.38, 0.02, 0.2], [0.3, 0.05, 0.5, 0.15]])
+    for locked in (None, 1, 2, 3):  # as whatever class
+        told = rhde.energy(torch.stack([near, misread]), 0, locked)
+        assert told[1] < 0 < told[0]
     x, y = batch
     victim = Linear(sigma=1.0)  # whose runner-up changes with the noise
     victim.w *= 2

@@ -123,7 +123,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --sticker smiley", "--sticker smiley is read by rhde, and --attack is advp"),
     ("evaluate --queries 10", "--queries 10 is read by rhde, sparse-rs"),
     ("evaluate --attack rhde --restarts 2", "--restarts 2 is read by advp, lavan, gdpa"),
-    ("evaluate --attack rhde --iters-undefended 9", "--iters-undefended 9 is read by advp, lavan, gdpa"),
+    ("evaluate --attack sparse-rs --iters-undefended 9", "--iters-undefended 9 is read by advp, lavan, gdpa, rhde"),
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
     ("evaluate --grad full --hide mean", "--hide is read by --grad full+loc and evade alone"),

@@ -1,8 +1,9 @@
 """RHDE: a fixed sticker, its place, angle and opacity searched by differential evolution (Wei, Guo and Yu 2022).
 
-Black-box: it sees class probabilities alone, and counts every query. On a randomised defence all candidates of a
-generation share their noise, each generation has new noise, and the elite is judged again in each. No lucky draw may
-win: queries are kept back, and in the end the best three and the start are compared on noise that none has seen.
+Black-box: it sees class probabilities alone, and counts every query. On a randomised defence all that a generation
+asks for shares its noise, each generation has new noise, and the elite is judged again in each. Other parents keep what
+an earlier generation saw of them, so queries are kept back: in the end the best three and the start are compared on
+noise that none has seen.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from diffender.noise import generator, stack
 from diffender.utils.errors import InputError, named_images, nearest
 
 GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
+MISREAD = 100.0  # more than the energy of any candidate
 FRESH = 10  # draws that must all be fooled before the search may stop
 FINALISTS = 4  # the best three and the start
 
@@ -37,14 +39,15 @@ class Crowd(NamedTuple):
 
 def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
     """What the search lowers, (N,) from probabilities (N, classes): the gap to the runner-up, and once that is
-    `locked`, the gap to it with a term relative to the true class."""
+    `locked`, the gap to it with a term relative to the true class. What is misread, as whatever class, is below 0 and
+    all else is not."""
     true = probs[:, y]
     if locked is None:
         others = probs.clone()
         others[:, y] = -1
         return true - others.amax(dim=1)
     gap = true - probs[:, locked]
-    return BETA * gap / true.clamp_min(1e-6) + gap
+    return BETA * gap / true.clamp_min(1e-6) + gap - MISREAD * probs.argmax(dim=1).ne(y)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Search:
 
     def first(self, init: Tensor | None) -> Crowd:
         """The first population: an earlier search's, or a Latin hypercube over the best stickers."""
-        n = self.cfg.population
+        n = min(self.cfg.population, max(4, self.limit // 3))  # so that a small budget searches too
         if init is not None:
             return self.ask(init[:n, :4], init[:n, 4].long(), "attack 0")
         tries = min(5, self.limit // (2 * len(NAMES)))  # at most half of the queries go into the screening
@@ -183,8 +186,11 @@ class Search:
         """One generation, `crowd` sorted best first: neighbours of the elite, best1bin for the others."""
         n = len(crowd.genes)
         n_elite = max(1, round(self.cfg.elite * n))
-        elite = self.ask(crowd.genes[:n_elite], crowd.sticker[:n_elite], purpose)  # no lucky draw survives
-        crowd = Crowd(crowd.genes, crowd.sticker, torch.cat([elite.probs, crowd.probs[len(elite.probs) :]]))
+        elite = crowd.take(torch.arange(n_elite))
+        if self.task.noise(purpose) is not None:  # no lucky draw survives
+            elite = self.ask(elite.genes, elite.sticker, purpose)
+            elite = elite.take(self.energies(elite).argsort(stable=True))
+            crowd = Crowd(*(torch.cat([new, old[len(new) :]]) for new, old in zip(elite, crowd, strict=True)))
         near = torch.cat([self.neighbours(gene, int(s)) for gene, s in zip(elite.genes, elite.sticker, strict=True)])
         asked = self.ask(near, elite.sticker.repeat_interleave(8), purpose)
         owner = torch.arange(len(asked.genes)) // 8

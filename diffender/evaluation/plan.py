@@ -237,8 +237,7 @@ def refuse_unread(opts: Options) -> None:
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
     for flag, value in own.items():
-        field, access = flag.removesuffix("_undefended"), "gradient" if flag == "iters_undefended" else None
-        readers = [n for n, cls in ATTACKS.items() if field in cls.reads() and access in (None, cls.access)]
+        readers = [n for n, cls in ATTACKS.items() if flag.removesuffix("_undefended") in cls.reads()]
         if value is not None and not set(readers) & set(chosen):
             raise InputError(
                 f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
@@ -354,8 +353,8 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
     bare = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []
     for name, cls in attacks(opts).items():
-        few = {"queries": opts.queries_undefended} if cls.access == "queries" else bare
-        base = cls.from_flags(given | few)
+        few = {"queries": opts.queries_undefended, "iters": opts.iters_undefended}
+        base = cls.from_flags(given | (few if cls.access == "queries" else bare))
         attack, adaptive = cls.from_flags(given), {}
         if cls.access == "queries":
             adaptive["queries"] = (attack, target)
