@@ -7,7 +7,7 @@ import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
 from diffender.attacks.expectation import Task, rank
-from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, to_8bit
+from diffender.attacks.patch import apply_patch, margin, masks_for, moved, patch_side, random_mask, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
 from diffender.pipeline import Undefended
@@ -228,6 +228,37 @@ def test_targeted_aims_at_one_class_and_eot_moves_the_patch(batch):
     moving = ATTACKS["advp"](area=0.1, iters=3, eot=2, location="eot")
     fixed = ATTACKS["advp"](area=0.1, iters=3, eot=2)
     assert not torch.equal(moving(Task(victim, x, y, IDS, 0)).mask, fixed(Task(victim, x, y, IDS, 0)).mask)
+
+
+def test_a_patch_that_moves_is_one_patch(batch):
+    """Every sample of a step shows the same pixels, elsewhere, and its gradient returns to these pixels."""
+    x, y = (t[:2] for t in batch)
+    victim, seen = Linear(), []
+
+    def watched(images, noise=None):
+        seen.append(images.detach())
+        return victim(images)
+
+    class Watched(Linear):
+        forward = staticmethod(watched)
+
+    attack = ATTACKS["advp"](area=0.2, iters=1, eot=3, location="eot")
+    task = Task(Watched(), x, y, IDS[:2], 0, lambda z: margin(z, y))
+    start = attack.first_pixels(task, "")
+    out = attack(task, init=start)
+    home, masks = attack.home(task, ""), [attack.place(task, "attack 0", k, "") for k in range(3)]
+    assert len({m.nonzero().sum().item() for m in masks}) > 1
+    at_home = start[home.expand_as(start) == 1]
+    for image, mask in zip(seen[:3], masks, strict=True):
+        assert torch.equal(image[mask.expand_as(x) == 1], at_home)
+    canvas = start.clone().requires_grad_()
+    total = sum(margin(victim(apply_patch(x, moved(canvas, home, m), m)), y).sum() for m in masks)
+    slope = torch.autograd.grad(total, canvas)[0]
+    stepped = to_8bit((start - attack.lr * slope.sign()).clamp(0, 1))
+    assert any(torch.equal(out.state[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))
+    again = attack.draw(task, stepped, 1, "")(0)[0]  # the next step's samples
+    assert again.shape == x.shape
+    assert torch.equal(out.image[out.mask.expand_as(x) == 1], out.state[home.expand_as(x) == 1])
 
 
 def test_lavan_lowers_the_true_logit_against_the_target(batch):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Callback, GradientAttack, within
-from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements
-from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, to_8bit
+from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, expect, judge, judgements
+from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, moved, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 
@@ -41,7 +41,7 @@ class AdvP(GradientAttack):
         return 1 / (1 - self.momentum)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
-        """`init` (B, 3, S, S) are patch pixels."""
+        """`init` (B, 3, S, S) are patch pixels, at the place of location="fixed"."""
         for r in range(self.restarts):
             yield self.attempt(task, r, init if r == 0 else None, within(callback, r, self.restarts))
 
@@ -50,9 +50,13 @@ class AdvP(GradientAttack):
         x, key = task.x, f" {r}" if r else ""
         patch = self.first_pixels(task, key) if init is None else init
         candidates = [] if init is None else [patch]
-        velocity, course = torch.zeros_like(patch), Course()
+        velocity, course, home = torch.zeros_like(patch), Course(), self.home(task, key)
+
+        def share(sample: Sample) -> Tensor:
+            return self.carried(sample.gradient, sample.mask, home)
+
         for step in range(self.iters):
-            seen = expect(task, self.draw(task, patch, step, key), self.eot, self.eot_batch, masked=True)
+            seen = expect(task, self.draw(task, patch, step, key), self.eot, self.eot_batch, share)
             course.record(patch, seen)
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
@@ -62,7 +66,7 @@ class AdvP(GradientAttack):
 
         states = torch.stack([*candidates, *course.best, patch])
         place = self.place(task, "choice", 0, key)
-        images = [apply_patch(x, to_8bit(p), place) for p in states]
+        images = [apply_patch(x, self.carried(to_8bit(p), home, place), place) for p in states]
         purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
         scores = [judge(task, image, purpose + key, self.eot, self.eot_batch, least) for image in images]
         chosen = torch.stack(scores).argmax(dim=0)
@@ -70,7 +74,8 @@ class AdvP(GradientAttack):
         mask = self.place(task, "verdict", 0, key)
         passes = self.eot * self.iters + judgements(task, self.eot, least) * len(states)
         queries = torch.full((len(x),), passes, device=x.device)
-        return Attacked(apply_patch(to_8bit(x), patch, mask), mask, patch, queries, *course.curves(x))
+        image = apply_patch(to_8bit(x), self.carried(patch, home, mask), mask)
+        return Attacked(image, mask, patch, queries, *course.curves(x))
 
     def first_pixels(self, task: Task, key: str) -> Tensor:
         """Uniform noise, (B, 3, S, S)."""
@@ -78,18 +83,27 @@ class AdvP(GradientAttack):
         drawn = [torch.rand(*shape, generator=generator(task.seed, i, f"init{key}")) for i in task.image_ids]
         return torch.stack(drawn).to(task.x)
 
+    def home(self, task: Task, key: str) -> Tensor:
+        """Masks (B, 1, S, S) of where the patch's pixels are kept."""
+        return masks_for(task, f"patch{key}", self.area, self.shape, self.location == "corner")
+
     def place(self, task: Task, purpose: str, k: int, key: str) -> Tensor:
         """Masks (B, 1, S, S) of the k-th sample."""
-        at = f"{purpose}{key}/{k}" if self.location == "eot" else f"patch{key}"
-        return masks_for(task, at, self.area, self.shape, self.location == "corner")
+        if self.location != "eot":
+            return self.home(task, key)
+        return masks_for(task, f"{purpose}{key}/{k}", self.area, self.shape)
+
+    def carried(self, content: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """`moved`, where the patch moves at all."""
+        return moved(content, source, target) if self.location == "eot" else content * target
 
     def draw(self, task: Task, patch: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
-        purpose = f"attack {0 if self.fixed_noise else step}"
+        purpose, home = f"attack {0 if self.fixed_noise else step}", self.home(task, key)
 
         def sample(k: int):  # noqa: ANN202
             mask = self.place(task, purpose, k, key)
-            return apply_patch(task.x, patch, mask), mask, task.noise(purpose + key, k)
+            return apply_patch(task.x, self.carried(patch, home, mask), mask), mask, task.noise(purpose + key, k)
 
         return sample
 

@@ -101,14 +101,16 @@ class Expectation(NamedTuple):
     score: Tensor  # (B,): their `rank`
 
 
-def expect(task: Task, draw: Draw, eot: int, batch: int = 1, masked: bool = False) -> Expectation:
+def expect(
+    task: Task, draw: Draw, eot: int, batch: int = 1, share: Callable[[Sample], Tensor] = lambda s: s.gradient
+) -> Expectation:
     """The step that gradient attacks share: loss and gradient over `eot` samples, as in `samples`.
 
-    `masked` keeps the gradient inside of each sample's own patch.
+    `share` is what a sample gives to the mean gradient, (B, 3, S, S).
     """
     gradient, values, fooled = torch.zeros_like(task.x), [], []
     for sample in samples(task, draw, eot, batch):
-        gradient = gradient + (sample.gradient * sample.mask if masked else sample.gradient) / eot
+        gradient = gradient + share(sample) / eot
         values.append(sample.value)
         fooled.append(sample.fooled)
     losses, misread = torch.stack(values), torch.stack(fooled)

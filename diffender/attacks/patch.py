@@ -47,6 +47,15 @@ def apply_patch(x: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
     return x * (1 - mask) + patch * mask
 
 
+def moved(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """What `content` (B, C, S, S) holds in the mask `source`, in `target`, and 0 elsewhere.
+
+    The masks (B, 1, S, S) are of the same shape at other places.
+    """
+    here, there = (mask.expand_as(content) == 1 for mask in (source, target))
+    return torch.zeros_like(content).masked_scatter(there, content[here])
+
+
 def to_8bit(x: Tensor) -> Tensor:
     """Rounded to what an 8-bit file can hold."""
     return (x * 255).round() / 255
