@@ -9,6 +9,7 @@ from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
 from diffender.noise import generator
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
+from diffender.pipeline import Undefended
 
 
 def at(pose, size, points):
@@ -99,3 +100,18 @@ def test_patches_are_made_before_the_camera(classifier, photos):
     y = classifier(photos[:1]).argmax(dim=1)
     made = ATTACKS["advp"](iters=8, eot=2)(Task(victim, photos[:1], y, ["a"], 0))
     assert made.trace[0, -2:].mean() < made.trace[0, :2].mean()
+
+
+def test_the_camera_sees_the_patch_printed(classifier, photos):
+    """As the frames that are judged, and from as far away as these."""
+    victim = Filmed(torch.nn.Identity(), photos[:1])
+    noise = victim.sample_noise(["a"], 0, "p")
+    made = ATTACKS["noise"]()(Task(Undefended(classifier), photos[:1], torch.zeros(1).long(), ["a"], 0))
+    expected = photograph(print_patch(made.image, made.mask, noise.ink), photos[:1], noise)
+    frame, unprinted = victim(made.image, noise), photograph(made.image, photos[:1], noise)
+    assert (frame - expected).abs().mean() < 0.2 * (frame - unprinted).abs().mean()
+    poses = [victim.sample_noise([str(i)], 0, "p").pose[0] for i in range(200)]
+    reached = torch.stack(poses).amax(dim=0)
+    for configured in CONFIGURATIONS.values():
+        for pose in configured:
+            assert all(abs(p) <= r + 0.5 for p, r in zip(pose, reached.tolist(), strict=True))

@@ -25,7 +25,7 @@ from diffender.defenses.jpeg import JPEG
 from diffender.evaluation.plan import mine
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.run import Experiment
-from diffender.evaluation.verdicts import file_names, proportion
+from diffender.evaluation.verdicts import file_names
 from diffender.evaluation.workers import is_first, wait
 from diffender.factory import command, machine
 from diffender.noise import generator
@@ -156,9 +156,11 @@ def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
             line = [f"{title}, patch {PATCHES[patch]}"]
             for configuration in configurations:
                 frames = [f for f in found.get(f"{patch}/{configuration}", ()) if f["clean"]]
-                cell = proportion([float(f[who]) for f in frames]) if frames else None
+                cell = {"right": sum(f[who] for f in frames), "n": len(frames)} if frames else None
                 results["cells"][f"{patch}/{who}/{configuration}"] = cell
-                line.append("" if cell is None else f"{100 * cell['accuracy']:.1f} ({cell['right']:.0f}/{cell['n']})")
+                line.append(
+                    "" if cell is None else f"{100 * cell['right'] / cell['n']:.1f} ({cell['right']}/{cell['n']})"
+                )
             rows.append(line)
     if configurations == list(CONFIGURATIONS):
         quoted = QUOTED[7]["Inception-V3"]

@@ -130,7 +130,8 @@ def blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
 class Filmed(nn.Module):
     """A victim behind the camera, before one scene (1, 3, S, S): its noise is a frame, over the whole range of poses.
 
-    An attack on it is the honest adversary of Table 7 (Athalye et al. 2018): the patch must work from everywhere.
+    What differs from the scene is a print. An attack on it is the honest adversary of Table 7 (Athalye et al. 2018):
+    the patch must work as it is printed, from everywhere that the table looks from.
     """
 
     def __init__(self, classifier: nn.Module, scene: Tensor):
@@ -142,8 +143,10 @@ class Filmed(nn.Module):
         for image_id in image_ids:
             g = generator(seed, image_id, "film", purpose, k)
             yaw, pitch, distance = torch.rand(3, generator=g).tolist()
-            frames.append(draw_frame([Pose(60 * yaw - 30, 60 * pitch - 30, 0.8 + 0.8 * distance)], self.size, g))
+            frames.append(draw_frame([Pose(60 * yaw - 30, 60 * pitch - 30, 0.8 + 1.2 * distance)], self.size, g))
         return Frame(*map(torch.cat, zip(*frames, strict=True)))
 
     def forward(self, x: Tensor, noise: Frame) -> Tensor:
-        return self.classifier(photograph(x, self.scene, noise))
+        patch = (x.detach() - self.scene).abs().amax(dim=1, keepdim=True) > 1 / 255  # more than rounding to 8 bits
+        printed = print_patch(x, patch.to(x.dtype), noise.ink.to(x))
+        return self.classifier(photograph(printed, self.scene, noise))
