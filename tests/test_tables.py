@@ -30,6 +30,7 @@ from diffender.paper.tables import (
     by_column,
     chosen_rows,
     columns,
+    in_common,
     markdown,
     pool,
     readings,
@@ -130,13 +131,22 @@ def test_readings_of_a_run(tmp_path):
     assert "| DIFFender, hardened | **100.0 (8/8; 68-100)** |" in text
 
 
+def test_no_defence_is_first_for_want_of_others():
+    lines = [line("resize", 0), line("jpeg", 0), line("hardened", 0)]
+    assert in_common(lines, [{"bpda": {}}, {"bpda": {}}, {"bpda": {}, "certified": {}}]) == {"bpda", "certified"}
+    assert in_common(lines, [{"bpda": {}}, {"bpda": {}}, {"certified": {}}]) == {"certified"}
+
+
 def test_knowing_more_is_never_worth_less(tmp_path):
     attacks = {"advp/transfer": [1, 1, 2], "advp/bpda": [1, 2, 1], "advp/evade": [1, 2, 1], "gdpa/transfer": [2, 2, 2]}
     records = [
         {"id": str(i), "label": 1, "attacks": {v: {"defended": [seen[i]]} for v, seen in attacks.items()}}
         for i in range(3)
     ]
-    assert [p["right"] for p in known(records)] == [2, 1, 1]
+    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 1: 1, 2: 1}
+    for record in records:
+        del record["attacks"]["advp/bpda"]
+    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 2: 1}  # no point without its attack
     append_records(tmp_path / "per_image.jsonl", records)
     write_json(tmp_path / "results.json", {"ids": ["0", "1"]})
     assert [r["id"] for r in read_finished(tmp_path)[1]] == ["0", "1"]

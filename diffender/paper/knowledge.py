@@ -16,14 +16,17 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
 }
 
 
-def known(records: Sequence[dict], attack: str = "advp") -> list[dict]:
-    """The share of first purifications that are right at each stage: of each image under its strongest patch so far."""
+def known(records: Sequence[dict], attack: str = "advp") -> dict[int, dict]:
+    """The share of first purifications that are right at each stage, of each image under its strongest patch so far; a
+    stage whose gradient the run does not have is left out."""
     judged = by_variant(records)
     mine = [variant for variant in judged if variant.split("/")[0] == attack]
-    found = []
-    for kinds in STAGES.values():
+    found = {}
+    for stage, kinds in enumerate(STAGES.values()):
+        if kinds and f"{attack}/{kinds[-1]}" not in mine:
+            continue
         seen = [variant for variant in mine if kinds is None or variant.split("/")[1] in kinds]
-        found.append(proportion([v.single for v in strongest_of(judged, seen, [r["id"] for r in records])]))
+        found[stage] = proportion([v.single for v in strongest_of(judged, seen, [r["id"] for r in records])])
     return found
 
 
@@ -33,11 +36,11 @@ def draw_knowledge(runs: dict[str, Path], path: Path) -> None:
     axis = figure.subplots()
     for i, (title, folder) in enumerate(runs.items()):
         points = known(read_finished(folder)[1])
-        y = [100 * p["accuracy"] for p in points]
-        around = [[v - 100 * p["low"] for v, p in zip(y, points, strict=True)]]
-        around += [[100 * p["high"] - v for v, p in zip(y, points, strict=True)]]
+        y = [100 * p["accuracy"] for p in points.values()]
+        around = [[v - 100 * p["low"] for v, p in zip(y, points.values(), strict=True)]]
+        around += [[100 * p["high"] - v for v, p in zip(y, points.values(), strict=True)]]
         ours = title.startswith("DIFFender")
-        x = [stage + 0.02 * (i - len(runs) / 2) for stage in range(len(y))]  # side by side, where they coincide
+        x = [stage + 0.02 * (i - len(runs) / 2) for stage in points]  # side by side, where they coincide
         axis.errorbar(x, y, around, marker="o", label=title, linewidth=2.5 if ours else 1, capsize=2, elinewidth=0.7)
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
     axis.set_xticks(range(len(STAGES)), list(STAGES))

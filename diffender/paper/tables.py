@@ -210,8 +210,10 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     lines = [
         Line(classifier, row.key, by_column(e, batch.ids), e.folder) for row, e in zip(rows, experiments, strict=True)
     ]
-    for line, e in zip(tuple(lines), experiments, strict=True):
-        lines += [line._replace(verdicts=found, reading=name) for name, found in readings(e, batch.ids).items()]
+    found = [readings(e, batch.ids) for e in experiments]
+    shown = in_common(lines, found)
+    for line, mine in zip(tuple(lines), found, strict=True):
+        lines += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
@@ -241,6 +243,12 @@ def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, 
             proven[plan.name] = [Verdict(*[float(all(seen))] * len(Verdict._fields)) for seen in mine]
         found["certified"] = proven
     return found
+
+
+def in_common(lines: Sequence[Line], found: Sequence[dict]) -> set[str]:
+    """The readings to show: what every defence has, so that none is first for want of others; and certificates."""
+    compared = [set(mine) for line, mine in zip(lines, found, strict=True) if is_defence(line)]
+    return {"certified"}.union(set.intersection(*compared) if compared else ())
 
 
 def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str] = ()) -> dict[str, list[Verdict]]:
@@ -321,6 +329,7 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     where = machine(pick_device(opts.run.device))
     missing = [NAMES[key] for key in ROWS[number] if key not in {line.key for line in lines}]
     left = f"Left out: {', '.join(missing)}. " if missing else ""
+    dependent = "folds share people, so intervals and tests are too narrow; " if opts.folds > 1 else ""
     proven = any(line.reading == "certified" for line in lines)
     budget = f"RHDE {full.queries} queries to the defence"
     budget += ", no attack targeted" if opts.patch.targeted is False else ""
@@ -328,7 +337,7 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
-        f"not told from the first by such a test; {certified}{baselines}DIFFender through {full.grad} (paper: BPDA). "
+        f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through {full.grad} (paper: BPDA). "
         f"{len(lines[0].verdicts['clean'])} images, {describe(full)}, {budget}, seed {opts.run.seed}, {where}, "
         f"{time.strftime('%Y-%m-%d')}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
