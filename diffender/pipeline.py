@@ -21,6 +21,8 @@ from diffender.utils.errors import InputError, check_finite
 if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
 
+TOUCHED = 1e-3  # what a resized mask exceeds wherever a pixel has a part of what was masked
+
 
 class Localized(NamedTuple):
     mask: Tensor  # (B, 1, H, W) in {0, 1}, 1 = patch
@@ -110,7 +112,7 @@ class DIFFender(nn.Module):
         """A whole new image (B, 3, H, W) whose inside of the mask does not know what was there."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
-        small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), 0.5)
+        small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), TOUCHED)
         cfg = self.cfg if steps is None else replace(self.cfg, steps=steps)
         return resize(inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg), x.shape[-2:])
 
@@ -135,7 +137,8 @@ class DIFFender(nn.Module):
         if backward.mode in ("bpda-mask", "surrogate", "evade"):
             x_hat = restore(x.detach(), found.mask.detach(), noise)
         if backward.mode == "surrogate":
-            x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, backward.surrogate_steps))
+            steps = min(backward.surrogate_steps, self.cfg.steps)
+            x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, steps))
         elif backward.mode in ("full", "full+loc", "auto"):
             mask = resize(found.mask, self.size) if backward.ste == "soft" else found.mask  # `restore` makes it binary
             x_hat = restore(x, mask, noise)

@@ -230,6 +230,24 @@ def test_restoration_does_not_see_what_the_mask_covers(defense, photos):
     assert torch.equal(defense.restore(photos[:1], mask, noise), defense.restore(other, mask, noise))
 
 
+def test_what_is_restored_knows_no_pixel_of_the_patch(defense, photos):
+    """Also where the model works at another size than the image's: its mask has every pixel that the patch reaches."""
+    other = defense.at((320, 320))
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 61:118, 93:150] = 1
+    noise = other.sample_noise(["a"], 0, "a")
+    whole = [other.restore(x, mask, noise, steps=1) for x in (photos[:1], photos[:1] * (1 - mask) + 9 * mask)]
+    assert torch.equal(*whole)
+
+
+def test_a_surrogate_takes_no_more_steps_than_the_defence(defense, photos):
+    one = DIFFender(defense.model, defense.contexts, replace(FAST, sampler="ddim", steps=1, eta=1.0))
+    noise = one.sample_noise(["a"], 0, "a")
+    x = photos[:1].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(one(x, noise, Backward("surrogate")).image.sum(), x)
+    assert slope.isfinite().all()
+
+
 def test_named_outputs_of_any_size(defense):
     x = torch.rand(1, 3, 150, 260)
     out = defense(x, noise_for(defense, 1))
