@@ -98,6 +98,7 @@ class Backward:
 
 
 EXACT = Backward()
+THROUGH_MASK = ("bpda-mask", "surrogate", "full", "full+loc")  # modes whose gradient passes the threshold, by `ste`
 
 
 @dataclass(frozen=True)

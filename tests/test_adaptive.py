@@ -514,6 +514,12 @@ def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
         assert not list(asked), "every one is asked for"
 
 
+def test_checks_of_the_estimator_are_of_gradients_that_pass_it(bench):
+    attack, target = bench.adaptive
+    hiding = bench._replace(plan=bench.plan._replace(adaptive={"full": (attack, target.under(Backward("evade")))}))
+    assert not list(trust.ste_sweep(hiding))
+
+
 def test_a_fixed_noise_that_withstands_is_red(bench, monkeypatch):
     for y, passed in ((bench.task.y, False), (bench.task.y + 1, True)):
         wrong = bench._replace(task=bench.task._replace(y=y))

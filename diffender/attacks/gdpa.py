@@ -22,7 +22,7 @@ from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
 
-MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.999), "amortised": (0.5, 0.999)}  # and their betas of Adam
+MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.9), "amortised": (0.5, 0.9)}  # and their betas of Adam
 GRID = 7  # the coarse search looks at GRID x GRID places
 
 
@@ -197,23 +197,24 @@ class GDPA(GradientAttack):
         return 1 / (1 - MODES[self.mode][0])
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
-        """`init` (B, 3 s^2 + 2), of direct mode."""
+        """`init` (B, 3 s^2 + 2): direct mode starts from it, and in the others it competes in the end."""
         x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        known = [] if init is None else [init]
         if self.mode == "amortised":
             assert self.weights is not None  # as __post_init__ saw to
             net = load_generator(self.weights, size, side).to(x.device)
-            yield self.finish(task, [join(*(t.detach() for t in net(x)))], Course(), "")
+            yield self.finish(task, [*known, join(*(t.detach() for t in net(x)))], Course(), "")
         elif self.mode == "generator":
             draws = [generator(task.seed, i, "net") for i in task.image_ids]
             nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
             for b, net in enumerate(nets):
                 net.to(x.device).calibrate(x[b : b + 1])
-            yield self.attempt(task, PerImage(nets, x).to(x.device), [], "", callback)
+            yield self.attempt(task, PerImage(nets, x).to(x.device), known, "", callback)
         else:
             starts = self.starts(task, init)
             searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries
             for r, start in enumerate(starts):
-                first = [] if init is None or r else [init]
+                first = [] if r else known
                 key, heard = f" {r}" if r else "", within(callback, r, len(starts))
                 made = self.attempt(task, Free(*start, bound(size, side)), first, key, heard)
                 yield made if r else made._replace(queries=made.queries + searched)

@@ -93,7 +93,8 @@ def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Def
     twin = fnc(target.classifier, alpha)
     if statistics:
         items, cfg = list_items(statistics), target.classifier.cfg
-        parts = [items[i : i + 50] for i in range(0, len(items), 50)]
+        size = min(50, len(items))  # all batches weigh the same, so a rest would weigh too much
+        parts = [items[i : i + size] for i in range(0, len(items) - size + 1, size)]
         reestimate_statistics(twin, (torch.stack([load_image(i.path, cfg) for i in part]) for part in parts))
     return Defended(Purifier(nn.Identity()), twin, bare=target.classifier)
 

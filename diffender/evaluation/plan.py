@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import PAPER, Backward, DIFFenderConfig, RunOptions, TargetOptions
+from diffender.config import PAPER, THROUGH_MASK, Backward, DIFFenderConfig, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, option, part, with_hyphens
 
@@ -163,15 +163,20 @@ def fill(opts: Options) -> Options:
     opts = opts if opts.grad is None else replace(opts, grad=tidy(opts.grad))
     preset = budget(opts, opts.preset)
     opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
+    if opts.preset == "strong" and opts.patch.targeted is None:  # LaVAN's own loss, to a random class, is the weaker
+        opts = change(opts, targeted=False)
     allowed = GRADIENTS["diffender" if is_ours(opts) else "others"]
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
             f"{nearest(unknown[0], allowed)}"
         )
-    method, attacked = opts.target.defense.method, opts.attack != "none" and "bpda-mask" in kinds(opts)
-    if not method.get("composite", True) and method.get("restore", True) and attacked:
-        raise InputError("--no-composite leaves --grad bpda-mask no way back: take bpda, surrogate, full or full+loc")
+    method, through = opts.target.defense.method, {"bpda-mask", "evade"} & set(kinds(opts))
+    if not method.get("composite", True) and method.get("restore", True) and opts.attack != "none" and through:
+        raise InputError(
+            f"--no-composite leaves --grad {', '.join(sorted(through))} no way back: give --grad bpda, surrogate, full "
+            "or full+loc"
+        )
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     if opts.table and opts.figure:
@@ -232,6 +237,7 @@ def refuse_unread(opts: Options) -> None:
 
     filled, defense = fill(opts), opts.target.defense
     ours, hiding = is_ours(filled), {"full+loc", "evade"} & set(kinds(filled))
+    single, number = opts.table is None and opts.figure is None, opts.table
     chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
@@ -243,9 +249,8 @@ def refuse_unread(opts: Options) -> None:
                 f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
             )
     plain = Backward()
-    through_mask = {"bpda-mask", *COSTLY}
     conditions = {  # flag: whether it is given, what reads it, whether that is there
-        "ste": (opts.ste != "identity", f"--grad {', '.join(sorted(through_mask))}", through_mask & set(kinds(filled))),
+        "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & set(kinds(filled))),
         "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
         "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc and evade", hiding),
         "hide": (opts.backward.hide != plain.hide, "--grad full+loc and evade", hiding),
@@ -254,9 +259,18 @@ def refuse_unread(opts: Options) -> None:
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
         "tuning_data": (opts.tuning_data != "samples", "--table 1 and 2", opts.table in (1, 2)),
-        "fold": (opts.target.fold, "a face recogniser", opts.target.classifier in RECOGNIZERS),
+        "fold": (opts.target.fold, "a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
+        "attack": (opts.attack != Options.attack, "runs without --table and --figure", single),
+        "trust": (opts.trust != Options.trust, "runs without --table and --figure", single),
+        "curves": (opts.curves, "runs without --table and --figure", single),
+        "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
+        "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
+        "iters": (opts.iters, "tables other than 7", number != 7),
+        "grad": (opts.grad, "tables other than 7", number != 7),
         "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
+    if number == 3 and "restore" in defense.method:
+        conditions["restore"] = (True, "tables other than 3", False)
     for flag, (given, reader, there) in conditions.items():
         if given and not there:
             raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
@@ -350,6 +364,8 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
 
     given = attack_flags(opts)
     eot = opts.eot if opts.patch.location == "eot" else 1
+    if target.sample_noise(["0"], 0, "plan") is None:  # all samples would be the same
+        given["eot"] = eot
     bare = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []
     for name, cls in attacks(opts).items():

@@ -99,6 +99,8 @@ def ablate(opts: Options) -> None:
     if unknown := set(names) - {*STUDIES, "examples"}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, examples")
     started, asked = time.monotonic(), opts.target.defense
+    if not asked.method.get("composite", True):
+        raise InputError("--no-composite is not studied here: leave it out")
     device = pick_device(opts.run.device)
     classifier = open_classifier(opts.target).to(device)
     model, base = open_model(asked.model, device), config_of(asked.model, asked.method)

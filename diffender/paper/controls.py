@@ -72,9 +72,14 @@ def moved(mask: Tensor, g: torch.Generator, tries: int = 100) -> Tensor:
 
 
 def classes(target: Defended, fill: str, x: Tensor, mask: Tensor, ids: Sequence[str], seed: int) -> list[int]:
-    """What the classifier sees in images (B, 3, S, S) whose mask is filled."""
-    if fill == "diffusion":
-        filled = composite(x, target.defense.restore(x, mask, target.sample_noise(ids, seed, "verdict")), mask)
-    else:
-        filled = FILLS[fill](x, mask)
-    return target.classifier(filled).argmax(dim=1).tolist()
+    """What the classifier sees in images (B, 3, S, S) whose mask is filled, one after the other."""
+    found = []
+    for i, image_id in enumerate(ids):
+        image, hole = x[i : i + 1], mask[i : i + 1]
+        if fill == "diffusion":
+            noise = target.sample_noise([image_id], seed, "verdict")
+            filled = composite(image, target.defense.restore(image, hole, noise), hole)
+        else:
+            filled = FILLS[fill](image, hole)
+        found.append(int(target.classifier(filled).argmax()))
+    return found
