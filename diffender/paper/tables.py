@@ -337,7 +337,8 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
-        f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through {full.grad} (paper: BPDA). "
+        f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through "
+        f"{full.grad} (paper: BPDA). "
         f"{len(lines[0].verdicts['clean'])} images, {describe(full)}, {budget}, seed {opts.run.seed}, {where}, "
         f"{time.strftime('%Y-%m-%d')}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
