@@ -3,6 +3,7 @@
 import csv
 import shutil
 import sys
+from argparse import Namespace
 from itertools import count
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from diffender.pretrain.corpus import (
 from diffender.pretrain.locating import Asked, hide, location_loss, score
 from diffender.pretrain.making import early, early_layers
 from diffender.stable_diffusion.text import tokenizer
+from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
 from diffender.weights.loading import WEIGHTS, load_model
 
@@ -103,6 +105,56 @@ def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, ph
     assert (evasion(seen, region, 1.0) < evasion(before, region, 1.0)).all()
     assert torch.equal(hidden * (1 - region), z_0 * (1 - region))
     assert loss(region, steps=3) > loss(region), "a region that hides is harder to find"
+
+
+@pytest.fixture
+def one_weight(tmp_path):
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    numbers = {"batch": 1, "steps": 60, "lr": 0.1, "ema": 0.999, "decay": False, "minutes": None, "save_minutes": 1}
+    return net, trainer.Trainer("one", net, Namespace(out=tmp_path, seed=0, device="cpu", **numbers))
+
+
+def test_averaged_weights_forget_where_training_began(one_weight):
+    """A decay of 0.999 alone would keep 94 % of the first weights after 60 steps."""
+    net, one = one_weight
+    for _ in one.steps():
+        one.update((net.weight - 1).square().sum())
+    assert net.weight.item() == pytest.approx(1, abs=0.2)
+    assert one.ema.module.weight.item() > 0.8
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(one_weight):
+    net, one = one_weight
+    for _ in zip(one.steps(), range(3)):  # noqa: B905
+        one.update((net.weight - 1).square().sum())
+    before = [net.weight.item(), one.ema.module.weight.item()]
+    one.update((net.weight * torch.inf).sum())
+    assert [net.weight.item(), one.ema.module.weight.item()] == before
+    with pytest.raises(InputError, match="gradients were not finite, .*lower --lr"):
+        for _ in range(trainer.SKIPPED):
+            one.update((net.weight * torch.nan).sum())
+
+
+def test_parts_are_those_of_the_last_model(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir(), out.mkdir()
+    (out / "tiny.safetensors.0.4242.partial").write_bytes(b"half")
+    for content in (bytes(25), bytes(range(12))):
+        (work / "tiny.safetensors").write_bytes(content)
+        whole.carry(work, out, 1e-5)
+        whole.join(Namespace(data=out, out=tmp_path / "joined"))
+        assert (tmp_path / "joined").read_bytes() == content
+    assert {p.name for p in work.iterdir()} == {"tiny.safetensors"}
+
+
+def test_samples_of_another_encoder_are_refused(folder, monkeypatch, tmp_path):
+    common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "2"]
+    stage(monkeypatch, "vae", *common, "--steps", "1", "--crop", "32")
+    stage(monkeypatch, "unet", *common, "--steps", "1", "--samples", "4")
+    stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
+    with pytest.raises(InputError, match=r"samples of another kind \(encoder\); delete it"):
+        stage(monkeypatch, "unet", *common, "--steps", "2", "--samples", "4")
 
 
 def stage(monkeypatch, *args: str) -> None:

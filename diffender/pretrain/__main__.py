@@ -10,8 +10,9 @@ On a machine with one GPU and no network, in ten minutes, from one file that is 
     python -m diffender.pretrain all  --data photos.safetensors --out DIR --minutes 9 --workers 14 --parts 15
     python -m diffender.pretrain join --data DIR --out tiny.safetensors
 
-`all` gives VAE, decoder and UNet their shares of --minutes and leaves the model in parts of at most --parts MB. Every
-minute it leaves the model as it is then, so that a run that is killed loses a minute; started again, it goes on.
+`all` gives VAE, decoder and UNet their shares of --minutes and leaves the model in parts of at most --parts MB. Each
+stage leaves a checkpoint every minute, in a folder beside --out, so that a run that is killed loses a minute; started
+again, it goes on. From the UNet's first minute on, --out holds the model as it is then.
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
 and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and
@@ -25,13 +26,52 @@ The other stages take options of their own (`python -m diffender.pretrain jedi -
     python -m diffender.pretrain gdpa --data DATA --out generator.safetensors      GDPA's generator
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffender.config import RunOptions, TargetOptions
-from diffender.utils.options import Parser, option, parse, part, run
+from diffender.utils.errors import InputError, nearest
+from diffender.utils.options import given, option, parse, part, run
+
+PLACES = ("data", "out", "init")  # options that are paths
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `all` chooses for each stage where it is not given."""
+
+    batch: int = option(16, "Samples in a step.", low=1, group="a step")
+    crop: int = option(96, "Side of the VAE's training crops, in pixels; a multiple of 8.", low=32)
+    lr: float = option(8e-4, "Learning rate of AdamW.", low=0)
+    ema: float = option(0.998, "Decay of the averaged weights, a step; lower in the first steps.", low=0, high=0.99999)
+    reuse: int = option(8, "How often each sample of the unet stage is used, on average.", low=1)
+    locate: float = option(0.0, "Weight of Eq. 4 on pasted regions, in the unet stage.", low=0)
+    hiding: int = option(
+        0, "Largest number of steps by which half of the pasted regions are first changed to lower the map.", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    data: str | None = option(
+        None, "Folder with captions.csv, a file of `pack`, or of `join` the folder of parts.", group="training"
+    )
+    out: str = option("runs/pretrain", "Folder; for `pack` and `join`, the file to write.")
+    init: str | None = option(None, "Whole model of ours that decoder and unet start from.")
+    steps: int = option(4000, "Optimiser steps in all, those done before included.", low=1)
+    minutes: float | None = option(None, "Stop after so many in all, and lower --lr towards that end.", low=0.01)
+    workers: int = option(0, "Processes that make samples beside the training.", low=0)
+    decay: bool = option(True, "Lower --lr at the end.")
+    save_minutes: float = option(1.0, "Minutes between two checkpoints.", low=0)
+    parts: float = option(15.0, "Of all: size of the parts of the model, in MB.", low=0.1)
+    focus: float = option(0.35, "Share of a unet batch trained as localisation uses it.", low=0, high=1)
+    samples: int = option(0, "Encode so many images once; 0: a new one each time.", low=0)
+    seed: int = option(0, "Seed of weights and samples.", low=0)
+    device: str = option("auto", "Torch device. auto: the GPU where there is one.")
+    sizes: dict[str, Any] = given(Sizes())
 
 
 @dataclass(frozen=True)
@@ -63,73 +103,50 @@ class Beforehand:
     out: str = option("runs/beforehand.safetensors", "Output file.")
 
 
-def train(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m diffender.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=["pack", "all", "join", "vae", "decoder", "unet", "jedi", "universal", "gdpa"])
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with captions.csv, a file of `pack`, or of `join` the folder of parts",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/pretrain"), help="folder; for `pack` and `join`, the file to write"
-    )
-    parser.add_argument("--init", type=Path, help="whole model of ours that decoder and unet start from")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all, those done before included")
-    parser.add_argument("--minutes", type=float, help="stop after so many in all, and lower --lr towards that end")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=0, help="processes that make samples beside the training")
-    parser.add_argument("--crop", type=int, default=96, help="side of the VAE's training crops, in pixels")
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, a step")
-    parser.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True, help="lower --lr at the end")
-    parser.add_argument("--save-minutes", type=float, default=1, help="minutes between two checkpoints")
-    parser.add_argument("--reuse", type=int, default=8, help="times that a sample of the unet stage is used on average")
-    parser.add_argument("--parts", type=float, default=15, help="of all: size of the parts of the model, in MB")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--focus", type=float, default=0.35, help="share of a unet batch trained as localisation uses it"
-    )
-    parser.add_argument(
-        "--locate", type=float, default=0.0, help="weight of Eq. 4 on pasted regions, in the unet stage"
-    )
-    parser.add_argument("--hiding", type=int, default=0, help="steps at most by which half of the regions hide from it")
-    parser.add_argument("--samples", type=int, default=0, help="encode so many images once; 0: a new one each time")
-    args = parser.parse_args(argv)
-    args.on_save = lambda: None  # after each checkpoint of the unet stage
-    # Imported after the options are known to be good: torch takes seconds.
-    import torch
+STAGES = {
+    **dict.fromkeys(("pack", "all", "join", "vae", "decoder", "unet"), Training),
+    "jedi": Jedi, "universal": Beforehand, "gdpa": Beforehand,
+}  # fmt: skip
 
+
+def train(stage: str, opts: Training) -> None:
+    if opts.data is None:
+        raise InputError("--data is missing; give a folder with captions.csv, or a file that `pack` wrote")
+    if stage == "all" and opts.minutes is None:
+        raise InputError("all needs --minutes, the time that there is")
+    if (crop := opts.sizes.get("crop", 0)) % 8:
+        raise InputError(f"--crop is {crop}; it is a multiple of 8")
+    # Imported after the options are known to be good: torch takes seconds.
+    from diffender.factory import pick_device
     from diffender.pretrain.making import pack_all, train_unet, train_vae
     from diffender.pretrain.whole import join, train_all
 
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.stage in ("pack", "join"):
-        {"pack": pack_all, "join": join}[args.stage](args)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "decoder": train_vae, "unet": train_unet, "all": train_all}[args.stage](args)
+    places = {name: None if value is None else Path(value) for name, value in vars(opts).items() if name in PLACES}
+    args = Namespace(**vars(opts) | places | vars(Sizes(**opts.sizes)) | {"stage": stage})
+    args.device = pick_device(opts.device).type
+    stages = {"pack": pack_all, "join": join, "vae": train_vae, "decoder": train_vae, "unet": train_unet}
+    if stage not in ("pack", "join"):
+        args.out.mkdir(parents=True, exist_ok=True)
+    (stages | {"all": train_all})[stage](args)
 
 
 def main() -> None:
-    stage, rest = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    stage, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
+    if stage in ("-h", "--help"):
+        parse(Training, __doc__, ["--help"])
+    if stage not in STAGES:
+        raise InputError(f"unknown stage {stage}; choose one of {', '.join(STAGES)}{nearest(stage, STAGES)}")
+    opts = parse(STAGES[stage], __doc__, rest)
     if stage == "jedi":
-        given = parse(Jedi, __doc__, rest)
         from diffender.pretrain.jedi import train_jedi
 
-        train_jedi(given)
+        train_jedi(opts)
     elif stage in ("universal", "gdpa"):
-        options = parse(Beforehand, __doc__, rest)
         from diffender.pretrain.beforehand import make
 
-        make(stage, options)
+        make(stage, opts)
     else:
-        train(sys.argv[1:])
+        train(stage, opts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ physical tests; a patch of its own for every image is stronger.
 """
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_fo
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
+from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, save_atomic
 from diffender.utils.progress import bar
 
@@ -47,9 +49,10 @@ def descend(
 def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
     """Yield the indices of `size` images, `updates` times. Every image is drawn once before any is drawn again."""
     order: list[int] = []
-    for epoch in range(updates):
-        if len(order) < size:
-            order += torch.randperm(len(data.ids), generator=generator(seed, "order", epoch)).tolist()
+    epochs = count()
+    for _ in range(updates):
+        while len(order) < size:
+            order += torch.randperm(len(data.ids), generator=generator(seed, "order", next(epochs))).tolist()
         yield order[:size]
         order = order[size:]
 
@@ -97,6 +100,9 @@ def make(kind: str, opts: "Beforehand") -> None:
     device = target.classifier.mean.device
     data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
     data = data._replace(x=data.x.to(device), y=data.y.to(device))
+    classes = target.classifier(data.x[:1]).shape[1]
+    if kind == "universal" and opts.target >= classes:
+        raise InputError(f"--target is {opts.target}; {opts.attacked.classifier} knows 0 to {classes - 1}")
     victim = target.undefended() if opts.through == "classifier" else target
     header = {
         "kind": kind,

@@ -1,10 +1,11 @@
 """The stages of training the embedded diffusion model: VAE, decoder, UNet."""
 
-import argparse
 import json
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import timm
 import torch
@@ -28,21 +29,22 @@ from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_atomic
+from diffender.utils.files import digest, read_header, save_atomic
 from diffender.utils.images import save_png
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
 EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss
 STORED = 65_536  # samples that a store holds at most, in 25 KB each
+Made = TypeVar("Made")
 LAYERS = "classifier."  # before the names of those layers in a packed file
 PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
 
 
-def train_vae(args: argparse.Namespace) -> None:
+def train_vae(args: Namespace) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
     path = args.out / "vae.safetensors"
-    vae = AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0)).to(args.device)
+    vae = seeded(args.seed, lambda: AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0))).to(args.device)
     if args.stage == "decoder":
         state, earlier = first_stage(args)
         vae.load_state_dict(state)
@@ -88,7 +90,7 @@ def train_vae(args: argparse.Namespace) -> None:
     save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
 
 
-def architecture(args: argparse.Namespace) -> ModelConfig:
+def architecture(args: Namespace) -> ModelConfig:
     """Of the model that --init names, else of the embedded one."""
     return load_model("auto", args.init).cfg if args.init else PRESETS["tiny"]
 
@@ -105,14 +107,14 @@ def early_layers(data: Path) -> Classifier:
     return Classifier(net, cfg)
 
 
-def pack_all(args: argparse.Namespace) -> None:
+def pack_all(args: Namespace) -> None:
     """Photographs, tokens and the classifier's first layers in the file args.out."""
     net = load_classifier("efficientnet_lite0").net
     layers = {k: v for k, v in net.state_dict().items() if k.startswith(EARLY) and v.is_floating_point()}
     pack(args.data, args.out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)
 
 
-def first_stage(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
+def first_stage(args: Namespace) -> tuple[dict[str, Tensor], dict]:
     """Weights of the trained VAE, from --out or else from --init, and how they came about."""
     path = args.out / "vae.safetensors"
     if path.is_file():
@@ -153,17 +155,21 @@ def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor, regi
     return {"image": image.half(), "masked": masked.half(), "mask": small, "tokens": tokens, "region": pasted}
 
 
-def fresh_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
+def fresh_batches(args: Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
     """Encoded samples, each seen once."""
     dataset = Samples(load_photos(args.data, short_side=256), model.cfg.image_size, model.text.tokenize, args.seed)
     for parts in batches(dataset, indices, batch, args.workers):
         yield encode(model, *(part.to(args.device) for part in parts))
 
 
-def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
+def stored_batches(args: Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
     """Batches of --samples encoded once and kept in --out."""
     path = args.out / "samples.safetensors"
+    encoder = {k: v for k, v in model.vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    told = {"samples": args.samples, "seed": args.seed, "data": str(args.data), "encoder": digest(encoder, {})}
     if path.is_file():
+        if others := [k for k, v in told.items() if read_header(path).get(k) != v]:
+            raise InputError(f"{path} holds samples of another kind ({', '.join(others)}); delete it to make new ones")
         samples = load_file(path)
     else:
         with bar(args.samples // 16, "encoding") as progress:
@@ -172,14 +178,14 @@ def stored_batches(args: argparse.Namespace, model: LatentDiffusion, indices: ra
                 parts.append({k: v.cpu() for k, v in part.items()})
                 progress.update()
         samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        save_atomic(samples, path, {})
+        save_atomic(samples, path, told)
     for start in indices[:: args.batch]:
         g = Generator().manual_seed(args.seed * 1_000_000_000 + start)
         picks = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
         yield {k: v[picks].to(args.device) for k, v in samples.items()}
 
 
-def reused_batches(args: argparse.Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
+def reused_batches(args: Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
     """Batches out of a growing store of encoded samples, so that each is used --reuse times on average.
 
     Making a sample takes a CPU core longer than a training step takes a GPU for it.
@@ -202,7 +208,14 @@ def sample_latents(posterior: Tensor, scale_factor: float, g: Generator) -> Tens
     return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g, device=mean.device))
 
 
-def initialize(model: LatentDiffusion) -> None:
+def seeded(seed: int, make: Callable[[], Made]) -> Made:
+    """make(), whose random weights follow from the seed; the caller's numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def initialize(model: LatentDiffusion) -> LatentDiffusion:
     """Residual branches of the UNet start at zero (Ho et al. 2020), embeddings as small as CLIP's."""
     nn.init.normal_(model.text.embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(model.text.embeddings.position_embedding.weight, std=0.01)
@@ -212,19 +225,22 @@ def initialize(model: LatentDiffusion) -> None:
         elif isinstance(module, SpatialTransformer):
             nn.init.zeros_(module.proj_out.weight)
     nn.init.zeros_(model.unet.out[2].weight)
+    return model
 
 
-def train_unet(args: argparse.Namespace) -> None:
-    """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen."""
+def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> None:
+    """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen.
+
+    `on_save` is called after each checkpoint.
+    """
     vae, vae_card = first_stage(args)
     scale_factor = vae_card["scale_factor"]
     preset = architecture(args)
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
-    model = LatentDiffusion(cfg).to(args.device, memory_format=torch.channels_last)
-    initialize(model)
+    model = seeded(args.seed, lambda: initialize(LatentDiffusion(cfg)))
+    model.to(args.device, memory_format=torch.channels_last)
     if args.init:
         model.load_state_dict(load_model("tiny", args.init).state_dict())
-    model.vae.load_state_dict(vae)
     model.vae.requires_grad_(False)
     if args.data.is_file():
         model.text.encode = PackedTokens(read_header(args.data)["tokens"])
@@ -232,10 +248,13 @@ def train_unet(args: argparse.Namespace) -> None:
     clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
     trainer = Trainer("unet", model, args)
+    averaged = trainer.ema.module
+    for whose in (model, averaged):
+        whose.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
 
     def leave() -> None:
-        save_tiny(args, trainer, trainer.ema.module, vae_card)
-        args.on_save()
+        save_tiny(args, trainer, averaged, vae_card)
+        on_save()
 
     trainer.on_save = leave
     left = trainer.left()
@@ -266,15 +285,13 @@ def train_unet(args: argparse.Namespace) -> None:
             terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), args.hiding, g)
             loss = loss + args.locate * terms["mask"]
         trainer.update(loss, **terms)
-    averaged = trainer.ema.module
-    averaged.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
     save_tiny(args, trainer, averaged, vae_card)
     plot_losses(trainer.log, ("loss", "mse"))
     show_inpainting(args, averaged.requires_grad_(False))
     print(f"saved {args.out / 'tiny.safetensors'} after {trainer.step} steps")
 
 
-def save_tiny(args: argparse.Namespace, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
+def save_tiny(args: Namespace, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
     """Write the model with its card: how it came about, and the settings that suit it."""
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]] or [float("nan")]
     card = {
@@ -291,10 +308,10 @@ def save_tiny(args: argparse.Namespace, trainer: Trainer, model: LatentDiffusion
     save_model(model, args.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
 
 
-def show_inpainting(args: argparse.Namespace, model: LatentDiffusion) -> None:
+def show_inpainting(args: Namespace, model: LatentDiffusion) -> None:
     """Eight photographs, with a grey square, and inpainted from the prompt "clean"."""
     photos = load_photos(args.data, short_side=256)
-    x = center_crops(photos, range(0, len(photos.images), len(photos.images) // 8))[:8]
+    x = center_crops(photos, range(0, len(photos.images), max(1, len(photos.images) // 8)))[:8]
     mask = torch.zeros(len(x), 1, *x.shape[-2:])
     mask[..., 80:144, 80:144] = 1
     defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))

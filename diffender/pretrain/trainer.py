@@ -1,32 +1,35 @@
 """The training loop's bookkeeping, for `pretrain`: optimiser, averaged weights, checkpoints, log."""
 
-import argparse
 import json
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
+from diffender.utils.errors import InputError
 from diffender.utils.files import whole
 from diffender.utils.images import save_figure
 from diffender.utils.progress import bar
+
+SKIPPED = 20  # steps that may be left out
 
 
 class Trainer:
     """AdamW with warm-up, a cosine schedule and gradient clipping, EMA weights, checkpoints and a log."""
 
-    def __init__(self, name: str, model: nn.Module, args: argparse.Namespace):
+    def __init__(self, name: str, model: nn.Module, args: Namespace):
         self.path = args.out / f"{name}.ckpt"
         self.log = args.out / f"{name}.jsonl"
         self.args, self.model = args, model
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.step, self.seconds = 0, 0.0
+        self.ema = AveragedModel(model, multi_avg_fn=self.average)
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.on_save: Callable[[], None] = lambda: None  # what a stage writes beside its checkpoint
         if self.path.is_file():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -64,10 +67,13 @@ class Trainer:
         by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
         return max(self.step / self.args.steps, by_time)
 
+    def average(self, averaged: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
+        """Averaged weights move towards the current ones, faster at first, so that they forget where training began."""
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
     def update(self, loss: Tensor, **terms: Tensor) -> None:
-        """One optimiser step on `loss`; `terms` go to the log."""
-        if not loss.isfinite():
-            raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; resume with a lower --lr")
+        """One optimiser step on `loss`; `terms` go to the log. A step whose gradient is not finite is left out."""
         lr = self.args.lr * min(1.0, (self.step + 1) / 100)
         if self.args.decay:
             lr *= 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.share_done()))) / 2
@@ -75,7 +81,13 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.params, 1.0)
+        if not nn.utils.clip_grad_norm_(self.params, 1.0).isfinite():
+            self.skipped += 1
+            if self.skipped > SKIPPED:
+                raise InputError(
+                    f"{self.skipped} gradients were not finite, the last at step {self.step}; go on with a lower --lr"
+                )
+            return
         self.optimizer.step()
         self.ema.update_parameters(self.model)
         if self.step % 50 == 0:

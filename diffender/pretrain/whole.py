@@ -1,6 +1,6 @@
 """The whole model in one go, within a limit of time: for one GPU, ten minutes and no network."""
 
-import argparse
+import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +11,7 @@ from diffender.pretrain.making import train_unet, train_vae
 from diffender.utils.errors import InputError
 from diffender.utils.files import whole
 
-SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of the time that is left when the photographs are read
+SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of --minutes
 ON_A_GPU = {
     "vae": {"batch": 64, "crop": 128, "lr": 1e-3, "ema": 0.999},
     "decoder": {"batch": 16, "crop": 224, "lr": 5e-4, "ema": 0.999},
@@ -31,8 +31,6 @@ def train_all(args: Namespace) -> None:
     The working files lie in a folder beside --out, which gets only what is to be carried away: the model in parts, the
     logs of the losses and the images.
     """
-    if not args.minutes:
-        raise InputError("all needs --minutes, the time that there is")
     deadline = time.monotonic() + 60 * args.minutes - LAST
     work = args.out.with_name(f"{args.out.name}-work")
     work.mkdir(parents=True, exist_ok=True)
@@ -42,14 +40,22 @@ def train_all(args: Namespace) -> None:
         done = work / f"{stage}.done"
         if not done.is_file():
             minutes = max(0.05, (deadline - time.monotonic()) / 60 * left[stage] / sum(left.values()))
-            train = train_unet if stage == "unet" else train_vae
-            given = vars(args) | recipe[stage] | {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
-            given["on_save"] = lambda: carry(work, args.out, args.parts)
-            train(Namespace(**given))
+            minutes += spent(work / f"{stage}.ckpt") / 60
+            own = {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
+            given = Namespace(**vars(args) | recipe[stage] | args.sizes | own)
+            if stage == "unet":
+                train_unet(given, lambda: carry(work, args.out, args.parts))
+            else:
+                train_vae(given)
             done.touch()
         del left[stage]
         carry(work, args.out, args.parts)
     print(f"everything is in {args.out}")
+
+
+def spent(checkpoint: Path) -> float:
+    """The seconds that a stage has trained before."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["seconds"] if checkpoint.is_file() else 0.0
 
 
 def carry(work: Path, out: Path, megabytes: float) -> None:
@@ -57,17 +63,27 @@ def carry(work: Path, out: Path, megabytes: float) -> None:
     model = work / "tiny.safetensors"
     if model.is_file():
         content, size = model.read_bytes(), int(megabytes * 1e6)
-        for i in range(0, len(content), size):
-            with whole(out / f"tiny.safetensors.{i // size}") as partial:
-                partial.write_bytes(content[i : i + size])
+        parts = [content[i : i + size] for i in range(0, len(content), size)]
+        for i, part in enumerate(parts):
+            (work / f"part.{i}").write_bytes(part)
+        for i in range(len(parts)):  # all at once, so that a kill leaves no parts of two models
+            (work / f"part.{i}").replace(out / f"tiny.safetensors.{i}")
+        for old in parts_in(out)[len(parts) :]:
+            old.unlink()
     for file in [*work.glob("*.jsonl"), *(f for f in work.glob("*.png") if "-loss" not in f.name)]:
         with whole(out / file.name) as partial:
             partial.write_bytes(file.read_bytes())
 
 
-def join(args: argparse.Namespace) -> None:
+def parts_in(folder: Path) -> list[Path]:
+    """The parts of a model in their order, without what a kill left half-written."""
+    found = (p for p in folder.glob("tiny.safetensors.*") if re.fullmatch(r"\.\d+", p.suffix))
+    return sorted((p for p in found if p.stem == "tiny.safetensors"), key=lambda p: int(p.suffix[1:]))
+
+
+def join(args: Namespace) -> None:
     """The parts in the folder args.data as the one file args.out."""
-    parts = sorted(args.data.glob("tiny.safetensors.*"), key=lambda p: int(p.suffix[1:]))
+    parts = parts_in(args.data)
     if not parts:
         raise InputError(f"no parts of a model in {args.data}; give the folder that `all` wrote")
     with whole(args.out) as partial:
