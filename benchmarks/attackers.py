@@ -84,13 +84,15 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=40)
     flags.add_argument("--verdicts", type=int, default=4)
     args = flags.parse_args()
-    classifier = load_classifier("efficientnet_lite0").requires_grad_(False)
-    model = load_model("tiny").requires_grad_(False)
+    classifier = load_classifier("efficientnet_lite0").to(args.device)
+    model = load_model("tiny").to(args.device)
     model.keep = True
     target = Defended(DIFFender(model, contexts_for("tuned", model)), classifier)
     batch = correct_subset(list_items(args.data), classifier, args.images, 0)
     right: dict[str, list[float]] = {}
-    for i, x, y in zip(bar(batch.ids, "attacking"), to_8bit(batch.x), batch.y, strict=True):
+    for i, x, y in zip(
+        bar(batch.ids, "attacking"), to_8bit(batch.x).to(args.device), batch.y.to(args.device), strict=True
+    ):
         task = Task(Undefended(classifier), x[None], y[None], [i], 0)
         base = AdvP(iters=100, eot=1)(task)
         made = {"start: transfer": base.image}

@@ -17,7 +17,7 @@ def inpaint(
     """x (B, 3, H, W) in [0, 1] with mask (B, 1, H, W), 1 = repaint, to a whole new image; about [0, 1], not clamped.
 
     From pure noise, `noise.start`. Both branches of guidance share an evaluation; guidance 1 runs the conditional one
-    alone. Memory does not grow with the steps: the model recomputes its activations in the backward pass.
+    alone. Unless the model keeps its activations, memory does not grow with the steps: they are recomputed.
     """
     conditioning = model.masked_conditioning(x, mask, noise.masked)
 

@@ -219,12 +219,17 @@ def test_the_home_folder(models, tmp_path, monkeypatch):
 
 def test_pickled_folders_are_named_and_converted(models, tmp_path):
     root = folder(models["sd15-inpainting"], tmp_path / "m")
-    for path in root.glob("*/*.safetensors"):
-        stem = {"model": "pytorch_model"}.get(path.stem, path.stem)
-        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
-        path.unlink()
-    assert f"its .bin files are pickles; python -m diffender.weights convert {root}" in refused(root)
+    for path in sorted(root.glob("*/*.safetensors")):  # text_encoder, unet, vae
+        torch.save(load_file(path), path.with_name(f"{path.stem.replace('model', 'pytorch_model')}.bin"))
+        if path.parent.name != "text_encoder":
+            path.unlink()
+    assert f"{root} has its unet as a pickle alone (.bin); python -m diffender weights convert {root}" in refused(root)
+    (root / "text_encoder" / "model.safetensors").unlink()
+    assert f"its .bin files are pickles; python -m diffender weights convert {root}" in refused(root)
+    variant = root / "text_encoder" / "pytorch_model.fp16.bin"
+    variant.with_name("pytorch_model.bin").rename(variant)
     assert len(convert_folder(root)) == 3
+    assert convert_folder(root) == []
     assert_same(load_model("auto", root), models["sd15-inpainting"])
 
 
@@ -376,6 +381,7 @@ def test_a_folder_says_what_its_unet_predicts(models, tmp_path):
     config = root / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"prediction_type": "v_prediction"}))
     assert load_model("auto", root).unet.cfg.prediction == "v"
+    assert load_model("auto", root, prediction="epsilon").unet.cfg.prediction == "v"  # the file knows better
     config.write_text(json.dumps({"prediction_type": "sample"}))
     with pytest.raises(InputError, match="prediction_type 'sample'; supported are"):
         load_model("auto", root)

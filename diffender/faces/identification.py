@@ -102,6 +102,7 @@ def identify(name: str, weights: str | None, faces: Faces) -> Classifier:
     cfg = RECOGNIZERS[name]
     net = load_recognizer(name, weights)
     embed = Classifier(net, cfg)  # normalises, as it does for logits
-    embeddings = torch.cat([embed(load_image(item.path, cfg)[None]) for item in faces.gallery])
+    parts = [faces.gallery[i : i + 64] for i in range(0, len(faces.gallery), 64)]
+    embeddings = torch.cat([embed(torch.stack([load_image(i.path, cfg) for i in part])) for part in parts])
     people = torch.tensor([item.label for item in faces.gallery])
     return Classifier(Gallery(net, prototypes(embeddings, people)), cfg, names=faces.names)

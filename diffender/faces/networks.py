@@ -154,7 +154,7 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Images (B, 3, 112, 112), normalised, to unit embeddings (B, 128); inside they are 112 x 96, as it was trained.
+    """Square images (B, 3, S, S), normalised, to unit embeddings (B, 128); inside they are 112 x 96, as it was trained.
 
     Images here are square: aligned faces of 6:7 are stretched to that on reading, and brought back here.
     """

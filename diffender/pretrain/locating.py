@@ -35,7 +35,7 @@ def score(model: LatentDiffusion, z_0: Tensor, noise: Tensor, t: Tensor, asked: 
     b = len(z_0)
     with torch.autocast(z_0.device.type, torch.bfloat16):
         contexts, blank = (told.expand(b, -1, -1, -1) for told in asked)
-        eps = model(model.unet, z_t, t, contexts, blank).float()
+        eps = model.predict_noise(model.unet, z_t, t, contexts, blank).float()
     x_0 = [predict_x0(z_t, eps[:, i], a_t) for i in range(2)]
     return standardize((x_0[0] - x_0[1]).abs().mean(dim=1, keepdim=True))
 

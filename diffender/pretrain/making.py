@@ -274,7 +274,7 @@ def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> N
         z_t = q_sample(z0, noise, a_t)
         with torch.autocast(args.device, torch.bfloat16):
             context = model.text(model.text.embed(tokens))
-            eps = model(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
+            eps = model.predict_noise(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
         # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
         loss, terms = (error / a_t).mean(), {"mse": error.mean()}

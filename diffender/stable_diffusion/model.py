@@ -81,7 +81,7 @@ class LatentDiffusion(nn.Module):
         tokens = self.text.tokenize(texts).to(self.alphas_cumprod.device)
         return self.text(self.text.embed(tokens))
 
-    def forward(
+    def predict_noise(
         self, unet: UNet, z_t: Tensor, t: Tensor, contexts: Tensor, conditioning: Tensor | None = None
     ) -> Tensor:
         """One plain evaluation of a UNet for t (B,): its predicted noise, in the dtype of z_t (B, 4, h, w).
@@ -114,7 +114,9 @@ class LatentDiffusion(nn.Module):
         contexts = (context if several else context[None]).expand(-1, b, -1, -1).transpose(0, 1)
         given = [] if conditioning is None else [conditioning.expand(b, -1, -1, -1)]
         times = torch.full((b,), t, device=z_t.device)
-        out = self.run(partial(self, unet or self.unet), z_t, times, contexts, *given, rows=contexts.shape[1])
+        out = self.run(
+            partial(self.predict_noise, unet or self.unet), z_t, times, contexts, *given, rows=contexts.shape[1]
+        )
         return out.transpose(0, 1) if several else out[:, 0]
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:

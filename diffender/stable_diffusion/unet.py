@@ -169,7 +169,7 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """eps = unet(x, t, context): predicts the noise in the first `out_channels` channels of x."""
+    """out = unet(x, t, context): what `cfg.prediction` says, of the first `out_channels` channels of x."""
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
@@ -210,10 +210,10 @@ class UNet(nn.Module):
         self.out = nn.Sequential(GroupNorm(cfg.norm_groups, c), nn.SiLU(), last_layer)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> eps (B, out_channels, h, w).
+        """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> out (B, out_channels, h, w).
 
         h and w must be multiples of `cfg.multiple`. With n contexts for each image, context (n B, L, context_dim)
-        -> eps (n B, ...), row k B + b of both belongs to image b, and what comes before the first text is computed
+        -> out (n B, ...), row k B + b of both belongs to image b, and what comes before the first text is computed
         once.
         """
         multiple = self.cfg.multiple

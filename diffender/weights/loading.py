@@ -156,7 +156,7 @@ def config_for(name: str, checkpoint: Checkpoint, prediction: str | None) -> Mod
     if name not in ("auto", family):
         raise InputError(f"{path} holds {family}, not {name}; use --model {family}")
     cfg = PRESETS[family]
-    return replace(cfg, unet=replace(cfg.unet, prediction=prediction or stated_prediction(path)))
+    return replace(cfg, unet=replace(cfg.unet, prediction=stated_prediction(path) or prediction or "epsilon"))
 
 
 def locator_config(checkpoint: Checkpoint, cfg: ModelConfig, prediction: str | None) -> UNetConfig:
@@ -167,7 +167,9 @@ def locator_config(checkpoint: Checkpoint, cfg: ModelConfig, prediction: str | N
             f"--locate-unet {checkpoint.path} has {found.in_channels} input channels and reads text of width "
             f"{found.context_dim}; wanted is a text-to-image UNet with 4 and {cfg.unet.context_dim}"
         )
-    return replace(PRESETS[family].unet, in_channels=4, prediction=prediction or stated_prediction(checkpoint.path))
+    return replace(
+        PRESETS[family].unet, in_channels=4, prediction=stated_prediction(checkpoint.path) or prediction or "epsilon"
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
@@ -187,18 +189,18 @@ def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
     return found, known[found[1:]]
 
 
-def stated_prediction(path: Path) -> str:
-    """What a Hugging Face folder's scheduler says that its UNet predicts; epsilon where nothing is said."""
+def stated_prediction(path: Path) -> str | None:
+    """What a Hugging Face folder's scheduler says that its UNet predicts; None where nothing is said."""
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        return "epsilon"
+        return None
     try:
-        stated = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        stated = json.loads(file.read_text(encoding="utf-8")).get("prediction_type")
     except (ValueError, AttributeError) as e:
         raise InputError(f"{file} is not a JSON object ({one_line(e)})") from e
-    if stated not in ("epsilon", "v_prediction"):
+    if stated not in (None, "epsilon", "v_prediction"):
         raise InputError(f"{file} says prediction_type {stated!r}; supported are epsilon and v_prediction")
-    return stated.removesuffix("_prediction")
+    return stated and stated.removesuffix("_prediction")
 
 
 def config_from_json(config: dict, path: Path) -> ModelConfig:

@@ -85,14 +85,15 @@ class Inert:
 
 
 def convert_folder(folder: Path) -> list[Path]:
-    """Every .bin file of a Hugging Face folder, as `convert` does it, with the .safetensors file beside it."""
+    """Every .bin file of a Hugging Face folder, as `convert` does it, that has no .safetensors file beside it yet."""
     files = sorted([*folder.glob("*.bin"), *folder.glob("*/*.bin")])
     if not files:
         raise InputError(
             f"no .bin files in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
         )
-    names = {"pytorch_model": "model"}  # of the text encoder; the other parts keep their names
-    return [convert(file, file.with_name(f"{names.get(file.stem, file.stem)}.safetensors")) for file in files]
+    # The text encoder's file has another name in each format; the other parts keep theirs.
+    named = {file: file.with_name(f"{file.stem.replace('pytorch_model', 'model')}.safetensors") for file in files}
+    return [convert(file, out) for file, out in named.items() if not out.exists()]
 
 
 def convert(path: Path, out: Path) -> Path:

@@ -146,10 +146,14 @@ def folder_files(folder: Path) -> dict[str, list[Path]]:
                 found.setdefault(part, whole[:1])
             elif indices:
                 found.setdefault(part, shards(indices[0]))
+    missing = {part: folder / Path(stem).parent for part, stem in FOLDERS.items() if part not in found}
+    if pickled := [part for part, place in missing.items() if found and any(place.glob("*.bin"))]:
+        convert = f"python -m diffender weights convert {folder}"
+        raise InputError(f"{folder} has its {pickled[0]} as a pickle alone (.bin); {convert} converts it safely")
     if not found:
         wanted = ", ".join(f"{stem}.safetensors" for stem in FOLDERS.values())
         if any(folder.glob("*.bin")) or any(folder.glob("*/*.bin")):
-            advice = f"its .bin files are pickles; python -m diffender.weights convert {folder} converts them safely"
+            advice = f"its .bin files are pickles; python -m diffender weights convert {folder} converts them safely"
         else:
             advice = f"a model's folder has {wanted}, or variants of these as .fp16.safetensors"
         raise InputError(f"no weights file in {folder}; {advice}")
