@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,14 +11,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier, load_classifier
 from diffender.config import EMBEDDED, DIFFenderConfig
 from diffender.losses import feature_distance
 from diffender.pipeline import DIFFender
-from diffender.pretrain.corpus import Crops, PackedTokens, Photos, Samples, batches, load_photos, pack
+from diffender.pretrain.corpus import Crops, PackedTokens, Photos, batches, load_photos, pack
+from diffender.pretrain.latents import reused_batches, sample_latents, stored_batches
 from diffender.pretrain.locating import Asked, location_loss
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import MANUAL, manual_contexts
@@ -27,15 +28,13 @@ from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConf
 from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
 from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
-from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
+from diffender.stable_diffusion.vae import AutoencoderKL
 from diffender.utils.errors import InputError
-from diffender.utils.files import digest, read_header, save_atomic
+from diffender.utils.files import read_header, save_atomic
 from diffender.utils.images import save_png
-from diffender.utils.progress import bar
 from diffender.weights.loading import load_model, save_model
 
 EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss
-STORED = 65_536  # samples that a store holds at most, in 25 KB each
 Made = TypeVar("Made")
 LAYERS = "classifier."  # before the names of those layers in a packed file
 PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
@@ -141,71 +140,6 @@ def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
         top, left = ((n - size) // 2 for n in image.shape[1:])
         crops.append(image[:, top : top + size, left : left + size].float() / 255)
     return torch.stack(crops)
-
-
-Encoded = dict[str, Tensor]  # posteriors of images and masked images, tokens; masks and regions on the latent grid
-
-
-def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor, region: Tensor) -> Encoded:
-    with torch.autocast(x.device.type, torch.bfloat16):
-        image = torch.cat(model.vae.posterior(x), dim=1)
-        masked = torch.cat(model.vae.posterior(x * (1 - mask) + 0.5 * mask), dim=1)
-    small = F.interpolate(mask, image.shape[-2:], mode="nearest").bool()
-    pasted = F.interpolate(region, image.shape[-2:], mode="area").half()
-    return {"image": image.half(), "masked": masked.half(), "mask": small, "tokens": tokens, "region": pasted}
-
-
-def fresh_batches(args: Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
-    """Encoded samples, each seen once."""
-    dataset = Samples(load_photos(args.data, short_side=256), model.cfg.image_size, model.text.tokenize, args.seed)
-    for parts in batches(dataset, indices, batch, args.workers):
-        yield encode(model, *(part.to(args.device) for part in parts))
-
-
-def stored_batches(args: Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
-    """Batches of --samples encoded once and kept in --out."""
-    path = args.out / "samples.safetensors"
-    encoder = {k: v for k, v in model.vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
-    told = {"samples": args.samples, "seed": args.seed, "data": str(args.data), "encoder": digest(encoder, {})}
-    if path.is_file():
-        if others := [k for k, v in told.items() if read_header(path).get(k) != v]:
-            raise InputError(f"{path} holds samples of another kind ({', '.join(others)}); delete it to make new ones")
-        samples = load_file(path)
-    else:
-        with bar(args.samples // 16, "encoding") as progress:
-            parts = []
-            for part in fresh_batches(args, model, range(args.samples), 16):
-                parts.append({k: v.cpu() for k, v in part.items()})
-                progress.update()
-        samples = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        save_atomic(samples, path, told)
-    for start in indices[:: args.batch]:
-        g = Generator().manual_seed(args.seed * 1_000_000_000 + start)
-        picks = torch.randint(0, len(samples["mask"]), (args.batch,), generator=g)
-        yield {k: v[picks].to(args.device) for k, v in samples.items()}
-
-
-def reused_batches(args: Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:
-    """Batches out of a growing store of encoded samples, so that each is used --reuse times on average.
-
-    Making a sample takes a CPU core longer than a training step takes a GPU for it.
-    """
-    store: Encoded = {}
-    chunk = max(1, args.batch // args.reuse)
-    for n, new in enumerate(fresh_batches(args, model, range(indices.start // args.reuse, indices.stop), chunk)):
-        store = store or {k: v.new_empty(STORED, *v.shape[1:]) for k, v in new.items()}
-        rows = (n * chunk + torch.arange(chunk)) % STORED  # the oldest make room
-        for k, v in new.items():
-            store[k][rows.to(v.device)] = v
-        g = Generator().manual_seed(args.seed * 1_000_000_000 + indices.start + n)
-        others = torch.randint(0, min((n + 1) * chunk, STORED), (args.batch - chunk,), generator=g)
-        picks = torch.cat([rows, others]).to(args.device)
-        yield {k: v[picks] for k, v in store.items()}
-
-
-def sample_latents(posterior: Tensor, scale_factor: float, g: Generator) -> Tensor:
-    mean, logvar = posterior.float().chunk(2, dim=1)
-    return scale_factor * Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=g, device=mean.device))
 
 
 def seeded(seed: int, make: Callable[[], Made]) -> Made:
