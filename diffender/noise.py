@@ -6,10 +6,13 @@ of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
+
+Made = TypeVar("Made")
 
 
 class Noise(NamedTuple):
@@ -27,6 +30,13 @@ def generator(*key: int | str) -> Generator:
     """A CPU generator for this key: equal keys give equal numbers, on every machine."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def from_seed(seed: int, make: Callable[[], Made]) -> Made:
+    """make(), which draws from torch's global generator, after seeding it; it is put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
 
 
 def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
@@ -62,9 +72,5 @@ def seeded(module: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> Tens
 
     So other people's random modules know no batch and no order either.
     """
-    rows = []
-    for row, one in zip(x.split(1), seeds.tolist(), strict=True):
-        with torch.random.fork_rng():
-            torch.manual_seed(one)
-            rows.append(module(row))
-    return torch.cat(rows)
+    rows = zip(seeds.tolist(), x.split(1), strict=True)
+    return torch.cat([from_seed(one, partial(module, row)) for one, row in rows])

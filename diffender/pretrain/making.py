@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 import timm
 import torch
@@ -17,6 +16,7 @@ from torchvision.utils import make_grid
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier, load_classifier
 from diffender.config import EMBEDDED, DIFFenderConfig
 from diffender.losses import feature_distance
+from diffender.noise import from_seed
 from diffender.pipeline import DIFFender
 from diffender.pretrain.corpus import Crops, PackedTokens, Photos, batches, load_photos, pack
 from diffender.pretrain.latents import reused_batches, sample_latents, stored_batches
@@ -35,7 +35,6 @@ from diffender.utils.images import save_png
 from diffender.weights.loading import load_model, save_model
 
 EARLY = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3")  # layers of the classifier, for a loss
-Made = TypeVar("Made")
 LAYERS = "classifier."  # before the names of those layers in a packed file
 PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
 
@@ -43,7 +42,8 @@ PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first,
 def train_vae(args: Namespace) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
     path = args.out / "vae.safetensors"
-    vae = seeded(args.seed, lambda: AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0))).to(args.device)
+    vae = from_seed(args.seed, lambda: AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0)))
+    vae.to(args.device)
     if args.stage == "decoder":
         state, earlier = first_stage(args)
         vae.load_state_dict(state)
@@ -142,13 +142,6 @@ def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
     return torch.stack(crops)
 
 
-def seeded(seed: int, make: Callable[[], Made]) -> Made:
-    """make(), whose random weights follow from the seed; the caller's numbers stay as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
 def initialize(model: LatentDiffusion) -> LatentDiffusion:
     """Residual branches of the UNet start at zero (Ho et al. 2020), embeddings as small as CLIP's."""
     nn.init.normal_(model.text.embeddings.token_embedding.weight, std=0.02)
@@ -171,7 +164,7 @@ def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> N
     scale_factor = vae_card["scale_factor"]
     preset = architecture(args)
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
-    model = seeded(args.seed, lambda: initialize(LatentDiffusion(cfg)))
+    model = from_seed(args.seed, lambda: initialize(LatentDiffusion(cfg)))
     model.to(args.device, memory_format=torch.channels_last)
     if args.init:
         model.load_state_dict(load_model("tiny", args.init).state_dict())
