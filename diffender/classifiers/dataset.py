@@ -223,9 +223,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
     """An RGB image as `load_image` gives it."""
-    if cfg.squash:
+    if cfg.aspect is not None:
         if image.size == (250, 250):  # LFW: the face is in the middle
-            image = image.crop((45, 45, 205, 205))
+            left = (250 - round(160 * cfg.aspect)) // 2
+            image = image.crop((left, 45, 250 - left, 205))
         return pil_to_tensor(image.resize((cfg.size, cfg.size), Image.Resampling.BILINEAR)).float() / 255
     if max(image.size) > LONGEST * min(image.size):
         raise InputError(

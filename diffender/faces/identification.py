@@ -25,12 +25,12 @@ RECOGNIZERS = {
     "facenet": ClassifierConfig(
         "InceptionResnetV1", 160, 160, HALF, STD,
         ("embed.conv2d_4b", "embed.repeat_1", "embed.repeat_2", "embed.repeat_3"),
-        r"embed\.(conv2d_4b|repeat_[123]\.\d|mixed_[67]a|block8)", squash=True,
+        r"embed\.(conv2d_4b|repeat_[123]\.\d|mixed_[67]a|block8)", aspect=1,
     ),
     "mobilefacenet": ClassifierConfig(
         "MobileFaceNet", 224, 224, HALF, STD,
         ("embed.conv1", "embed.blocks.4", "embed.blocks.11", "embed.conv2"), r"embed\.blocks\.\d+|embed\.conv2",
-        squash=True,
+        aspect=6 / 7,
     ),
 }  # fmt: skip
 
