@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md")])
 NEEDS = {  # words in a command, and what it takes that is not here
     "--weights sd-v1-5": "an official checkpoint", "sd-v1-5-inpainting": "an official checkpoint",
-    "weights fetch": "a network", "facenet": "weights of a recogniser of faces", "diffender.faces": "images of LFW",
+    "weights fetch": "a network", "facenet": "weights of a recogniser of faces", "diffender faces": "images of LFW",
     "--before": "an earlier commit beside this one", "benchmarks/": "idle cores and diffusers beside",
     "pip install": "a network; CI runs it", "pytest": "itself", "ruff": "the linter; CI runs it",
     "mypy": "the type checker; CI runs it",
