@@ -1,6 +1,6 @@
 """Tune the two prompts of DIFFender on a few attacked photographs (Sec. 3.3).
 
-    python train.py --shots 8                          embedded model, sample photographs; under 10 minutes on 2 cores
+    python train.py --shots 8                          embedded model, sample photographs; about 2 minutes on 2 cores
     torchrun --nproc-per-node 4 train.py --shots 8     each batch split between processes, a GPU each; same prompts
 
 Attacks the images with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:

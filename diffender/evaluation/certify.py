@@ -2,7 +2,8 @@
 
 python -m diffender certify --data PHOTOS --images 32 --area 0.02,0.05 --masks 3,4,5
 
-Whole images are certified where no patch can change the answer wherever it is; places where no patch at that place can.
+"Certified wherever it is" counts images whose answer no patch can change at any place. "Certified places" is the mean
+share of places where no patch can change the answer.
 """
 
 import hashlib

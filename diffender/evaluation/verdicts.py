@@ -245,8 +245,8 @@ def summarize(records: Sequence[dict]) -> dict:
     """Rows of the table: clean, every variant, and the strongest on each image, of each attack and of all; and mean
     mask scores.
 
-    The strongest takes the minimum over variants image by image, not the lowest row: for each verdict, an image
-    counts as right only as far as under every patch that was made for it.
+    The strongest takes the minimum over variants image by image, not the lowest row. For each verdict, an image counts
+    as right only if it is right under every patch made for it. Of averages, the lowest counts.
     """
     label = {r["id"]: r["label"] for r in records}
     rows = [
