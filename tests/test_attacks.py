@@ -1,5 +1,6 @@
 """Attacks: geometry, what they may change, and that they hurt."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -216,6 +217,27 @@ def test_eot_on_a_deterministic_victim_changes_nothing(batch):
     attack = ATTACKS["advp"](area=0.1, iters=5, eot=1)
     one, four = (a(Task(Linear(), x.double(), y, IDS, 0)).image for a in (attack, replace(attack, eot=4)))
     assert torch.equal(one, four)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("advp", {"area": 3.0}, "area is 3.0; allowed is from 0.0005 to 1"),
+        ("advp", {"iters": 0}, "iters is 0; allowed is at least 1"),
+        (
+            "advp",
+            {"location": "center"},
+            "unknown location 'center'; choose one of fixed, corner, eot",
+        ),
+        ("lavan", {"eot": 0}, "eot is 0"),
+        ("gdpa", {"mode": "fast"}, "unknown mode 'fast'; choose one of direct, generator, amortised"),
+        ("rhde", {"queries": 2.5}, "queries is 2.5; it is of type int"),
+        ("grey", {"area": "big"}, "area is 'big'; it is of type float"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, given, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        ATTACKS[name](**given)
 
 
 def test_targeted_aims_at_one_class_and_eot_moves_the_patch(batch):

@@ -13,6 +13,7 @@ from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, 
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, moved, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
+from diffender.utils.options import option
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,17 @@ class AdvP(GradientAttack):
     on noise that none has seen, so that a lucky draw cannot win. Restarts take other places and other first pixels.
     """
 
-    shape: str = "square"  # or circle, of the same area
-    location: str = "fixed"  # or corner; or eot: a new place for each EOT sample and for the verdict
+    shape: str = option("square", "A circle has the same area.", choices=("square", "circle"))
+    location: str = option(
+        "fixed", "eot: a new place for each EOT sample and for the verdict.", choices=("fixed", "corner", "eot")
+    )
     targeted: bool = False  # cross-entropy to a random class instead of the margin
-    lr: float = 0.05  # step size in units of the pixel range; halved at 1/2 and 3/4 of the steps
-    momentum: float = 0.9
+    lr: float = option(0.05, "Step size in units of the pixel range; halved at 1/2 and 3/4 of the steps.", low=0)
+    momentum: float = option(0.9, "Share of the last step's direction that stays.", low=0, high=0.999)
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.shape == "circle" and self.area > math.pi / 4:
             raise InputError(
                 f"a circle of {self.area:g} of the image does not fit into it; at most {math.pi / 4:.3f} does"

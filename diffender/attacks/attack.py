@@ -10,6 +10,7 @@ from torch import Tensor
 from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin
 from diffender.utils.errors import InputError
+from diffender.utils.options import check_options, option
 
 Made = TypeVar("Made", bound="Attack")
 Callback = Callable[[float], None]  # hears what share of the work is done, up to 1
@@ -25,7 +26,11 @@ class Attack:
     access: ClassVar[str] = "none"
     flags: ClassVar[dict[str, str]] = {}  # of a command line, where a flag and its field have different names
 
-    area: float = 0.05  # share of the image that the patch covers
+    area: float = option(0.05, "Share of the image that the patch covers.", low=0.0005, high=1)
+
+    def __post_init__(self) -> None:
+        """Raises InputError for settings out of their range."""
+        check_options(self)
 
     @classmethod
     def reads(cls) -> dict[str, str]:
@@ -75,10 +80,10 @@ class GradientAttack(Attack):
     access: ClassVar[str] = "gradient"
     moves: ClassVar[float] = 0.0  # forward passes that a step takes besides its samples, on average
 
-    iters: int = 100  # steps
-    eot: int = 10  # noise samples in each step
-    eot_batch: int = 1  # how many of them side by side; changes results by rounding
-    restarts: int = 1
+    iters: int = option(100, "Steps.", low=1)
+    eot: int = option(10, "Noise samples in each step.", low=1)
+    eot_batch: int = option(1, "How many of them side by side. Changes results by rounding.", low=1)
+    restarts: int = option(1, "Attempts, of which each image keeps the best.", low=1)
 
     @property
     def averaged_steps(self) -> float:

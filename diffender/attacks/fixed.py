@@ -71,6 +71,7 @@ class Ready(Fixed):
     file: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.patches  # a file that cannot be used shows before anything runs
 
     @cached_property

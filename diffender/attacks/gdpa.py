@@ -21,6 +21,7 @@ from diffender.attacks.patch import apply_patch, paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
+from diffender.utils.options import option
 
 MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.9), "amortised": (0.5, 0.9)}  # and their betas of Adam
 GRID = 7  # the coarse search looks at GRID x GRID places
@@ -174,16 +175,15 @@ class GDPA(GradientAttack):
     flags: ClassVar[dict[str, str]] = {"gdpa_mode": "mode", "generator": "weights"}
     moves: ClassVar[float] = 0.5
 
-    mode: str = "direct"  # or generator, amortised
-    lr: float = 0.15  # step size of the pattern in direct mode
-    lr_place: float = 0.005  # of the place there: about half a pixel a step, so that the pattern can follow
-    lr_net: float = 5e-4  # of the generator
-    width: int = 64  # of the generator
+    mode: str = option("direct", "Free pixels, a generator for each image, or a trained one.", choices=tuple(MODES))
+    lr: float = option(0.15, "Step size of the pattern in direct mode.", low=0)
+    lr_place: float = option(0.005, "Of the place: half a pixel a step, so that the pattern can follow.", low=0)
+    lr_net: float = option(5e-4, "Step size of the generator.", low=0)
+    width: int = option(64, "Width of the generator.", low=1)
     weights: str | None = None  # the amortised generator's file
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"unknown GDPA mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        super().__post_init__()
         if self.mode == "amortised" and self.weights is None:
             raise InputError(
                 "GDPA's amortised mode needs a trained generator; give --generator a file of python -m "

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diffender.attacks.advp import AdvP
 from diffender.attacks.patch import logit
+from diffender.utils.options import option
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class LaVAN(AdvP):
     margin and the stronger attack on accuracy.
     """
 
-    area: float = 0.02
+    area: float = option(0.02, "Share of the image that the patch covers.", low=0.0005, high=1)
     targeted: bool = True
 
     def towards(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

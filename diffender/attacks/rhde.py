@@ -19,6 +19,7 @@ from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
 from diffender.utils.errors import InputError, named_images, nearest
+from diffender.utils.options import option
 
 GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
 MISREAD = 100.0  # more than the energy of any candidate
@@ -58,12 +59,13 @@ class RHDE(Attack):
 
     sticker: str | None = None  # of stickers.NAMES; none: the best three of all after some queries for each
     opacity: tuple[float, float] = (0.8, 0.98)
-    population: int = 30
-    iters: int = 33  # generations
-    queries: int = 2400  # at most
-    elite: float = 0.2
+    population: int = option(30, "Candidates.", low=4)
+    iters: int = option(33, "Generations.", low=1)
+    queries: int = option(2400, "At most.", low=1)
+    elite: float = option(0.2, "Share of the candidates whose neighbours are tried.", low=0, high=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sticker is not None and self.sticker not in NAMES:
             near = nearest(self.sticker, NAMES)
             raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}{near}")

@@ -14,6 +14,7 @@ from diffender.attacks.attack import Attack, Callback
 from diffender.attacks.expectation import Attacked, Task, judge, kept_back, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
+from diffender.utils.options import option
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
@@ -28,8 +29,8 @@ class SparseRS(Attack):
 
     access: ClassVar[str] = "queries"
 
-    queries: int = 1000
-    p_init: float = 0.4  # share of the patch that is repainted at first
+    queries: int = option(1000, "At most.", low=1)
+    p_init: float = option(0.4, "Share of the patch that is repainted at first.", low=0, high=1)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2) is pattern and corner."""
