@@ -106,6 +106,11 @@ def bad(tmp_path_factory):
     (folder / "damaged/config.json").write_text("{}")
     (folder / "damaged/results.json").write_text("{}")
     (folder / "damaged/per_image.jsonl").write_text('{"id": "a"}\nnot json\n')
+    (folder / "certified").mkdir()
+    (folder / "certified/config.json").write_text("{}")
+    (folder / "certified/results.json").write_text('{"command": "python -m diffender certify", "rows": []}')
+    (folder / "certified/per_image.jsonl").write_text('{"id": "a, 0.05, 6", "right": true}\n')
+    (folder / "open.md").write_text("<!-- results/a -->\ntext\n<!-- results/b -->\n<!-- end -->\n")
     (folder / "unnamed").mkdir()
     (folder / "unnamed/config.json").write_text("{}")
     (folder / "unnamed/per_image.jsonl").write_text("{}\n[]\n")
@@ -308,11 +313,16 @@ FILES = [
     ("pretrain join --data {bad}/nothing --out m", "no parts of a model in"),
     ("defend", "no images given; name files or folders"),
     ("defend {bad}/nothing", "no images in"),
-    ("report compare {bad}/run", "give two folders that evaluate.py wrote"),
+    ("report compare", "compare: 0 given; give two folders that evaluate.py wrote"),
+    ("report compare {bad}/run", "compare: 1 given; give two folders that evaluate.py wrote"),
     ("report compare {bad}/nothing {bad}/nothing", "give two folders that evaluate.py wrote"),
     ("report compare {bad}/damaged {bad}/damaged", "per_image.jsonl, line 2 is damaged"),
     ("report compare {bad}/unnamed {bad}/unnamed", "per_image.jsonl, line 1 is damaged"),
+    ("report compare {bad}/certified {bad}/certified", "certified holds no evaluation; compare two folders that"),
     ("report gone.md", "gone.md"),
+    ("report {bad}/dot.png", "dot.png is no text in UTF-8; give Markdown files"),
+    ("report {bad}/open.md", "<!-- results/a --> has no <!-- end --> before the next table; add it"),
+    ("report page {bad}/certified", "certified holds results of another kind; give a folder that evaluate.py wrote"),
     ("report page {bad}/run", "no finished run in"),
     ("report page {bad}/damaged", "is damaged"),
     ("report page", "no folder given; give folders that evaluate.py wrote"),

@@ -24,7 +24,8 @@ from diffender.utils.options import run
 def fill(document: str, results: Path) -> str:
     """The document with the NAME/table.md of `results` between its marks, <!-- results/NAME --> and <!-- end -->.
 
-    <!-- results/NAME accuracy --> takes the first table of that file alone.
+    <!-- results/NAME accuracy --> takes the first table of that file alone. Raises InputError for a table that is not
+    there, and for a start without an end.
     """
 
     def content(match: re.Match) -> str:
@@ -36,8 +37,10 @@ def fill(document: str, results: Path) -> str:
             text = text.split("\n\n")[0] + "\n"
         return f"<!-- results/{match['name']}{match['part'] or ''} -->\n{text}<!-- end -->"
 
-    marks = r"<!-- results/(?P<name>[\w-]+)(?P<part> accuracy)? -->\n.*?<!-- end -->"
-    return re.sub(marks, content, document, flags=re.DOTALL)
+    start, rest = r"<!-- results/(?P<name>[\w-]+)(?P<part> accuracy)? -->\n", r"(?:(?!<!-- results/).)*?<!-- end -->"
+    if unended := re.search(f"{start}(?!{rest})", document, re.DOTALL):
+        raise InputError(f"{unended[0].strip()} has no <!-- end --> before the next table; add it")
+    return re.sub(start + rest, content, document, flags=re.DOTALL)
 
 
 def compare(a: Path, b: Path) -> str:
@@ -53,6 +56,8 @@ def compare(a: Path, b: Path) -> str:
     ids = [i for i in left if i in right]
     if not ids:
         raise InputError(f"{a} and {b} share no images; compare runs of evaluate.py on the same --data and --seed")
+    if any("attacks" not in run[i] for run in (left, right) for i in ids):
+        raise InputError(f"{a} or {b} holds no evaluation; compare two folders that evaluate.py wrote")
     images = [read_config(folder).get("sha256", {}).get("images") for folder in (a, b)]
     if images[0] != images[1] or any(left[i]["label"] != right[i]["label"] for i in ids):
         raise InputError(f"{a} and {b} are of different images, or labels; compare runs on the same ones")
@@ -81,7 +86,7 @@ def main() -> None:
     if what == "compare":
         missing = [folder for folder in rest if not (Path(folder) / "config.json").is_file()]
         if len(rest) != 2 or missing:
-            why = f"there is no run in {missing[0]}" if missing else f"compare {' '.join(rest)}"
+            why = f"there is no run in {missing[0]}" if missing else f"compare: {len(rest)} given"
             raise InputError(f"{why}; give two folders that evaluate.py wrote")
         print(compare(*map(Path, rest)), end="")
         return
@@ -97,7 +102,11 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         if not path.is_file():
             raise InputError(f"no document {path}; give Markdown files, compare and two runs, or page and runs")
-        write_text(path, fill(path.read_text(encoding="utf-8"), Path("results")))
+        try:
+            document = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path} is no text in UTF-8; give Markdown files") from e
+        write_text(path, fill(document, Path("results")))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, R
 def write_report(folder: Path) -> dict:
     """Write all three, anew, and return the results.
 
-    Raises InputError where the folder holds no finished run, or a damaged one.
+    Raises InputError where the folder holds no finished run, a damaged one, or results of another command.
     """
     if not (folder / "results.json").is_file():
         raise InputError(f"no finished run in {folder}; give a folder that evaluate.py wrote")
     try:
         results, records = read_finished(folder)
+        if results and "verdicts" not in results:
+            raise InputError(f"{folder} holds results of another kind; give a folder that evaluate.py wrote")
         names = results["names"] or class_names()
         texts = {
             "table.md": markdown(results),
