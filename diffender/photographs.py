@@ -164,23 +164,22 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
 def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
     """(name, file) of every image given or in a folder given, but not in `out`; a name is the file's path, unlike any
     other."""
-    from diffender.classifiers.dataset import SUFFIXES
+    from diffender.classifiers.dataset import KINDS, SUFFIXES
 
-    kinds = f"files of the kinds {', '.join(sorted(SUFFIXES))}"
     if web := next((p for p in paths if "://" in p), None):
         raise InputError(f"{web} is a web address; download it, and give the file")
     found = []
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() not in SUFFIXES and not readable(path):
-            raise InputError(f"{path} is no image that can be read; wanted are {kinds}, and folders of them")
+            raise InputError(f"{path} is no image that can be read; wanted are {KINDS}, and folders of them")
         if not path.exists():
-            raise InputError(f"no file or folder {path}; give {kinds}, and folders of them")
+            raise InputError(f"no file or folder {path}; give {KINDS}, and folders of them")
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
             inside = [p for p in inside if out.resolve() not in p.resolve().parents]
         if not inside:
-            raise InputError(f"no images in {path}; wanted are {kinds}")
+            raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent
         found += [("__".join(p.relative_to(root).with_suffix("").parts), p) for p in inside]
     if not found:

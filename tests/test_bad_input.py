@@ -267,7 +267,7 @@ FILES = [
         ("low", "label '-1'"), ("half", "label '1.5'"), ("none", "no images in"), ("nameless", "line 2: no file"),
         ("short", "line 2: label"), ("twice", "more than one image a"), ("latin", "csv file in UTF-8"),
     )),
-    ("certify --data {bad}/wrong.csv", "the classifier gets none of these images right"),
+    ("certify --data {bad}/wrong.csv", "tf_efficientnet_lite0 gets none of these images right (1, without 0"),
     *((f"certify --data {{bad}}/of-{name}.csv", f"{name}: {says}") for name, says in (
         ("text.jpg", "it does not decode"), ("cut.jpg", "it does not decode"), ("gone.png", "no such file"),
     )),

@@ -30,6 +30,9 @@ def test_subset_is_seeded_correct_and_passes_over_what_was_tuned_on(classifier):
     rest = correct_subset(items, classifier, 20, seed=0, exclude=frozenset(first.hashes))
     assert len(rest.ids) == 14
     assert not set(rest.ids) & set(first.ids)
+    tuned_on = [item for item in items if item.id in first.ids]
+    with pytest.raises(InputError, match="the prompts were tuned on all 4 of these images; give other --data"):
+        correct_subset(tuned_on, classifier, 4, seed=0, exclude=frozenset(first.hashes))
 
 
 def picture(path, mode="RGB", size=(40, 30)):
@@ -52,7 +55,7 @@ def test_names_that_begin_with_a_wnid(tmp_path):
 
 
 def test_csv(tmp_path):
-    table = tmp_path / "labels.csv"
+    table = tmp_path / "LABELS.CSV"
     table.write_text("file,label\nimages/a.png,7\n")
     (item,) = list_items(str(table))
     assert (item.id, item.label, item.path) == ("images/a", 7, tmp_path / "images/a.png")
@@ -88,7 +91,7 @@ def test_imagenets_validation_layout_of_kaggle(tmp_path):
     lines[1:] = [f"ILSVRC2012_val_{i:08},{wnid} 85 1 499 272" for i, wnid in wnids.items()]
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
     assert [item.label for item in list_items(str(images))] == [0, 1, 999]
-    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines[:3]))
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join([*lines[:3], "ILSVRC2012_val_00000003,"]))
     with pytest.raises(InputError, match="has no label for ILSVRC2012_val_00000003.JPEG"):
         list_items(str(images))
 
@@ -103,6 +106,11 @@ def test_imagenets_development_kit(tmp_path):
     synsets = np.array([(1, "n15075141"), (2, "n01440764")], [("ILSVRC2012_ID", object), ("WNID", object)])
     scipy_io.savemat(kit / "meta.mat", {"synsets": synsets})
     assert [item.label for item in list_items(str(tmp_path / "val"))] == [0, 999, 0]
+    whole = (kit / "meta.mat").read_bytes()
+    for size in (0, 100, 200, len(whole) - 50):
+        (kit / "meta.mat").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"meta.mat or .* is damaged .*; fetch the kit again"):
+            list_items(str(tmp_path / "val"))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])

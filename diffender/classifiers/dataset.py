@@ -22,6 +22,7 @@ from diffender.utils.files import one_line, sha256
 
 LONGEST = 20  # of an image's sides, in shorter ones
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+KINDS = f"files of the kinds {', '.join(sorted(SUFFIXES))}"  # what is allowed, for messages
 
 
 class Item(NamedTuple):
@@ -50,7 +51,7 @@ def list_items(data: str, classes: int | None = None) -> list[Item]:
     if data == "samples" and classes is None:
         return sample_items()
     path = Path(data).expanduser()
-    if path.is_file() and path.suffix == ".csv":
+    if path.is_file() and path.suffix.lower() == ".csv":
         items = csv_items(path, classes)
     elif classes is not None:
         items = own_items(path, classes)
@@ -59,7 +60,7 @@ def list_items(data: str, classes: int | None = None) -> list[Item]:
     else:
         raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
     if not items:
-        raise InputError(f"no images in {data}; wanted are files of the kinds {', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"no images in {data}; wanted are {KINDS}")
     if twice := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
         raise InputError(f"{data} has more than one image {twice[0]}, whatever their kind; rename or remove one")
     return items
@@ -105,7 +106,7 @@ def validation_items(root: Path) -> list[Item]:
     solution = next((p for d in places if (p := d / "LOC_val_solution.csv").is_file()), None)
     if solution is not None:
         rows = read_csv(solution, "ImageId", "PredictionString")
-        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        wnids = {row["ImageId"]: (row["PredictionString"] or "").strip().partition(" ")[0] for row in rows}
     else:
         wnids = ground_truth(places)
     if unknown := [p.name for p in images if wnids.get(p.stem) not in ranks()]:
@@ -127,10 +128,13 @@ def ground_truth(places: Sequence[Path]) -> dict[str, str]:
         from scipy.io import loadmat
     except ImportError as e:
         raise InputError(f"{kit / 'meta.mat'} is read by scipy: pip install scipy, or use LOC_val_solution.csv") from e
-    synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
-    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    numbers = (kit / name).read_text(encoding="utf-8").split()
-    return {f"ILSVRC2012_val_{i:08}": wnids.get(int(n), "") for i, n in enumerate(numbers, start=1)}
+    try:
+        synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        numbers = [int(n) for n in (kit / name).read_text(encoding="utf-8").split()]
+    except Exception as e:  # scipy says nothing of what a damaged file may raise
+        raise InputError(f"meta.mat or {name} in {kit} is damaged ({one_line(e)}); fetch the kit again") from e
+    return {f"ILSVRC2012_val_{i:08}": wnids.get(n, "") for i, n in enumerate(numbers, start=1)}
 
 
 def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
@@ -208,7 +212,7 @@ def open_image(path: Path, upright: bool = False) -> Image.Image:
                 return as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
-        raise InputError(f"cannot read image {path}: {reason}; give a JPEG, PNG, WebP or BMP file") from e
+        raise InputError(f"cannot read image {path}: {reason}; wanted are {KINDS}") from e
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -250,24 +254,30 @@ def correct_subset(
 ) -> Batch:
     """The first `count` images of a seeded permutation that the undefended classifier gets right.
 
-    Images whose file hash is in `exclude` (those that prompts were tuned on) are passed over.
+    Images whose file hash is in `exclude` (those that prompts were tuned on) are passed over. Raises InputError where
+    none is left.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
     ids: list[str] = []
-    images, labels, hashes = [], [], []
+    images, labels, hashes, excluded = [], [], [], 0
     for i in order:
         if len(ids) == count:
             break
         item = items[i]
         x = load_image(item.path, classifier.cfg)
         digest = digest_of(item.path)
-        if digest not in exclude and classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
+        if digest in exclude:
+            excluded += 1
+        elif classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
             ids.append(item.id)
             images.append(x)
             labels.append(item.label)
             hashes.append(digest)
+    if not ids and excluded == len(items):
+        raise InputError(f"the prompts were tuned on all {excluded} of these images; give other --data, or --prompts")
     if not ids:
         raise InputError(
-            "the classifier gets none of these images right; check the labels and the classifier's weights"
+            f"{classifier.cfg.tag} gets none of these images right ({len(items)}, without {excluded} that prompts were "
+            "tuned on); check the labels and the classifier's weights"
         )
     return Batch(ids, torch.stack(images), torch.tensor(labels), hashes)
