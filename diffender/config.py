@@ -194,16 +194,15 @@ class TargetOptions:
     defense: DefenseOptions = part(DefenseOptions())
     data: str = option(
         "samples",
-        "Images: samples, a folder with a folder for each wnid, or a csv with the columns file and label "
-        "(faces: person folders, or a csv with file and identity).",
+        "Images: samples, a folder with a folder for each wnid, or a csv with the columns file and label.",
         group="classifier and images",
     )
-    classifier: str = option(
-        "efficientnet_lite0",
-        "Name in diffender.classifiers.imagenet, timm:TAG, or a face recogniser: facenet, mobilefacenet.",
-    )
+    classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
     fold: int = option(
-        0, "Faces: index of the image of each person that is the probe; the others form the gallery.", low=0
+        0,
+        "Index of the image of each person that is the probe; the others form the gallery. For a face recogniser, "
+        "--classifier facenet or mobilefacenet, whose --data are person folders, or a csv with file and identity.",
+        low=0,
     )
     classifier_weights: str | None = option(
         None, "Safetensors file of the classifier, in timm's names. None for the embedded ones."

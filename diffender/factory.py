@@ -70,7 +70,7 @@ def open_classifier(opts: TargetOptions) -> Classifier:
     """The classifier that the flags ask for; a recogniser of faces takes its gallery from --data."""
     if opts.classifier in RECOGNIZERS:
         return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
-    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes)
+    classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes, RECOGNIZERS)
     if opts.classes is not None:
         classifier.names = own_classes(opts.data, opts.classes)
     return classifier

