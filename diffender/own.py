@@ -22,7 +22,7 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
-from diffender.evaluation.plan import Options, build_plans, default_name, fill, refuse_unread
+from diffender.evaluation.plan import PRESETS, Options, build_plans, default_name, fill, refuse_unread
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
@@ -107,8 +107,10 @@ def benchmark(
         classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
         y = as_labels(labels, len(images), classes)
         names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
-        if names is not None and (isinstance(names, str) or len(names) != classes):
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):
             raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
+        if budget not in tuple(PRESETS):
+            raise InputError(f"budget is {budget!r}; choose one of {', '.join(PRESETS)}{nearest(str(budget), PRESETS)}")
         given = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget}
         refuse_foreign(options)
         if isinstance(victim, AnyModel):
@@ -121,9 +123,12 @@ def benchmark(
         if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
             opts = replace(opts, eot=1)
         opts = fill(opts)
-        folder = Path("runs") / (opts.name or default_name(opts))
+        name = opts.name or default_name(opts)
+        folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
-        experiment = Experiment(opts, folder, own, victim, plans, resolved(opts, victim, images, y), names)
+        again = {"attack": attack, "gradient": gradient, "budget": budget} | options | {"name": name}
+        call = f"diffender.benchmark(model, images, labels, {', '.join(f'{k}={v!r}' for k, v in again.items())})"
+        experiment = Experiment(opts, folder, own, victim, plans, resolved(opts, victim, images, y), names, call)
         batch = Batch([f"{i:05}" for i in range(len(images))], images, y, [])
         work([experiment], batch)
         finish(experiment, batch)
@@ -171,12 +176,14 @@ def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tens
 
 
 def refuse_foreign(options: dict[str, Any]) -> None:
-    """Raises InputError for options that evaluate.py does not have, or that say what the arguments say."""
-    foreign = {"grad", "preset", "images", "defense", "device", "table", "rows", "figure", "folds", "frames"}
-    foreign |= {"tuning_data", "shard", "list", "dry_run", *(leaf.name for leaf in leaves(TargetOptions()))}
-    known = {leaf.name for leaf in leaves(Options())} - foreign
+    """Raises InputError for options that evaluate.py does not have or keeps, or that say what the arguments say."""
+    kept = {"device", "table", "rows", "figure", "folds", "frames", "tuning_data", "shard", "list", "dry_run"}
+    told = {"grad", "preset", "images", "defense", *(leaf.name for leaf in leaves(TargetOptions()))}
+    known = {leaf.name for leaf in leaves(Options())} - kept - told
     if unknown := sorted(options.keys() - known):
-        why = "is told by the arguments" if unknown[0] in foreign else f"is unknown{nearest(unknown[0], sorted(known))}"
+        why = f"is unknown{nearest(unknown[0], sorted(known))}"
+        why = "belongs to evaluate.py alone" if unknown[0] in kept else why
+        why = "is told by the arguments" if unknown[0] in told else why
         raise InputError(f"option {unknown[0]} {why}; options are {', '.join(sorted(known))}")
 
 

@@ -11,7 +11,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch import nn
 
+import diffender
 import train
 from diffender import tuning
 from diffender.utils import options as cli
@@ -108,6 +111,22 @@ def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, mon
     assert "go on with: python" in error
     assert error.endswith(f" {' '.join(args)} --name {folder.name}\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_benchmark_that_is_stopped_names_the_call_that_goes_on(tmp_path, monkeypatch):
+    from diffender.evaluation import run as experiment
+
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    call = "diffender.benchmark(model, images, labels, attack='none', gradient=None, budget='smoke', name='s')"
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        interrupt_after(patch, experiment, "evaluate_batch", 1)
+        diffender.benchmark(net, images, labels, attack="none", budget="smoke", name="s")
+    assert str(stopped.value).endswith(f"go on with: {call}")
+    assert len(told(tmp_path / "runs/s")) == 1
+    results = eval(call, {"diffender": diffender, "model": net, "images": images, "labels": labels})
+    assert results["command"] == call
 
 
 def test_in_a_thread_of_the_callers_nothing_waits_for_signals():

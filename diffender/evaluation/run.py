@@ -72,7 +72,8 @@ class Experiment(NamedTuple):
     target: Defended
     plans: list[Plan]
     config: dict  # everything that an image's result depends on
-    names: list[str] | None  # of the classes; none: ImageNet's
+    names: Sequence[str] | None  # of the classes; none: ImageNet's
+    call: str | None = None  # that made it from Python, and goes on; none: this process's command line
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +160,9 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
 
 
 def how_to_go_on(e: Experiment) -> str:
-    """The command that resumes a run: its own, and the name that it was given."""
+    """The command, or the call, that resumes a run: its own, and the name that it was given."""
+    if e.call:
+        return f"stopped between two images; go on with: {e.call}"
     named = any(a.startswith("--name") for a in sys.argv) or e.opts.table or e.opts.figure
     name = "" if named else f" --name {e.folder.name}"
     return f"stopped between two images; go on with: {command(from_here=True)}{name}"
@@ -196,7 +199,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         print(f"{len(records)} of {len(batch.ids)} images are done; the shard that ends last writes the table")
         return None
     results = {
-        "command": command(),
+        "command": e.call or command(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(e.device),
         "defense": OURS.get(opts.defense, opts.defense),

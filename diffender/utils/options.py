@@ -132,7 +132,9 @@ def check_options(opts: Any) -> None:
     for leaf in leaves(opts):
         value, (choices, low, high) = values.get(leaf.name), map(leaf.metadata.get, ("choices", "low", "high"))
         kind = leaf.kind
-        if value is None or not leaf.metadata or isinstance(kind, types.GenericAlias):
+        if not leaf.metadata or isinstance(kind, types.GenericAlias):
+            continue
+        if value is None and isinstance(leaf.hint, types.UnionType):
             continue
         if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise InputError(f"{leaf.name} is {value!r}; it is of type {kind.__name__}")
