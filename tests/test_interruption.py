@@ -197,6 +197,31 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
     assert code == 0, error
 
 
+def no_memory(e):
+    raise e
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [lambda: no_memory(MemoryError()), lambda: no_memory(torch.OutOfMemoryError("a\nb")), lambda: torch.empty(1 << 50)],
+    ids=["python", "gpu", "cpu"],
+)
+def test_out_of_memory_is_one_line_with_the_flags_that_help(tmp_path, monkeypatch, capfd, fail):
+    from diffender.evaluation import run as experiment
+
+    monkeypatch.setattr(experiment, "evaluate_batch", lambda *args: fail())
+    code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "m"], tmp_path, monkeypatch, capfd)
+    assert code == 2
+    flags = "--max-memory or --micro-batch or --batch-size or --eot-batch"
+    assert f"out of memory; give a lower {flags}: what is written stays, and the same command" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_other_errors_of_torch_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="multiplied"):
+        cli.run(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
 def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, monkeypatch, capfd):
     args = [*SMALL, "--attack", "none", "--name"]
     code, _, error = here([*args, "a"], tmp_path, monkeypatch, capfd)

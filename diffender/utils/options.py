@@ -152,10 +152,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+parsed: list[str] = []  # the flags of the command at hand, by name
+
+
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
     """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
     start = cls()
     flags = list(leaves(start))
+    parsed[:] = [f.name for f in flags]
     usage = " ".join(["[options]", *(f.name for f in flags if f.hint == tuple[str, ...])])
     parser = Parser(
         description=description,
@@ -207,6 +211,7 @@ def settings(opts: Any, *free: str) -> dict:
     return {k: v for k, v in flat(opts).items() if k not in (*FREE, *free)}
 
 
+SPARING = ("max_memory", "micro_batch", "batch_size", "eot_batch")  # what takes less memory when it is lower
 KEPT = "what is written stays, and the same command with the same --name or --out goes on"
 FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space: {KEPT}") | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
@@ -214,9 +219,14 @@ FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some sp
 )  # of files, by what the system says
 
 
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or a CPU's, for which torch has no error of its own."""
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call main and exit: 0; 2 with one line where the input, the disk or a permission is at fault; 130 where Ctrl-C
-    or SIGTERM stopped it."""
+    """Call main and exit: 0; 2 with one line where the input, the disk, a permission or the memory is at fault; 130
+    where Ctrl-C or SIGTERM stopped it."""
     keep_freed_memory()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
@@ -234,6 +244,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         if e.errno not in FAULTS:
             raise
         told, code = f"{e.filename or 'a file'}: {e.strerror}; {FAULTS[e.errno]}", 2
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        sparing = [with_hyphens(f"--{name}") for name in SPARING if name in parsed]
+        advice = f"give a lower {' or '.join(sparing)}: " if sparing else ""
+        told, code = f"out of memory; {advice}{KEPT}", 2
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
