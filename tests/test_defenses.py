@@ -309,6 +309,11 @@ def test_autoencoder_completes_masks():
 @pytest.mark.parametrize(("size", "patch"), [(224, 50), (64, 20), (30, 7)])
 def test_patchcleanser_covers_every_place(classifier, size, patch):
     windows = PatchCleanser(classifier, patch).windows(size)
+    with pytest.raises(InputError, match=f"patch is {size}; in images of {size} pixels it is at most {size - 1}"):
+        PatchCleanser(classifier, size).windows(size)
+    for wrong in ({"patch": 0.05}, {"patch": 0}, {"patch": 5, "masks": 0}):
+        with pytest.raises(InputError, match=r"(patch|masks) is 0(.05)?; patch .a side in pixels. and masks are whole"):
+            PatchCleanser(classifier, **wrong)
     assert len(windows) <= 36
     side = windows[0][2]
     for axis in (0, 1):

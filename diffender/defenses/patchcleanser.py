@@ -13,16 +13,27 @@ from torch import Tensor
 
 from diffender.classifiers.imagenet import Classifier
 from diffender.restore import composite
+from diffender.utils.errors import InputError
 
 AT_ONCE = 4  # pairs of a row, before it is asked whether the row can still agree
 
 
 @dataclass(frozen=True)
 class PatchCleanser:
+    """Raises InputError for a patch or a number of masks that is not a whole number from 1."""
+
     classifier: Classifier
     patch: int  # side in pixels of the largest patch that it must withstand
     masks: int = 6  # an axis
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in (("patch", self.patch), ("masks", self.masks)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"{name} is {value!r}; patch (a side in pixels) and masks are whole numbers from 1; for a share of "
+                    "the image there is PatchCleanser.against"
+                )
 
     @classmethod
     def against(cls, classifier: Classifier, area: float, masks: int) -> "PatchCleanser":
@@ -30,7 +41,12 @@ class PatchCleanser:
         return cls(classifier, round(classifier.cfg.size * math.sqrt(area)), masks)
 
     def windows(self, size: int) -> list[tuple[int, int, int]]:
-        """Masks as (top, left, side) such that every patch x patch square lies inside one."""
+        """Masks as (top, left, side) such that every patch x patch square lies inside one.
+
+        Raises InputError where such a square leaves nothing of an image of this size.
+        """
+        if self.patch >= size:
+            raise InputError(f"patch is {self.patch}; in images of {size} pixels it is at most {size - 1}")
         stride = math.ceil((size - self.patch + 1) / self.masks)
         side = min(self.patch + stride - 1, size)
         starts = [*range(0, size - side, stride), size - side]
