@@ -119,7 +119,7 @@ def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **
     model = ModelOptions(model=name) if name in PRESETS else ModelOptions(weights=name)
     if unknown := sorted(method.keys() - flat(PAPER).keys()):
         raise InputError(
-            f"unknown setting {unknown[0]}; choose of {', '.join(flat(PAPER))}{nearest(unknown[0], flat(PAPER))}"
+            f"unknown setting {unknown[0]}; choose from {', '.join(flat(PAPER))}{nearest(unknown[0], flat(PAPER))}"
         )
     opts = DefenseOptions(model, prompt, method=method)
     check_options(opts)

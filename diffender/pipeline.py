@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from diffender.utils.errors import InputError, check_finite
 if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
 
+Drawn = TypeVar("Drawn", Noise, Tensor)
 TOUCHED = 1e-3  # what a resized mask exceeds wherever a pixel has a part of what was masked
 
 
@@ -251,9 +252,20 @@ class Undefended(nn.Module):
         return self.classifier(x)
 
 
-def check(x: Tensor, noise: Noise) -> None:
+def drawn(noise: Drawn | None) -> Drawn:
+    """The noise of a defence that needs one. Raises InputError where there is none."""
+    if noise is None:
+        raise InputError(
+            "no noise; draw it by defense.sample_noise(ids, seed, purpose), or wrap the victim in "
+            "diffender.WithFreshNoise"
+        )
+    return noise
+
+
+def check(x: Tensor, noise: Noise | None) -> None:
     """Raises InputError unless x is a batch of images, and the noise is for as many."""
     check_images(x)
+    noise = drawn(noise)
     if len(noise.image) != len(x):
         raise InputError(
             f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"

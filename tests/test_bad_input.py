@@ -153,7 +153,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
 OUT_OF_RANGE = [
     *(case for name in ("draws", "steps", "batch-size", "micro-batch", "images", "iters", "iters-undefended", "eot",
                         "eot-batch", "restarts", "queries", "queries-undefended", "verdicts", "trust-images", "table",
-                        "figure", "folds", "dilation") for case in below(name)),
+                        "folds", "dilation") for case in below(name)),
     ("evaluate --noise_ratio 7", "--noise-ratio is 7.0; allowed is from 0.02 to 1"),  # underscores are hyphens
     ("evaluate --noise-ratio 0", "allowed is from 0.02 to 1"),
     ("evaluate --noise-ratio nan", "--noise-ratio is nan; allowed is from 0.02 to 1"),
@@ -172,10 +172,10 @@ OUT_OF_RANGE = [
     ("evaluate --evasion -1", "--evasion is -1.0"),
     ("evaluate --max-memory 0.1", "--max-memory is 0.1; allowed is at least 0.5"),
     ("evaluate --table 8", "--table is 8; allowed is from 1 to 7"),
-    ("evaluate --figure 6", "--figure 6; choose of 1, 2, 3, 4, 5, 8, 9"),
-    ("evaluate --images many", "invalid int value: 'many'"),
-    ("evaluate --images 1.5", "invalid int value: '1.5'"),
-    ("evaluate --theta two", "invalid float value: 'two'"),
+    *((f"evaluate --figure {n}", f"--figure is {n}; choose from 1, 2, 3, 4, 5, 8, 9") for n in (-1, 0, 6, 12)),
+    ("evaluate --images many", "--images is 'many'; give a whole number"),
+    ("evaluate --images 1.5", "--images is '1.5'; give a whole number"),
+    ("evaluate --theta two", "--theta is 'two'; give a number"),
     ("train --shots 0", "--shots is 0; allowed is at least 1"),
     ("train --n-ctx 76", "--n-ctx is 76; allowed is from 1 to 75"),
     ("train --lr nan", "--lr is nan"),
@@ -186,9 +186,9 @@ OUT_OF_RANGE = [
 ]  # fmt: skip
 
 NAMES = [
-    ("evaluate --attack advp,pgd", "--attack pgd is unknown; choose of advp, lavan, gdpa, rhde"),
+    ("evaluate --attack advp,pgd", "--attack pgd is unknown; choose from advp, lavan, gdpa, rhde"),
     ("evaluate --attack advq", "(nearest: advp)"),
-    ("evaluate --grad exact", "--grad exact is unknown for diffender; choose of transfer, bpda, bpda-mask"),
+    ("evaluate --grad exact", "--grad exact is unknown for diffender; choose from transfer, bpda, bpda-mask"),
     ("evaluate --grad bpda-msk", "(nearest: bpda-mask)"),
     ("evaluate --defense jpg", "(nearest: jpeg)"),
     ("evaluate --defense jpeg:quality=high", "setting 'quality=high' of defence jpeg; its settings and their defaults"),
@@ -286,7 +286,8 @@ FILES = [
     ("evaluate --prompts {bad}/text.safetensors", "is not a whole safetensors file"),
     ("evaluate --prompts {bad}/header.safetensors", "damaged header"),
     ("evaluate --prompts {bad}/pickle.ckpt", "looks like a pickle"),
-    ("evaluate --weights gone.safetensors", "no file gone.safetensors"),
+    ("evaluate --weights gone.safetensors", "no file or folder gone.safetensors; give the path of a checkpoint"),
+    ("evaluate --weights tinny", "or the name of a model: tiny, sd15-inpainting, sd2-inpainting (nearest: tiny)"),
     ("evaluate --weights {bad}/nothing", "nothing"),
     ("evaluate --weights {bad}/text.safetensors", "is not a whole safetensors file"),
     ("evaluate --weights {bad}/other.safetensors", "other.safetensors"),

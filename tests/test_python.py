@@ -66,6 +66,10 @@ def test_wrong_input_is_one_clear_line(victim, classifier, photos):
         victim(photos[:1], noise)
     with pytest.raises(InputError, match="noise for 2 images with 3 images"):
         victim(photos[:1].repeat(3, 1, 1, 1), noise)
+    random = diffender.Purifier(torch.nn.Identity(), random=True)
+    for defense in (victim.defense, random):
+        with pytest.raises(InputError, match=r"no noise; draw it by defense.sample_noise.* diffender.WithFreshNoise"):
+            defense(photos[:1], None)
     for dtype in (torch.float64, torch.float16):
         with pytest.raises(InputError, match=f"images of dtype {dtype}; they are torch.float32"):
             victim(photos[:2].to(dtype), noise)

@@ -219,7 +219,7 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
 def test_mistakes():
     with pytest.raises(InputError, match="--table 6 is of faces"):
         run_table(6, Options(preset="smoke"))
-    with pytest.raises(InputError, match="--figure 6; choose of 1, 2, 3, 4, 5, 8, 9"):
+    with pytest.raises(InputError, match="--figure is 6; choose from 1, 2, 3, 4, 5, 8, 9"):
         fill(Options(figure=6))
     assert set(FIGURES) | {8} == set(plans.FIGURES)
 

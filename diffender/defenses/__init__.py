@@ -22,7 +22,7 @@ from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
 from diffender.noise import seeded, seeds
 from diffender.ops import resize, straight_through
-from diffender.pipeline import Defended, DIFFender, Purified, check_images
+from diffender.pipeline import Defended, DIFFender, Purified, check_images, drawn
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, nearest
 
@@ -61,11 +61,9 @@ class Purifier(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         if isinstance(self.purify, Diffusing):
-            assert noise is not None, "this defence needs the noise of its sample_noise"
-            return Purified(self.purify(x, noise), None, None, None)
+            return Purified(self.purify(x, drawn(noise)), None, None, None)
         if self.random:
-            assert noise is not None, "this defence needs the seeds of its sample_noise"
-            return Purified(seeded(self.purify, x, noise), None, None, None)  # type: ignore[arg-type]  # gives images
+            return Purified(seeded(self.purify, x, drawn(noise)), None, None, None)  # type: ignore[arg-type]  # gives images
         out = self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
         return Purified(image, mask, None, None)

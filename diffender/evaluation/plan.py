@@ -137,7 +137,7 @@ class Options:
     rows: str | None = option(
         None, "Only these rows of a table, by name, separated by commas: jpeg,hardened,diffender. None: all."
     )
-    figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}", low=1, high=9)
+    figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}.")
     folds: int = option(1, "Table 6: number of folds. In each, another image of every person is the probe.", low=1)
     frames: str | None = option(
         None, "Table 7 from photographs: a csv with the columns file, label, configuration and clean."
@@ -168,7 +168,7 @@ def fill(opts: Options) -> Options:
     allowed = GRADIENTS["diffender" if is_ours(opts) else "others"]
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
-            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose of {', '.join(allowed)}, with commas"
+            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose from {', '.join(allowed)}, with commas"
             f"{nearest(unknown[0], allowed)}"
         )
     method, through = opts.target.defense.method, {"bpda-mask", "evade"} & set(kinds(opts))
@@ -179,10 +179,10 @@ def fill(opts: Options) -> Options:
         )
     if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
+    if opts.figure is not None and opts.figure not in FIGURES:
+        raise InputError(f"--figure is {opts.figure}; choose from {', '.join(map(str, FIGURES))}")
     if opts.table and opts.figure:
         raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
-    if opts.figure and opts.figure not in FIGURES:
-        raise InputError(f"--figure {opts.figure}; choose of {', '.join(map(str, FIGURES))}")
     if opts.frames and opts.table != 7:
         raise InputError("--frames is for --table 7, which judges photographs of printed patches")
     if opts.name and (Path(opts.name).is_absolute() or ".." in Path(opts.name).parts):
@@ -224,7 +224,7 @@ def attacks(opts: Options) -> dict[str, type]:
     names = {"all": list(PAPER), "none": []}.get(opts.attack, opts.attack.split(","))
     if unknown := sorted(set(names) - set(ATTACKS)):
         raise InputError(
-            f"--attack {', '.join(unknown)} is unknown; choose of {', '.join(ATTACKS)}, with commas, or all or none"
+            f"--attack {', '.join(unknown)} is unknown; choose from {', '.join(ATTACKS)}, with commas, or all or none"
             f"{nearest(unknown[0], ATTACKS)}"
         )
     return {name: ATTACKS[name] for name in names}

@@ -7,6 +7,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -148,7 +149,13 @@ def check_options(opts: Any) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line; argparse would print its usage first."""
+        """One line, of numbers in words that say more; argparse would print its usage first."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        message = re.sub(
+            r"argument (\S+): invalid (int|float) value: (.*)",
+            lambda m: f"{m[1]} is {m[3]}; give {kinds[m[2]]}",
+            message,
+        )
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

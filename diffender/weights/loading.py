@@ -66,6 +66,11 @@ def load_model(
         if name not in ("tiny", "auto"):
             raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
         path = WEIGHTS / "tiny.safetensors"
+    elif not Path(path).expanduser().exists():
+        raise InputError(
+            f"no file or folder {path}; give the path of a checkpoint, or the name of a model: {', '.join(PRESETS)}"
+            f"{nearest(str(path), PRESETS)}"
+        )
     given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
     if "digest" in main.header:
