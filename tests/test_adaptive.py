@@ -682,6 +682,8 @@ def test_presets_fill_what_was_not_given():
     messy = plans.fill(plans.Options(attack="AdvP, LaVAN", grad="BPDA, Full", defense="diffender"))
     assert (messy.attack, messy.grad) == ("advp,lavan", "bpda,full"), "whatever their case, with blanks after commas"
     assert plans.fill(plans.Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
+    assert plans.fill(plans.Options(grad="All")).grad == strong.grad
+    assert plans.kinds(plans.fill(plans.Options(grad="all", defense="jpeg"))) == ["transfer", "bpda", "auto"]
     assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
 
 

@@ -105,7 +105,8 @@ class Options:
     grad: str | None = option(
         None,
         f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
-        f"defences {', '.join(GRADIENTS['others'])} (smoke and paper bpda-mask, laptop evade, strong every one)",
+        f"defences {', '.join(GRADIENTS['others'])}; all: every one (smoke and paper bpda-mask, laptop evade, "
+        "strong all)",
     )
     iters: int | None = budgeted("iters", "Steps of the adaptive attack; generations of rhde.")
     iters_undefended: int | None = budgeted("iters_undefended", "Steps of the attack on the classifier alone.")
@@ -148,7 +149,7 @@ class Options:
     shard: str = option(
         "0/1", "i/n: this process does image i, from 0, of every n. Shards share the folder that --name gives."
     )
-    max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5)
+    max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5, unit="GiB")
     name: str | None = option(None, "Folder under runs/. A run with the same configuration there is resumed.")
     track: str = option(
         "none", "Tracker that receives the accuracies during the run.", choices=("none", "tensorboard", "wandb")
@@ -166,10 +167,12 @@ def fill(opts: Options) -> Options:
     if opts.preset == "strong" and opts.patch.targeted is None:  # LaVAN's own loss, to a random class, is the weaker
         opts = change(opts, targeted=False)
     allowed = GRADIENTS["diffender" if is_ours(opts) else "others"]
+    if opts.grad == "all":
+        opts = replace(opts, grad=",".join(allowed))
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
-            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose from {', '.join(allowed)}, with commas"
-            f"{nearest(unknown[0], allowed)}"
+            f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose from {', '.join(allowed)}, with commas,"
+            f" or all{nearest(unknown[0], allowed)}"
         )
     method, through = opts.target.defense.method, {"bpda-mask", "evade"} & set(kinds(opts))
     if not method.get("composite", True) and method.get("restore", True) and opts.attack != "none" and through:
@@ -394,8 +397,8 @@ def names() -> str:
         "--model": MODELS,
         "--classifier": (*CLASSIFIERS, *RECOGNIZERS, "timm:TAG"),
         "--attack": (*ATTACKS, "all", "none"),
-        "--grad": GRADIENTS["diffender"],
-        "--grad of other defences": GRADIENTS["others"],
+        "--grad": (*GRADIENTS["diffender"], "all"),
+        "--grad of other defences": (*GRADIENTS["others"], "all"),
         "--defense": DEFENSES,
     }
     return "\n".join(f"{flag}: {', '.join(of)}" for flag, of in known.items())

@@ -33,10 +33,11 @@ def option(
     low: float | None = None,
     high: float | None = None,
     group: str | None = None,
+    unit: str = "",
 ) -> Any:
     """A field with its help text, and its allowed values or range (both ends included). `group` heads it, and those
-    that follow, in --help."""
-    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    that follow, in --help; `unit` may stand behind a number, or its first letter."""
+    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "unit": unit}
     return field(default=default, metadata=given)
 
 
@@ -159,6 +160,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+HABITS = {  # flags that other programs have: what stands for them here
+    "--num-img": "--images",
+    "--limit": "--images",
+    "--data-dir": "--data",
+    "--patch-size": "--area, a share of the image",
+    "--resume": "--name, that of the run",
+    "--save-adv": "--name, whose folder has them in adv/ in any case",
+}
 parsed: list[str] = []  # the flags of the command at hand, by name
 
 
@@ -186,17 +195,30 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         elif kind is bool:
             group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            choices = f.metadata["choices"]
+            choices, kind = f.metadata["choices"], in_unit(f.metadata["unit"], kind)
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
         known = [with_hyphens(f"--{f.name}") for f in flags]
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0].split('=')[0], known)}")
+        flag = rest[0].split("=")[0]
+        ours = HABITS.get(flag, "")
+        hint = f" (here: {ours})" if ours.split(",")[0] in known else nearest(flag, known)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     for f in flags:
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):
             parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed(low, high)}")
     return change(start, **vars(args))
+
+
+def in_unit(unit: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type for argparse that takes a number with and without its unit: of GiB 8, 8G, 8GB and 8GiB."""
+
+    def read(text: str) -> Any:
+        return kind(text.rstrip(unit + unit.lower()))
+
+    read.__name__ = kind.__name__  # for messages
+    return read if unit else kind
 
 
 def with_hyphens(word: str) -> str:
