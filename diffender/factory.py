@@ -5,7 +5,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.weights.loading import RANDOM, WEIGHTS, load_model, settings_of
+from diffender.weights.loading import PACKAGE, RANDOM, WEIGHTS, load_model, settings_of
 from diffender.weights.prompts import SHIPPED, contexts_for
 from diffender.weights.reading import folder_files
 
@@ -106,6 +108,32 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
+
+
+def environment(device: torch.device) -> dict:
+    """What results were computed with: versions, the device, torch's threads, and the commit of a checkout."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "timm", "open_clip_torch", "numpy"):
+        with suppress(PackageNotFoundError):  # not every source of packages leaves a version to be read
+            versions[name] = version(name)
+    where = {"cuda": torch.version.cuda, "machine": machine(device), "threads": torch.get_num_threads()}
+    return {"commit": commit()} | versions | where
+
+
+def commit() -> str | None:
+    """The commit that this checkout is at, as git's own files say; None where there is no checkout."""
+    git = PACKAGE.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text("utf-8").strip()
+        branch = head.removeprefix("ref: ")
+        if branch == head:
+            return head
+        if (git / branch).is_file():
+            return (git / branch).read_text("utf-8").strip()
+        packed = (git / "packed-refs").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
 
 
 def model_hashes(opts: ModelOptions) -> list[str]:

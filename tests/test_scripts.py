@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+from diffender import factory
 from diffender.evaluation.records import open_run
 from diffender.utils import options as cli
 from diffender.utils.images import STAGES, stage_files
@@ -53,6 +55,9 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
     assert len(records) == 2
+    env = json.loads((folder / "env.json").read_text())
+    assert env["torch"] == torch.__version__ and env["machine"] == results["machine"]
+    (folder / "env.json").write_text("{}")
     clean, transfer, adaptive, strongest = results["rows"]
     assert clean["undefended"]["right"] == 2  # the subset is correct by construction
     assert strongest["single"]["right"] <= min(transfer["single"]["right"], adaptive["single"]["right"])
@@ -80,9 +85,24 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert "1 images done before" in out
     resumed = json.loads((folder / "results.json").read_text())
     assert resumed["rows"] == results["rows"]
+    assert (folder / "env.json").read_text() == "{}", "it tells of who began"
     code, out, err = here([*args, "--seed", "5"], tmp_path, monkeypatch, capfd)
     assert code == 2
     assert "other settings (seed" in err
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_known_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(factory, "PACKAGE", tmp_path / "diffender")
+    assert factory.commit() is None
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert factory.commit() is None, "nothing is committed yet"
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    for change in (["status"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
+        subprocess.run(["git", *change], cwd=tmp_path, check=True, capture_output=True)
+        assert factory.commit() == asked
 
 
 def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):

@@ -34,7 +34,7 @@ from diffender.evaluation.plan import (
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, summarize, voters
-from diffender.factory import command, machine, model_hashes, open_items, pick_device, pick_dtype
+from diffender.factory import command, environment, machine, model_hashes, open_items, pick_device, pick_dtype
 from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, named_images
@@ -122,6 +122,9 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         announce(opts, forecasts)
     if opts.dry_run:
         return
+    for e in experiments:
+        if not (e.folder / "env.json").is_file():  # of who began: whoever goes on may have another machine
+            write_json(e.folder / "env.json", environment(e.device))
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
     total = sum(f.work for f in forecasts)
