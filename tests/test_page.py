@@ -1,5 +1,7 @@
 """The report of a run as one page, and two runs compared."""
 
+import csv
+import io
 import json
 import re
 import subprocess
@@ -13,6 +15,7 @@ from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
 from diffender.report.page import chart, page, states
+from diffender.report.tables import as_csv, as_latex
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_stages
 from tests.conftest import ROOT
@@ -67,6 +70,24 @@ def html(tmp_path_factory) -> str:
     for variant in RECORDS[0]["attacks"]:
         save_stages(folder / variant, names, {"attacked": photos} | shared)
     return page(results(), RECORDS, folder, NAMES, {"attack": "<b>"})
+
+
+def test_accuracies_as_csv_and_latex():
+    first, *rows = csv.DictReader(io.StringIO(as_csv(results())))
+    assert first == {"attack": "none", "gradient": "", "verdict": "undefended"} | {
+        "right": "3.0",
+        "n": "4",
+        "accuracy": "0.75",
+        "low": "0.3",
+        "high": "0.95",
+    }
+    assert len(rows) == 9
+    told = results() | {"defense": "fnc_a"}
+    lines = as_latex(told).splitlines()
+    assert lines[0] == r"\begin{tabular}{llrrrrrr}"
+    assert lines[2].startswith(r"attack & gradient & undefended & fnc\_a, single & average")
+    assert lines[-3].startswith(r"strongest on each image &  & 75.0 \% (3/4; 30-95)")
+    assert all(line.count("&") == 7 and line.endswith(r" \\") for line in (lines[2], *lines[4:-2]))
 
 
 class Tags(HTMLParser):

@@ -1,11 +1,11 @@
-"""What people read of a finished run, beside its records: table.md, grid.png and report.html."""
+"""What people read of a finished run, beside its records: table.md, .csv and .tex, grid.png and report.html."""
 
 from pathlib import Path
 
 from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.records import read_config, read_finished
 from diffender.report.page import page
-from diffender.report.tables import markdown
+from diffender.report.tables import as_csv, as_latex, markdown
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, write_text
 from diffender.utils.images import save_grid
@@ -15,7 +15,7 @@ DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, R
 
 
 def write_report(folder: Path) -> dict:
-    """Write all three, anew, and return the results.
+    """Write them all anew, and return the results.
 
     Raises InputError where the folder holds no finished run, a damaged one, or results of another command.
     """
@@ -28,6 +28,8 @@ def write_report(folder: Path) -> dict:
         names = results["names"] or class_names()
         texts = {
             "table.md": markdown(results),
+            "table.csv": as_csv(results),
+            "table.tex": as_latex(results),
             "report.html": page(results, records, folder / "images", names, read_config(folder)),
         }
     except InputError:

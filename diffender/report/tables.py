@@ -1,7 +1,9 @@
-"""The tables of a run: counts with Wilson intervals, masks, checks, as Markdown."""
+"""The tables of a run: counts with Wilson intervals, masks, checks, as Markdown; accuracies as csv and LaTeX too."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 
 from diffender.utils.markdown import table
@@ -84,3 +86,24 @@ def trust_table(checks: Sequence[dict]) -> str:
     signs = {True: "🟢 pass", False: "🔴 **FAIL**", None: "shown"}
     rows = [(c["name"], c["figure"], c["wanted"], signs[c["passed"]]) for c in checks]
     return table(("can the evaluation be trusted?", "figure", "wanted", ""), rows)
+
+
+def as_csv(results: dict) -> str:
+    """Every accuracy of a run, one a line."""
+    text, numbers = io.StringIO(), ("right", "n", "accuracy", "low", "high")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["attack", "gradient", "verdict", *numbers])
+    for r in results["rows"]:
+        found = {verdict: p for verdict, p in r.items() if isinstance(p, dict)}
+        writer.writerows(
+            [r["attack"], r["gradient"], verdict, *(round(p[k], 4) for k in numbers)] for verdict, p in found.items()
+        )
+    return text.getvalue()
+
+
+def as_latex(results: dict) -> str:
+    """The main table as LaTeX, for \\usepackage{booktabs}."""
+    head, rows = accuracies(results)
+    first, *lines = (" & ".join(row).replace("%", r"\%").replace("_", r"\_") + r" \\" for row in (head, *rows))
+    start = [r"\begin{tabular}{ll" + "r" * (len(head) - 2) + "}", r"\toprule", first, r"\midrule"]
+    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
