@@ -56,18 +56,20 @@ class Options:
     )
     run: RunOptions = part(RunOptions(), "device", "quiet")
     target: TargetOptions = part(TargetOptions(), "data", "classifier", "classifier_weights")
-    shots: int = option(8, "Number of images to tune on (paper: 8).", low=1)
+    shots: int = option(8, "Number of images to tune on (paper: 8).", low=1, group="the photographs")
     held_out: int = option(
         4, "Number of further images. The round whose masks fit them best is kept. 0: keep the last.", low=0
     )
-    n_ctx: int = option(16, "Context vectors of each prompt (paper: 16).", low=1, high=75)
+    n_ctx: int = option(16, "Context vectors of each prompt (paper: 16).", low=1, high=75, group="the prompts")
     ctx_init: str = option(
         "words", "Initialise from the words of the manual prompts or from noise.", choices=("words", "noise")
     )
-    area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9)
+    area: float = option(0.05, "Share of the image that a patch covers.", low=0.0005, high=0.9, group="the attack")
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
     adaptive_iters: int = option(20, "Steps of AdvP through the defence, of --adaptive.", low=1)
-    out: str = option("runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.")
+    out: str = option(
+        "runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.", group="results"
+    )
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
     )

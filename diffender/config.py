@@ -178,7 +178,7 @@ class DefenseOptions:
         choices=("tuned", "manual", "empty"),
         group="prompts",
     )
-    prompts: str | None = option(None, "File of tuned prompts, written by train.py. None for the shipped ones.")
+    prompts: str | None = option(None, "File of tuned prompts, written by train.py. Without it: the shipped ones.")
     method: dict[str, Any] = given(PAPER, embedded=EMBEDDED)
 
     @property
@@ -205,7 +205,7 @@ class TargetOptions:
         low=0,
     )
     classifier_weights: str | None = option(
-        None, "Safetensors file of the classifier, in timm's names. None for the embedded ones."
+        None, "Safetensors file of the classifier, in timm's names. Without it: the embedded ones."
     )
     classes: int | None = option(
         None,

@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 class Options:
     defense: DefenseOptions = part(DefenseOptions())
     run: RunOptions = part(RunOptions())
-    paths: tuple[str, ...] = option((), "Images, and folders that are searched for images.")
+    paths: tuple[str, ...] = option((), "Images, and folders that are searched for images.", group="images")
     out: str = option("defended", "Output folder.")
-    classifier: str = option("none", "Name in diffender.classifiers.imagenet, timm:TAG, or none.")
+    classifier: str = option(
+        "none", "Name in diffender.classifiers.imagenet, timm:TAG, or none.", group="what a classifier sees"
+    )
     classifier_weights: str | None = option(None, "Safetensors file of the classifier, in timm's names.")
     classes: int | None = option(None, "Number of classes of a classifier of your own.", low=2)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-from diffender import factory
+import train
+from diffender import factory, photographs
+from diffender.evaluation import certify, plan
 from diffender.evaluation.records import open_run
+from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils.images import STAGES, stage_files
 from tests.conftest import ROOT
@@ -165,6 +169,26 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, monkeypatch, capfd):
     assert "pass 0." in out
     assert '"theta": 2.0' in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_flags_stand_under_their_heads(capsys):
+    heads = {
+        plan.Options: "the defence: --defense; the run: --device --batch-size --shard; the budget: --preset --images",
+        train.Options: "tuning: --rounds; the photographs: --shots; the attack: --area; results: --out --track",
+        photographs.Options: "the run: --device; images: paths --out; what a classifier sees: --classifier",
+        certify.Options: "classifier and images: --data --images; the certificate: --area --masks --out",
+        faces.Options: "options: -h --pairs --data",
+    }
+    for options, wanted in heads.items():
+        with pytest.raises(SystemExit):
+            cli.parse(options, "", ["--help"])
+        found = [part.partition(":\n") for part in capsys.readouterr().out.split("\n\n")[1:]]
+        sections = {head: text for head, _, text in found}
+        assert len(sections) == len(found), "no head stands twice"
+        for part in wanted.split("; "):
+            head, flags = part.split(": ")
+            for flag in flags.split():
+                assert re.search(rf"^  {flag}\b", sections[head], re.MULTILINE), (options, head, flag)
 
 
 def test_names_are_listed(tmp_path, monkeypatch, capfd):

@@ -23,10 +23,12 @@ SETTINGS = {"area": (0.0005, 0.5, float), "masks": (1, None, int)}  # lowest, hi
 class Options:
     target: TargetOptions = part(TargetOptions(), "data", "classifier", "classifier_weights", "classes")
     images: int = option(6, "Number of images, of those that the classifier gets right.", low=1)
-    area: str = option("0.05", "Share of the image that the patch to withstand covers; several with commas.")
+    area: str = option(
+        "0.05", "Share of the image that the patch to withstand covers; several with commas.", group="the certificate"
+    )
     masks: str = option("6", "Masks of the first round along each axis; several with commas.")
     out: str | None = option(
-        None, "Output folder. None: one in runs/ for these images and this classifier. A run there is resumed."
+        None, "Output folder. Without it: one in runs/ for these images and this classifier. A run there is resumed."
     )
     run: RunOptions = part(RunOptions())
 

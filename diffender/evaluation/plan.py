@@ -82,18 +82,14 @@ class PatchOptions:
         None, "Mode of gdpa (default: direct).", choices=("direct", "generator", "amortised")
     )
     generator: str | None = option(None, "File of the generator for amortised gdpa.")
-    sticker: str | None = option(None, "Sticker of rhde. None: the best three.")
+    sticker: str | None = option(None, "Sticker of rhde. Without it: the best three.")
     patch_file: str | None = option(None, "Safetensors file with patches and targets, for --attack ready.")
 
 
 @dataclass(frozen=True)
 class Options:
     target: TargetOptions = part(TargetOptions())
-    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.")
-    run: RunOptions = part(RunOptions())
-    batch_size: int = option(
-        1, "Images per batch. A killed process loses one batch. Changes results by rounding.", low=1
-    )
+    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.", group="the defence")
     preset: str = option(
         "laptop",
         "Budget of all that is not given: smoke, laptop, paper (Sec. 4.1 and its settings), strong (every gradient).",
@@ -136,7 +132,7 @@ class Options:
         None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="results"
     )
     rows: str | None = option(
-        None, "Only these rows of a table, by name, separated by commas: jpeg,hardened,diffender. None: all."
+        None, "Only these rows of a table, by name, separated by commas: jpeg,hardened,diffender. Without it: all."
     )
     figure: int | None = option(None, f"Make a figure of the paper: {', '.join(map(str, FIGURES))}.")
     folds: int = option(1, "Table 6: number of folds. In each, another image of every person is the probe.", low=1)
@@ -145,6 +141,10 @@ class Options:
     )
     tuning_data: str = option(
         "samples", "Images that are not evaluated: Table 2 tunes prompts on them, FNC estimates its statistics."
+    )
+    run: RunOptions = part(RunOptions())
+    batch_size: int = option(
+        1, "Images per batch. A killed process loses one batch. Changes results by rounding.", low=1
     )
     shard: str = option(
         "0/1", "i/n: this process does image i, from 0, of every n. Shards share the folder that --name gives."

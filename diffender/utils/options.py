@@ -183,7 +183,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         allow_abbrev=False,
         usage=f"%(prog)s {usage}",
     )
-    group = parser.add_argument_group("options")
+    group: Any = parser
     for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
