@@ -224,11 +224,7 @@ def test_eot_on_a_deterministic_victim_changes_nothing(batch):
     [
         ("advp", {"area": 3.0}, "area is 3.0; allowed is from 0.0005 to 1"),
         ("advp", {"iters": 0}, "iters is 0; allowed is at least 1"),
-        (
-            "advp",
-            {"location": "center"},
-            "unknown location 'center'; choose one of fixed, corner, eot",
-        ),
+        ("advp", {"location": "center"}, "unknown location 'center'; choose one of fixed, corner, eot"),
         ("lavan", {"eot": 0}, "eot is 0"),
         ("gdpa", {"mode": "fast"}, "unknown mode 'fast'; choose one of direct, generator, amortised"),
         ("rhde", {"queries": 2.5}, "queries is 2.5; it is of type int"),

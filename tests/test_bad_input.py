@@ -217,7 +217,7 @@ NAMES = [
     ("evaluate --patch-size 50", "(here: --area, a share of the image)"),
     ("evaluate --resume", "(here: --name, that of the run)"),
     ("evaluate --save-adv", "(here: --name, whose folder has them in adv/ in any case)"),
-    ("train --resume", "unrecognized arguments: --resume; see"),
+    ("train --resume", "(here: --out, that of the run)"),
     ("evaluate --max-memory 512MB", "--max-memory is '512MB'; give a number"),
     ("evaluate --max-memory 0.1GB", "--max-memory is 0.1; allowed is at least 0.5"),
     ("evaluate photo.jpg", "unrecognized arguments: photo.jpg"),

@@ -160,13 +160,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-HABITS = {  # flags that other programs have: what stands for them here
-    "--num-img": "--images",
-    "--limit": "--images",
-    "--data-dir": "--data",
-    "--patch-size": "--area, a share of the image",
-    "--resume": "--name, that of the run",
-    "--save-adv": "--name, whose folder has them in adv/ in any case",
+HABITS = {  # flags that other programs have: what stands for them here, in one command or another
+    "--num-img": ("--images", "--shots"),
+    "--limit": ("--images", "--shots"),
+    "--data-dir": ("--data",),
+    "--patch-size": ("--area, a share of the image",),
+    "--resume": ("--name, that of the run", "--out, that of the run"),
+    "--save-adv": ("--name, whose folder has them in adv/ in any case",),
 }
 parsed: list[str] = []  # the flags of the command at hand, by name
 
@@ -201,8 +201,8 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     if rest:
         known = [with_hyphens(f"--{f.name}") for f in flags]
         flag = rest[0].split("=")[0]
-        ours = HABITS.get(flag, "")
-        hint = f" (here: {ours})" if ours.split(",")[0] in known else nearest(flag, known)
+        ours = [words for words in HABITS.get(flag, ()) if words.split(",")[0] in known]
+        hint = f" (here: {ours[0]})" if ours else nearest(flag, known)
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     for f in flags:
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
