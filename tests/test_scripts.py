@@ -191,6 +191,11 @@ def test_flags_stand_under_their_heads(capsys):
                 assert re.search(rf"^  {flag}\b", sections[head], re.MULTILINE), (options, head, flag)
 
 
+@pytest.mark.parametrize("text", ["8", "8G", "8GB", "8GiB", "8gb"])
+def test_a_unit_may_stand_behind_the_memory(text):
+    assert cli.parse(plan.Options, "", ["--max-memory", text]).max_memory == 8
+
+
 def test_names_are_listed(tmp_path, monkeypatch, capfd):
     code, out, err = here(["--list"], tmp_path, monkeypatch, capfd)
     assert code == 0, err

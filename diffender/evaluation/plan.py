@@ -149,7 +149,7 @@ class Options:
     shard: str = option(
         "0/1", "i/n: this process does image i, from 0, of every n. Shards share the folder that --name gives."
     )
-    max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5, unit="GiB")
+    max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5)
     name: str | None = option(None, "Folder under runs/. A run with the same configuration there is resumed.")
     track: str = option(
         "none", "Tracker that receives the accuracies during the run.", choices=("none", "tensorboard", "wandb")

@@ -33,11 +33,10 @@ def option(
     low: float | None = None,
     high: float | None = None,
     group: str | None = None,
-    unit: str = "",
 ) -> Any:
     """A field with its help text, and its allowed values or range (both ends included). `group` heads it, and those
-    that follow, in --help; `unit` may stand behind a number, or its first letter."""
-    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "unit": unit}
+    that follow, in --help."""
+    given = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
     return field(default=default, metadata=given)
 
 
@@ -160,6 +159,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+UNITS = {"max_memory": "GiB"}  # what may stand behind a number
 HABITS = {  # flags that other programs have: what stands for them here, in one command or another
     "--num-img": ("--images", "--shots"),
     "--limit": ("--images", "--shots"),
@@ -195,7 +195,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         elif kind is bool:
             group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            choices, kind = f.metadata["choices"], in_unit(f.metadata["unit"], kind)
+            choices, kind = f.metadata["choices"], in_unit(UNITS.get(f.name, ""), kind)
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
