@@ -223,7 +223,7 @@ NAMES = [
     ("evaluate photo.jpg", "unrecognized arguments: photo.jpg"),
     ("train --without colour", "invalid choice: 'colour'"),
     ("train --optimizer sgd", "unrecognized arguments: --optimizer sgd"),
-    ("ablate --study colours", "unknown study colours; choose of"),
+    ("ablate --study colours", "unknown study colours; choose from"),
     ("pretrain pgd", "unknown stage pgd; choose one of pack, all, join"),
     ("pretrain vae", "--data is missing; give a folder with captions.csv"),
     ("pretrain text --data x", "unknown stage text"),

@@ -451,7 +451,7 @@ def test_hostile_files(small, tmp_path):
     assert "no weights file in" in refused(tmp_path)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
     assert "looks like a pickle" in refused(path)
-    assert f"python -m diffender.weights convert {path}" in refused(path)
+    assert f"python -m diffender weights convert {path}" in refused(path)
 
 
 def refused_part(path) -> str:

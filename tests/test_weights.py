@@ -87,7 +87,7 @@ def test_files_and_names_that_are_not_there(tmp_path):
         load_model("tiny", tmp_path / "gone.safetensors")
     with pytest.raises(InputError, match="choose one of auto, tiny, sd15-inpainting"):
         load_model("sd3")
-    with pytest.raises(InputError, match="needs --weights; python -m diffender.weights fetch sd15-inpainting"):
+    with pytest.raises(InputError, match="needs --weights; python -m diffender weights fetch sd15-inpainting"):
         load_model("sd15-inpainting")
 
 

@@ -2,7 +2,7 @@
 
 direct     free pattern and place for each image: the strongest
 generator  the authors' network, trained anew for each image: a reparametrisation
-amortised  that network trained beforehand by `python -m diffender.pretrain`, one forward pass an image
+amortised  that network trained beforehand by `python -m diffender pretrain`, one forward pass an image
 """
 
 import math
@@ -120,7 +120,7 @@ def check_generator(path: Path) -> dict:
     """The header of a trained network's file. Raises InputError for any other file."""
     header = read_header(path)
     if header.get("kind") != "gdpa":
-        raise InputError(f"{path} holds no generator; python -m diffender.pretrain gdpa trains one")
+        raise InputError(f"{path} holds no generator; python -m diffender pretrain gdpa trains one")
     return header
 
 
@@ -130,7 +130,7 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
     if (header.get("size"), header.get("side")) != (size, side):
         raise InputError(
             f"{path} makes patches of side {header.get('side')} for images of side {header.get('size')}; wanted are "
-            f"{side} and {size}: python -m diffender.pretrain gdpa trains one"
+            f"{side} and {size}: python -m diffender pretrain gdpa trains one"
         )
     net = PatchGenerator(size, side, Generator(), header["width"])
     net.load_state_dict(load_tensors(Path(path)))
@@ -187,7 +187,7 @@ class GDPA(GradientAttack):
         if self.mode == "amortised" and self.weights is None:
             raise InputError(
                 "GDPA's amortised mode needs a trained generator; give --generator a file of python -m "
-                "diffender.pretrain gdpa"
+                "diffender pretrain gdpa"
             )
         if self.weights is not None:
             check_generator(Path(self.weights))

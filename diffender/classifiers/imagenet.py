@@ -165,7 +165,7 @@ def load_classifier(
     elif cfg.package:
         net.load_state_dict(package_weights(cfg.package, net.state_dict()))
     else:
-        how = f"python -m diffender.weights fetch {name} downloads them, or " if name in CLASSIFIERS else ""
+        how = f"python -m diffender weights fetch {name} downloads them, or " if name in CLASSIFIERS else ""
         raise InputError(
             f"classifier {name!r} has no weights in this package; {how}give --classifier-weights the file "
             f"model.safetensors of {timm_says(net, 'hf_hub_id') or f'timm/{cfg.tag}'}"

@@ -1,6 +1,6 @@
 """How good a recogniser is: verification of clean pairs, as on LFW.
 
-python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors
+python -m diffender faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors
 """
 
 from dataclasses import dataclass

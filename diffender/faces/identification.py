@@ -2,7 +2,7 @@
 
 One image a person is the probe, the others make the person's prototype; `fold` chooses which one. A recogniser never
 sees a probe in its gallery. Whether its weights are as good as published shows in verification:
-python -m diffender.faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
+python -m diffender faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
 """
 
 import re
@@ -83,7 +83,7 @@ def load_recognizer(name: str, weights: str | None) -> nn.Module:
     net = {"facenet": InceptionResnetV1, "mobilefacenet": MobileFaceNet}[name]()
     if weights is None:
         wanted = {
-            "facenet": "20180402-114759-vggface2.pt of facenet-pytorch after python -m diffender.weights convert",
+            "facenet": "20180402-114759-vggface2.pt of facenet-pytorch after python -m diffender weights convert",
             "mobilefacenet": "the state of a MobileFaceNet, 128 dimensions, as safetensors",
         }[name]
         raise InputError(f"recogniser {name!r} has no weights in this package; give --classifier-weights {wanted}")

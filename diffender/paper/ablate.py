@@ -21,7 +21,7 @@ class Options:
     target: TargetOptions = part(TargetOptions())
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch. Changes results by rounding.", low=1)
-    study: str = option("choices", "Studies, separated by commas: choices, parts, noise, examples.")
+    study: str = option("choices", "Studies, separated by commas: choices, parts, noise, examples.", group="the study")
     images: int = option(16, "Number of photographs.", low=1)
     attack: str = option("advp", "Attack on the classifier alone.", choices=("advp", "lavan"))
     area: float | None = option(

@@ -94,13 +94,13 @@ STUDIES = {"choices": choices, "parts": parts, "noise": noise}
 
 def ablate(opts: Options) -> None:
     """Run the studies that --study names; writes results.json, table.md and curves to --out."""
-    out = place_for(Path(opts.out) / "results.json").parent
     names = opts.study.split(",")
     if unknown := set(names) - {*STUDIES, "examples"}:
-        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, examples")
+        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}, examples")
     started, asked = time.monotonic(), opts.target.defense
     if not asked.method.get("composite", True):
         raise InputError("--no-composite is not studied here: leave it out")
+    out = place_for(Path(opts.out) / "results.json").parent
     device = pick_device(opts.run.device)
     classifier = open_classifier(opts.target).to(device)
     model, base = open_model(asked.model, device), config_of(asked.model, asked.method)

@@ -1,14 +1,14 @@
 """Train the embedded diffusion model (`--model tiny`) on captioned photographs.
 
-    python -m diffender.pretrain vae  --data PHOTOS --steps 4000
-    python -m diffender.pretrain unet --data PHOTOS --steps 4000 --samples 10000
-    python -m diffender.pretrain decoder --data PHOTOS --steps 4000 --crop 224 --batch 2
+    python -m diffender pretrain vae  --data PHOTOS --steps 4000
+    python -m diffender pretrain unet --data PHOTOS --steps 4000 --samples 10000
+    python -m diffender pretrain decoder --data PHOTOS --steps 4000 --crop 224 --batch 2
 
 On a machine with one GPU and no network, in ten minutes, from one file that is carried there:
 
-    python -m diffender.pretrain pack --data PHOTOS --out photos.safetensors
-    python -m diffender.pretrain all  --data photos.safetensors --out DIR --minutes 9 --workers 14 --parts 15
-    python -m diffender.pretrain join --data DIR --out tiny.safetensors
+    python -m diffender pretrain pack --data PHOTOS --out photos.safetensors
+    python -m diffender pretrain all  --data photos.safetensors --out DIR --minutes 9 --workers 14 --parts 15
+    python -m diffender pretrain join --data DIR --out tiny.safetensors
 
 `all` gives VAE, decoder and UNet their shares of --minutes and leaves the model in parts of at most --parts MB. Each
 stage leaves a checkpoint every minute, in a folder beside --out, so that a run that is killed loses a minute; started
@@ -19,11 +19,11 @@ and a log of its losses. `unet` needs the VAE of the first stage. With --samples
 trains on them, as a CPU can; without, every sample is new. `decoder` trains the VAE's decoder on, alone, on whole
 images: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
 `unet` train a whole model on, from its first step.
-The other stages take options of their own (`python -m diffender.pretrain jedi --help`):
+The other stages take options of their own (`python -m diffender pretrain jedi --help`):
 
-    python -m diffender.pretrain jedi --data PHOTOS                                weights/jedi.safetensors
-    python -m diffender.pretrain universal --data DATA --out patch.safetensors     one patch for all images
-    python -m diffender.pretrain gdpa --data DATA --out generator.safetensors      GDPA's generator
+    python -m diffender pretrain jedi --data PHOTOS                                weights/jedi.safetensors
+    python -m diffender pretrain universal --data DATA --out patch.safetensors     one patch for all images
+    python -m diffender pretrain gdpa --data DATA --out generator.safetensors      GDPA's generator
 """
 
 import sys
@@ -90,7 +90,7 @@ class Jedi:
 class Beforehand:
     attacked: TargetOptions = part(TargetOptions())
     run: RunOptions = part(RunOptions())
-    batch_size: int = option(8, "Images per batch.", low=1)
+    batch_size: int = option(8, "Images per batch.", low=1, group="what is made")
     through: str = option(
         "classifier", "What is attacked: the classifier alone, or the defence.", choices=("classifier", "defence")
     )

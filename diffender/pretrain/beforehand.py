@@ -1,7 +1,7 @@
 """What is made once, on other images than those attacked: a universal AdvP patch, or GDPA's generator.
 
-    python -m diffender.pretrain universal --data DATA --out patch.safetensors
-    python -m diffender.pretrain gdpa --data DATA --out generator.safetensors
+    python -m diffender pretrain universal --data DATA --out patch.safetensors
+    python -m diffender pretrain gdpa --data DATA --out generator.safetensors
 
 Then: python evaluate.py --attack ready --patch-file patch.safetensors, or
 python evaluate.py --attack gdpa --gdpa-mode amortised --generator generator.safetensors. Both are for transfer and for

@@ -1,8 +1,8 @@
 """From the records of a run to what people read.
 
-    python -m diffender.report README.md docs/*.md            # put the tables of results/ into documents, anew
-    python -m diffender.report compare runs/A runs/B          # two runs, image by image
-    python -m diffender.report page runs/NAME                 # write report.html there anew
+    python -m diffender report README.md docs/*.md            # put the tables of results/ into documents, anew
+    python -m diffender report compare runs/A runs/B          # two runs, image by image
+    python -m diffender report page runs/NAME                 # write report.html there anew
 
 A document takes a table between the marks <!-- results/NAME --> and <!-- end -->.
 """

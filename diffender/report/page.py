@@ -1,7 +1,7 @@
 """Pages that need no network and no server: a run with its table, checks, curves and images; a table of the paper; and
 photographs that were defended.
 
-    python -m diffender.report page runs/NAME     write report.html of a run anew
+    python -m diffender report page runs/NAME     write report.html of a run anew
 
 The page itself is page.html, a Jinja template, and page.css. The worst images come first. Images are inlined, reduced
 to 224 pixels, and link to their files; cards that are out of sight are not laid out, so that hundreds stay light.

@@ -118,7 +118,7 @@ def open_safetensors(path: Path):  # noqa: ANN201
         if start in (b"PK", b"\x80\x02") or path.suffix in PICKLES:  # a zip archive or a bare pickle, whatever its name
             raise InputError(
                 f"{path} looks like a pickle, which can run code when it is read; convert it with "
-                f"python -m diffender.weights convert {path}"
+                f"python -m diffender weights convert {path}"
             ) from e
         raise InputError(f"{path} is not a whole safetensors file ({one_line(e)}); fetch or copy it again") from e
 

@@ -1,10 +1,10 @@
 """Models from files: the embedded one, and official checkpoints in every layout they are published in.
 
-python -m diffender.weights fetch sd2-inpainting     download an official file and check its hash
-python -m diffender.weights fetch inception_v3       the same for a classifier of the paper
-python -m diffender.weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
-python -m diffender.weights convert FOLDER           the same for every .bin file of a Hugging Face folder
-python -m diffender.weights inspect PATH             what a file or folder holds
+python -m diffender weights fetch sd2-inpainting     download an official file and check its hash
+python -m diffender weights fetch inception_v3       the same for a classifier of the paper
+python -m diffender weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
+python -m diffender weights convert FOLDER           the same for every .bin file of a Hugging Face folder
+python -m diffender weights inspect PATH             what a file or folder holds
 """
 
 import argparse
@@ -17,7 +17,7 @@ NAMES = ("sd15-inpainting", "sd2-inpainting", "inception_v3", "swin_s", "resnet5
 
 def main() -> None:
     parser = Parser(
-        prog="python -m diffender.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m diffender weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")

@@ -64,7 +64,7 @@ def load_model(
         return random_model(name, dtype)
     if path is None:
         if name not in ("tiny", "auto"):
-            raise InputError(f"model {name!r} needs --weights; python -m diffender.weights fetch {name} downloads them")
+            raise InputError(f"model {name!r} needs --weights; python -m diffender weights fetch {name} downloads them")
         path = WEIGHTS / "tiny.safetensors"
     elif not Path(path).expanduser().exists():
         raise InputError(
