@@ -236,6 +236,18 @@ def test_settings_out_of_range_are_refused(name, given, says):
         ATTACKS[name](**given)
 
 
+def test_tasks_that_do_not_fit_are_refused(batch):
+    x, y = batch
+    attack = ATTACKS["advp"](iters=1, eot=1)
+    for task, says in (
+        (Task(Linear(), x, y[:1], IDS, 0), f"{len(x)} images, 1 labels and {len(IDS)} ids; each image has"),
+        (Task(Linear(), x, y, ["a"], 0), f"{len(x)} images, {len(y)} labels and 1 ids"),
+        (Task(Linear(), (255 * x).byte(), y, IDS, 0), "images of dtype torch.uint8; they are floating point in [0, 1]"),
+    ):
+        with pytest.raises(InputError, match=re.escape(says)):
+            attack(task)
+
+
 def test_targeted_aims_at_one_class_and_eot_moves_the_patch(batch):
     x, y = batch
     victim = Linear()

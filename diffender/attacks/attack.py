@@ -50,6 +50,11 @@ class Attack:
         """
         if task.x.shape[-2] != task.x.shape[-1]:
             raise InputError(f"images of {tuple(task.x.shape[-2:])} pixels; attacks take square ones: crop them")
+        if not task.x.is_floating_point():
+            raise InputError(f"images of dtype {task.x.dtype}; they are floating point in [0, 1]: divide by 255")
+        if not len(task.x) == len(task.y) == len(task.image_ids):
+            counts = f"{len(task.x)} images, {len(task.y)} labels and {len(task.image_ids)} ids"
+            raise InputError(f"a task of {counts}; each image has a label and an id")
         task = task._replace(loss=self.loss(task))
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)
