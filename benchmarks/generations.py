@@ -63,6 +63,7 @@ def work(args: argparse.Namespace) -> None:
 
 def main() -> None:
     flags = parser(__doc__, repeats=5)
+    flags.set_defaults(device="cpu")  # where it runs, whatever there is
     flags.add_argument("--before", type=Path, help="the other checkout")
     flags.add_argument("--rounds", type=int, default=3, help="processes of each checkout (3)")
     flags.add_argument("--steps", type=int, default=4, help="of the other checkout's restoration (4)")
