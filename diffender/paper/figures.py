@@ -53,6 +53,8 @@ class Scene(NamedTuple):
 def run_figure(number: int, opts: Options) -> str:
     """Draw a figure; says where it is. Raises InputError for images and weights that are not there."""
     folder = Path("runs") / f"figure{number}-{opts.preset}"
+    if number == 1 and opts.target.defense.prompt_kind == "empty":
+        raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
     if number == 8:
         text = figure_8(opts, folder)
     elif not is_first():
@@ -105,8 +107,6 @@ def draw(columns: Sequence[Column], path: Path) -> None:
 def figure_1(s: Scene, folder: Path) -> str:
     """Two one-step predictions of the same noised image, where they differ, and the mask."""
     d, cfg = s.target.defense, s.target.defense.cfg
-    if d.contexts.locate is None:
-        raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
     model, image, noise = d.model, s.made.image, s.noise()
     pair = predict_pair(model, model.encode(image, noise.image), d.contexts, noise, cfg, d.blank)
     prompted, empty = (model.decode(x0[:, 0]) for x0 in pair)
