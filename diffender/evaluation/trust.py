@@ -26,7 +26,7 @@ from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
 SPREAD_DRAWS = 8  # behind the check of their spread
-ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0.3, 0.55)}  # undefended accuracy
+ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0, 0.55)}  # undefended accuracy
 
 
 class Check(NamedTuple):
