@@ -230,9 +230,9 @@ def unfinished(opts: Options) -> Path:
 
 def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
-    from diffender.factory import model_hashes, pick_device, pick_dtype
+    from diffender.factory import dtype_name, model_hashes
 
-    dtype = str(pick_dtype(opts.model, pick_device(opts.run.device)))
+    dtype = dtype_name(opts.model, opts.run.device)
     return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": model_hashes(opts.model), "dtype": dtype}
 
 

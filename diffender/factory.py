@@ -27,10 +27,13 @@ from diffender.weights.reading import folder_files
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError for a device that is not there."""
+    """`auto` is the GPU where there is one. Raises InputError for a device that is not there.
+
+    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: a map is a difference of two near numbers
+    torch.backends.cudnn.allow_tf32 = False  # a map is a difference of two near numbers
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -89,6 +92,11 @@ def pick_dtype(opts: ModelOptions, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 for an official model on a GPU, and float32 elsewhere."""
     auto = "bfloat16" if device.type == "cuda" and not opts.embedded else "float32"
     return getattr(torch, auto if opts.dtype == "auto" else opts.dtype)
+
+
+def dtype_name(opts: ModelOptions, device: str) -> str:
+    """The dtype of a run on this device, for its settings: float32, bfloat16 or float16."""
+    return str(pick_dtype(opts, pick_device(device))).removeprefix("torch.")
 
 
 def command(from_here: bool = False) -> str:

@@ -208,14 +208,14 @@ def readable(path: Path) -> bool:
 
 def resolved(opts: Options) -> dict:
     """What all images of an --out share."""
-    from diffender.factory import model_hashes, pick_device, pick_dtype
+    from diffender.factory import dtype_name, model_hashes
     from diffender.utils.files import sha256
     from diffender.weights.prompts import SHIPPED
 
     hashes: dict[str, object] = {"model": model_hashes(opts.defense.model)}
     files = {"classifier": opts.classifier_weights, "prompts": opts.defense.prompts or SHIPPED}
     hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
-    dtype = str(pick_dtype(opts.defense.model, pick_device(opts.run.device)))
+    dtype = dtype_name(opts.defense.model, opts.run.device)
     return settings(opts, "paths", "out") | {"sha256": hashes, "dtype": dtype}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
 from diffender.attacks.expectation import Task, rank
-from diffender.attacks.patch import apply_patch, margin, masks_for, moved, patch_side, random_mask, to_8bit
+from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, relocated, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
 from diffender.pipeline import Undefended
@@ -282,7 +282,7 @@ def test_a_patch_that_moves_is_one_patch(batch):
     for image, mask in zip(seen[:3], masks, strict=True):
         assert torch.equal(image[mask.expand_as(x) == 1], at_home)
     canvas = start.clone().requires_grad_()
-    total = sum(margin(victim(apply_patch(x, moved(canvas, home, m), m)), y).sum() for m in masks)
+    total = sum(margin(victim(apply_patch(x, relocated(canvas, home, m), m)), y).sum() for m in masks)
     slope = torch.autograd.grad(total, canvas)[0]
     stepped = to_8bit((start - attack.lr * slope.sign()).clamp(0, 1))
     assert any(torch.equal(out.state[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))

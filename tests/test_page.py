@@ -15,7 +15,7 @@ from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
 from diffender.report.page import chart, page, states
-from diffender.report.tables import as_csv, as_latex
+from diffender.report.tables import csv_table, latex_table
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_stages
 from tests.conftest import ROOT
@@ -73,7 +73,7 @@ def html(tmp_path_factory) -> str:
 
 
 def test_accuracies_as_csv_and_latex():
-    first, *rows = csv.DictReader(io.StringIO(as_csv(results())))
+    first, *rows = csv.DictReader(io.StringIO(csv_table(results())))
     assert first == {"attack": "none", "gradient": "", "verdict": "undefended"} | {
         "right": "3.0",
         "n": "4",
@@ -83,7 +83,7 @@ def test_accuracies_as_csv_and_latex():
     }
     assert len(rows) == 9
     told = results() | {"defense": "fnc_a"}
-    lines = as_latex(told).splitlines()
+    lines = latex_table(told).splitlines()
     assert lines[0] == r"\begin{tabular}{llrrrrrr}"
     assert lines[2].startswith(r"attack & gradient & undefended & fnc\_a, single & average")
     assert lines[-3].startswith(r"strongest on each image &  & 75.0 \% (3/4; 30-95)")

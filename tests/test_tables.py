@@ -25,12 +25,12 @@ from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import (
     NAMES,
     Line,
-    as_csv,
-    as_latex,
     by_column,
     chosen_rows,
     columns,
+    csv_table,
     in_common,
+    latex_table,
     markdown,
     pool,
     readings,
@@ -85,11 +85,11 @@ def test_table_in_every_format():
     assert "| efficientnet_lite0 | DIFFender | 75.0 (3/4; 30-95) = |" in text
     assert "100.0 (4/4; 51-100) |" in text  # a control is no defence
     assert "| 88.3 / 94.5 |" in text
-    rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
+    rows = list(csv.DictReader(io.StringIO(csv_table(lines))))
     assert len(rows) == 4 * 5 * 4
     worst = [r for r in rows if (r["defence"], r["attack"], r["verdict"]) == ("jpeg", "advp", "average")]
     assert float(worst[0]["accuracy"]) == pytest.approx(2.5 / 4)
-    latex = as_latex(1, lines)
+    latex = latex_table(1, lines)
     assert r"efficientnet\_lite0 & DIFFender & 75.0" in latex
     assert latex.count(r"\\") == 5
 

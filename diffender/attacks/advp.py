@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffender.attacks.attack import Callback, GradientAttack, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, expect, judge, judgements
-from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, moved, to_8bit
+from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, relocated, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.options import option
@@ -98,8 +98,8 @@ class AdvP(GradientAttack):
         return masks_for(task, f"{purpose}{key}/{k}", self.area, self.shape)
 
     def carried(self, content: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """`moved`, where the patch moves at all."""
-        return moved(content, source, target) if self.location == "eot" else content * target
+        """`relocated`, where the patch moves at all."""
+        return relocated(content, source, target) if self.location == "eot" else content * target
 
     def draw(self, task: Task, patch: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""

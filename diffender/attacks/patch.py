@@ -47,7 +47,7 @@ def apply_patch(x: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
     return x * (1 - mask) + patch * mask
 
 
-def moved(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def relocated(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """What `content` (B, C, S, S) holds in the mask `source`, in `target`, and 0 elsewhere.
 
     The masks (B, 1, S, S) are of the same shape at other places.

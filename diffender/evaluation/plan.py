@@ -240,7 +240,7 @@ def refuse_unread(opts: Options) -> None:
 
     filled, defense = fill(opts), opts.target.defense
     ours, hiding = is_ours(filled), {"full+loc", "evade"} & set(kinds(filled))
-    single, number = opts.table is None and opts.figure is None, opts.table
+    single, number, alone = opts.table is None and opts.figure is None, opts.table, "runs without --table and --figure"
     chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
@@ -263,9 +263,9 @@ def refuse_unread(opts: Options) -> None:
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
         "tuning_data": (opts.tuning_data != "samples", "--table 1 and 2", opts.table in (1, 2)),
         "fold": (opts.target.fold, "a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
-        "attack": (opts.attack != Options.attack, "runs without --table and --figure", single),
-        "trust": (opts.trust != Options.trust, "runs without --table and --figure", single),
-        "curves": (opts.curves, "runs without --table and --figure", single),
+        "attack": (opts.attack != Options.attack, alone, single),
+        "trust": (opts.trust != Options.trust, alone, single),
+        "curves": (opts.curves, alone, single),
         "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
         "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
         "iters": (opts.iters, "tables other than 7", number != 7),

@@ -34,7 +34,7 @@ from diffender.evaluation.plan import (
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, summarize, voters
-from diffender.factory import command, environment, machine, model_hashes, open_items, pick_device, pick_dtype
+from diffender.factory import command, dtype_name, environment, machine, model_hashes, open_items
 from diffender.pipeline import Defended
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, named_images
@@ -237,7 +237,7 @@ def resolved(opts: Options) -> dict:
     asked = opts.target.defense
     found = settings(opts, *NO_MATTER) | asdict(config_of(opts)) | {"prompt": asked.prompt_kind}
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
-    found["dtype"] = str(pick_dtype(asked.model, pick_device(opts.run.device))).removeprefix("torch.")
+    found["dtype"] = dtype_name(asked.model, opts.run.device)
     hashes = {"model": model_hashes(asked.model)}
     files = {
         "classifier": opts.target.classifier_weights,

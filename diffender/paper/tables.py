@@ -7,9 +7,7 @@ the patches made for each image, first purification; the csv has all verdicts.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -35,7 +33,7 @@ from diffender.report.folder import write_report
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import write_text
-from diffender.utils.markdown import table
+from diffender.utils.markdown import as_csv, as_latex, table
 from diffender.utils.options import change, with_hyphens
 
 NAMES = {
@@ -174,8 +172,8 @@ def run_table(number: int, opts: Options) -> str:
     text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
-    write_text(folder / "table.csv", as_csv(lines))
-    write_text(folder / "table.tex", as_latex(number, lines))
+    write_text(folder / "table.csv", csv_table(lines))
+    write_text(folder / "table.tex", latex_table(number, lines))
     if number == 1:
         usual = {NAMES[line.key]: line.run for line in every if line.run and not line.reading}
         draw_knowledge(usual, folder / "knowledge.png")
@@ -348,25 +346,21 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     )
 
 
-def as_csv(lines: Sequence[Line]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["classifier", "defence", "reading", "attack", "verdict", "right", "n", "accuracy", "low", "high"])
+def csv_table(lines: Sequence[Line]) -> str:
+    """Every share, one a line."""
+    numbers = ("right", "n", "accuracy", "low", "high")
+    rows = []
     for line in lines:
         for column in line.verdicts:
             for name in Verdict._fields:
                 p = share(line, column, name)
-                numbers = (round(p[k], 4) for k in ("right", "n", "accuracy", "low", "high"))
-                writer.writerow([line.classifier, line.key, line.reading, column, name, *numbers])
-    return text.getvalue()
+                told = (line.classifier, line.key, line.reading, column, name)
+                rows.append((*told, *(round(p[k], 4) for k in numbers)))
+    return as_csv(("classifier", "defence", "reading", "attack", "verdict", *numbers), rows)
 
 
-def as_latex(number: int, lines: Sequence[Line]) -> str:
-    """Our numbers as LaTeX, for \\usepackage{booktabs}."""
+def latex_table(number: int, lines: Sequence[Line]) -> str:
+    """Our numbers alone."""
     shown = columns(number)
-    out = [r"\begin{tabular}{ll" + "r" * len(shown) + "}", r"\toprule"]
-    out += ["classifier & defence & " + " & ".join(shown) + r" \\", r"\midrule"]
-    for line in lines:
-        values = [f"{100 * share(line, c)['accuracy']:.1f}" for c in shown]
-        out.append(" & ".join([line.classifier, line.title, *values]).replace("_", r"\_") + r" \\")
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", ""])
+    rows = [(n.classifier, n.title, *(f"{100 * share(n, c)['accuracy']:.1f}" for c in shown)) for n in lines]
+    return as_latex(("classifier", "defence", *shown), rows)

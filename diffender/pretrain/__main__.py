@@ -103,10 +103,8 @@ class Beforehand:
     out: str = option("runs/beforehand.safetensors", "Output file.")
 
 
-STAGES = {
-    **dict.fromkeys(("pack", "all", "join", "vae", "decoder", "unet"), Training),
-    "jedi": Jedi, "universal": Beforehand, "gdpa": Beforehand,
-}  # fmt: skip
+STAGES = dict.fromkeys(("pack", "all", "join", "vae", "decoder", "unet"), Training)
+STAGES |= {"jedi": Jedi, "universal": Beforehand, "gdpa": Beforehand}
 
 
 def train(stage: str, opts: Training) -> None:

@@ -55,7 +55,9 @@ def train_all(args: Namespace) -> None:
 
 def spent(checkpoint: Path) -> float:
     """The seconds that a stage has trained before."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["seconds"] if checkpoint.is_file() else 0.0
+    if not checkpoint.is_file():
+        return 0.0
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["seconds"]  # reads no tensor
 
 
 def carry(work: Path, out: Path, megabytes: float) -> None:

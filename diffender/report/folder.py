@@ -5,7 +5,7 @@ from pathlib import Path
 from diffender.classifiers.imagenet import class_names
 from diffender.evaluation.records import read_config, read_finished
 from diffender.report.page import page
-from diffender.report.tables import as_csv, as_latex, markdown
+from diffender.report.tables import csv_table, latex_table, markdown
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, write_text
 from diffender.utils.images import save_grid
@@ -28,8 +28,8 @@ def write_report(folder: Path) -> dict:
         names = results["names"] or class_names()
         texts = {
             "table.md": markdown(results),
-            "table.csv": as_csv(results),
-            "table.tex": as_latex(results),
+            "table.csv": csv_table(results),
+            "table.tex": latex_table(results),
             "report.html": page(results, records, folder / "images", names, read_config(folder)),
         }
     except InputError:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
-from diffender.utils.markdown import table
+from diffender.utils.markdown import as_csv, as_latex, table
 
 
 def counted(p: dict) -> str:
@@ -88,22 +86,18 @@ def trust_table(checks: Sequence[dict]) -> str:
     return table(("can the evaluation be trusted?", "figure", "wanted", ""), rows)
 
 
-def as_csv(results: dict) -> str:
+def csv_table(results: dict) -> str:
     """Every accuracy of a run, one a line."""
-    text, numbers = io.StringIO(), ("right", "n", "accuracy", "low", "high")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["attack", "gradient", "verdict", *numbers])
-    for r in results["rows"]:
-        found = {verdict: p for verdict, p in r.items() if isinstance(p, dict)}
-        writer.writerows(
-            [r["attack"], r["gradient"], verdict, *(round(p[k], 4) for k in numbers)] for verdict, p in found.items()
-        )
-    return text.getvalue()
+    numbers = ("right", "n", "accuracy", "low", "high")
+    rows = [
+        (r["attack"], r["gradient"], verdict, *(round(p[k], 4) for k in numbers))
+        for r in results["rows"]
+        for verdict, p in r.items()
+        if isinstance(p, dict)
+    ]
+    return as_csv(("attack", "gradient", "verdict", *numbers), rows)
 
 
-def as_latex(results: dict) -> str:
-    """The main table as LaTeX, for \\usepackage{booktabs}."""
-    head, rows = accuracies(results)
-    first, *lines = (" & ".join(row).replace("%", r"\%").replace("_", r"\_") + r" \\" for row in (head, *rows))
-    start = [r"\begin{tabular}{ll" + "r" * (len(head) - 2) + "}", r"\toprule", first, r"\midrule"]
-    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
+def latex_table(results: dict) -> str:
+    """The main table."""
+    return as_latex(*accuracies(results))
