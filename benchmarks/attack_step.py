@@ -22,7 +22,7 @@ from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import margin
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import load_classifier
-from diffender.config import EMBEDDED, GRADIENTS, Backward
+from diffender.config import EMBEDDED, GRADIENT_MODES, Backward
 from diffender.evaluation.memory import GIB, footprint, held_bytes, most_held_bytes, peak_bytes
 from diffender.pipeline import Defended, DIFFender
 from diffender.weights.loading import load_model
@@ -59,7 +59,9 @@ def step(task: Task, mode: str, eot: int = 1, keep: bool = False) -> Tensor:
 def times(args: argparse.Namespace) -> tuple[list[tuple[str, ...]], dict]:
     task = task_for(build(args, args.steps), args.images)
     runs = {"forward": lambda: task.victim(task.x, task.noise("benchmark"))}
-    runs |= {mode: lambda mode=mode: step(task, mode) for mode in GRADIENTS if mode != "auto"}  # auto is full for ours
+    runs |= {
+        mode: lambda mode=mode: step(task, mode) for mode in GRADIENT_MODES if mode != "auto"
+    }  # auto is full for ours
     if args.kept:
         runs["full, kept"] = lambda: step(task, "full", keep=True)
     seconds, outputs = in_turn(runs, args.repeats, args.device)

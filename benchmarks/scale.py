@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffender.evaluation.forecast import COST, costs
 from diffender.evaluation.plan import Options, fill
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.utils.options import change
 
 IMAGES = 50_000
@@ -28,7 +28,7 @@ BUDGETS = {  # what an image is given
 def teraflops_of_a_pass(name: str, draws: int, steps: int) -> float:
     """10^12 operations of one purification with guidance, counted on tensors without storage."""
     with torch.device("meta"):
-        model = LatentDiffusion(PRESETS[name])
+        model = LatentDiffusion(MODELS[name])
         z = torch.empty(draws, model.cfg.unet.in_channels, *model.cfg.latent_shape[1:])
         context = torch.empty(2 * draws, 77, model.cfg.unet.context_dim)
         x, t = (torch.empty(1, 3, model.cfg.image_size, model.cfg.image_size), torch.empty(draws))
@@ -45,7 +45,7 @@ def teraflops_of_a_pass(name: str, draws: int, steps: int) -> float:
 def main() -> None:
     flags = parser(__doc__, repeats=0)
     flags.set_defaults(device="cpu")  # where it runs, whatever there is
-    flags.add_argument("--model", choices=tuple(PRESETS), default="sd15-inpainting")
+    flags.add_argument("--model", choices=tuple(MODELS), default="sd15-inpainting")
     flags.add_argument("--draws", type=int, default=3)
     flags.add_argument("--steps", type=int, default=20)
     flags.add_argument("--tflops", type=float, default=300, help="10^12 operations a second that a GPU sustains")

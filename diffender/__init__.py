@@ -16,7 +16,7 @@ _HOME = {
     "own": ("AnyModel", "benchmark"),
     "defenses": ("Hardened", "PatchCleanser", "Purifier"),
     "prompts": ("Contexts", "PromptPair"),
-    "stable_diffusion.model": ("PRESETS", "LatentDiffusion", "ModelConfig"),
+    "stable_diffusion.model": ("MODELS", "LatentDiffusion", "ModelConfig"),
     "weights.loading": ("load_model",),
     "weights.prompts": ("contexts_for",),
     "classifiers.imagenet": ("load_classifier",),

@@ -9,7 +9,7 @@ from typing import Any
 from diffender.utils.errors import InputError
 from diffender.utils.options import check_options, given, option, part
 
-GRADIENTS = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade", "auto")
+GRADIENT_MODES = ("bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade", "auto")
 STE = ("identity", "sigmoid", "none", "soft")
 
 
@@ -81,7 +81,7 @@ class Backward:
     ste        through the threshold of the map: see `ops.binarize`
     """
 
-    mode: str = option("full", "Gradient mode.", choices=GRADIENTS)
+    mode: str = option("full", "Gradient mode.", choices=GRADIENT_MODES)
     ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
     surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)

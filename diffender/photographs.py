@@ -116,9 +116,9 @@ def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **
     fit.
     """
     from diffender.factory import open_defense, pick_device
-    from diffender.stable_diffusion.model import PRESETS
+    from diffender.stable_diffusion.model import MODELS
 
-    model = ModelOptions(model=name) if name in PRESETS else ModelOptions(weights=name)
+    model = ModelOptions(model=name) if name in MODELS else ModelOptions(weights=name)
     if unknown := sorted(method.keys() - flat(PAPER).keys()):
         raise InputError(
             f"unknown setting {unknown[0]}; choose from {', '.join(flat(PAPER))}{nearest(unknown[0], flat(PAPER))}"

@@ -22,7 +22,7 @@ from diffender.config import DIFFenderConfig
 from diffender.noise import Noise, generator
 from diffender.prompts import Contexts
 from diffender.restore import inpaint
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.samplers import SAMPLERS
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, predict_x0, q_sample
 from diffender.stable_diffusion.text import TextConfig
@@ -198,7 +198,7 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
 
 def small_model_file(folder: Path) -> Path:
     """A whole model in a small file of ours, with its configuration and checksum."""
-    tiny = PRESETS["tiny"]
+    tiny = MODELS["tiny"]
     cfg = replace(
         tiny,
         unet=replace(tiny.unet, model_channels=8, norm_groups=4, context_dim=4, num_heads=2),

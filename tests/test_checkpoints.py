@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.config import EMBEDDED, PAPER
 from diffender.evaluation import plan as plans
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
 from diffender.stable_diffusion.unet import UNet
 from diffender.utils.errors import InputError
@@ -40,7 +40,7 @@ BUFFERS = (
 def reduced(monkeypatch):
     """The official families at the size of tests/cases.py."""
     for name, cfg in FAMILIES.items():
-        monkeypatch.setitem(PRESETS, name, cfg)
+        monkeypatch.setitem(MODELS, name, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_every_layout_loads_to_the_same_weights(name, layout, dtype, models, tmp
     else:
         path = folder(model, tmp_path / "m", "old" in layout, ".fp16" if "fp16" in layout else "", dtype)
     loaded = load_model("auto", path)
-    assert loaded.cfg == PRESETS[name]
+    assert loaded.cfg == MODELS[name]
     assert_same(loaded, model, dtype)
     if layout == "single":
         inspected = weights.describe(weights.scan(path))
@@ -214,7 +214,7 @@ def test_shards(variant, models, tmp_path):
 def test_the_home_folder(models, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(single_file(models["sd15-inpainting"], openclip=False), tmp_path / "m.safetensors")
-    assert load_model("auto", "~/m.safetensors").cfg == PRESETS["sd15-inpainting"]
+    assert load_model("auto", "~/m.safetensors").cfg == MODELS["sd15-inpainting"]
 
 
 def test_pickled_folders_are_named_and_converted(models, tmp_path):
@@ -581,7 +581,7 @@ def test_a_separate_process_refuses_with_exit_code_2(tmp_path):
 def test_the_embedded_file_is_described():
     assert "family: of our own" in weights.describe(weights.scan(WEIGHTS / "tiny.safetensors"))
     assert load_file(WEIGHTS / "tiny.safetensors").keys() >= {
-        PREFIXES["unet"] + k for k in UNet(PRESETS["tiny"].unet).state_dict()
+        PREFIXES["unet"] + k for k in UNet(MODELS["tiny"].unet).state_dict()
     }
 
 
@@ -606,5 +606,5 @@ def test_files_of_the_published_size_load(name, layout, manifest, monkeypatch, t
         make("sd-vae.hf.oldnames", path / "vae/diffusion_pytorch_model.safetensors")
         make(f"{name}.hf.text_encoder", path / "text_encoder/model.safetensors")
     model = load_model("auto", path, torch.float16)
-    assert model.cfg == PRESETS[name]
+    assert model.cfg == MODELS[name]
     assert sum(p.numel() for p in model.unet.parameters()) > 859_000_000

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffender.stable_diffusion.layers import Linear, Upsample
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.stable_diffusion.unet import UNet, UNetConfig, timestep_embedding
 from diffender.stable_diffusion.vae import AutoencoderKL, VAEConfig
 from diffender.weights.layouts import (
@@ -33,7 +33,7 @@ COUNTS = {  # parameters, tensors
 
 def on_meta(name: str) -> LatentDiffusion:
     with torch.device("meta"):
-        return LatentDiffusion(PRESETS[name])
+        return LatentDiffusion(MODELS[name])
 
 
 def shapes(model: LatentDiffusion) -> dict[str, list[int]]:
@@ -53,7 +53,7 @@ def test_counts(name):
 
 
 def test_every_preset_is_counted_or_embedded():
-    assert {name for name, _ in COUNTS} | {"tiny"} == set(PRESETS)
+    assert {name for name, _ in COUNTS} | {"tiny"} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])
@@ -158,7 +158,7 @@ def test_tokens_are_those_of_the_published_tokenizers(model):
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert model.text.tokenize(["a photo of a cat"])[0].tolist() == cat + [49407] * 70
     with torch.device("meta"):
-        sd2 = LatentDiffusion(PRESETS["sd2-inpainting"]).text
+        sd2 = LatentDiffusion(MODELS["sd2-inpainting"]).text
     assert sd2.tokenize(["a photo of a cat"])[0].tolist() == cat + [0] * 70
     long = model.text.tokenize(["cat " * 200])[0]
     assert long.shape == (77,)

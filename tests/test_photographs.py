@@ -11,7 +11,7 @@ import diffender
 from diffender.classifiers.dataset import open_image, sample_items
 from diffender.photographs import Defender, find_images, main, working_size
 from diffender.report.page import photographs_page
-from diffender.stable_diffusion.model import PRESETS
+from diffender.stable_diffusion.model import MODELS
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 
@@ -33,9 +33,9 @@ def photo() -> Image.Image:
     ],
 )
 def test_proportions_are_kept(name, size, expected):
-    found = working_size(size, PRESETS[name])
+    found = working_size(size, MODELS[name])
     assert found == expected
-    assert all(side % PRESETS[name].multiple == 0 for side in found)
+    assert all(side % MODELS[name].multiple == 0 for side in found)
 
 
 @pytest.mark.parametrize(

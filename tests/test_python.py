@@ -26,7 +26,7 @@ def is_right(victim, x, y) -> list[bool]:
 def test_a_model_brings_its_settings(model):
     assert diffender.DIFFender(model, diffender.contexts_for("tuned", model)).cfg == diffender.EMBEDDED
     with torch.device("meta"):
-        official = LatentDiffusion(diffender.PRESETS["sd15-inpainting"])
+        official = LatentDiffusion(diffender.MODELS["sd15-inpainting"])
     assert diffender.DIFFender(official, diffender.contexts_for("tuned", model)).cfg == diffender.DIFFenderConfig()
 
 

@@ -11,4 +11,4 @@ ATTACKS = {
     "advp": AdvP, "lavan": LaVAN, "gdpa": GDPA, "rhde": RHDE, "sparse-rs": SparseRS, "ready": Ready,
     "noise": UniformNoise, "grey": Grey, "crop": Crop,
 }  # fmt: skip
-PAPER = ("advp", "lavan", "gdpa", "rhde")  # the four of its tables
+PAPER_ATTACKS = ("advp", "lavan", "gdpa", "rhde")  # the four of its tables

@@ -222,9 +222,9 @@ def kinds(opts: Options) -> list[str]:
 
 def attacks(opts: Options) -> dict[str, type]:
     """The attacks asked for, by name. Raises InputError for others."""
-    from diffender.attacks import ATTACKS, PAPER
+    from diffender.attacks import ATTACKS, PAPER_ATTACKS
 
-    names = {"all": list(PAPER), "none": []}.get(opts.attack, opts.attack.split(","))
+    names = {"all": list(PAPER_ATTACKS), "none": []}.get(opts.attack, opts.attack.split(","))
     if unknown := sorted(set(names) - set(ATTACKS)):
         raise InputError(
             f"--attack {', '.join(unknown)} is unknown; choose from {', '.join(ATTACKS)}, with commas, or all or none"
@@ -235,13 +235,13 @@ def attacks(opts: Options) -> dict[str, type]:
 
 def refuse_unread(opts: Options) -> None:
     """Raises InputError for a flag that nothing in this command reads, and names what reads it. `opts` as given."""
-    from diffender.attacks import ATTACKS, PAPER
+    from diffender.attacks import ATTACKS, PAPER_ATTACKS
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
     ours, hiding = is_ours(filled), {"full+loc", "evade"} & set(kinds(filled))
     single, number, alone = opts.table is None and opts.figure is None, opts.table, "runs without --table and --figure"
-    chosen = PAPER if opts.table or opts.figure else tuple(attacks(filled))
+    chosen = PAPER_ATTACKS if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
@@ -391,7 +391,7 @@ def names() -> str:
     from diffender.classifiers.imagenet import CLASSIFIERS
     from diffender.defenses import DEFENSES
     from diffender.faces.identification import RECOGNIZERS
-    from diffender.stable_diffusion.model import PRESETS as MODELS
+    from diffender.stable_diffusion.model import MODELS
 
     known = {
         "--model": MODELS,

@@ -24,7 +24,7 @@ from diffender.pretrain.locating import Asked, location_loss
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import MANUAL, manual_contexts
 from diffender.restore import composite
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
 from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
@@ -91,7 +91,7 @@ def train_vae(args: Namespace) -> None:
 
 def architecture(args: Namespace) -> ModelConfig:
     """Of the model that --init names, else of the embedded one."""
-    return load_model("auto", args.init).cfg if args.init else PRESETS["tiny"]
+    return load_model("auto", args.init).cfg if args.init else MODELS["tiny"]
 
 
 def early_layers(data: Path) -> Classifier:

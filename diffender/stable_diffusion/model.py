@@ -39,7 +39,7 @@ class ModelConfig:
         return self.vae.z_channels, side, side
 
 
-PRESETS = {
+MODELS = {
     "tiny": ModelConfig(
         UNetConfig(
             model_channels=96, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=64,

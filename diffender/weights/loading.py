@@ -11,7 +11,7 @@ import torch
 from torch import Generator, nn
 
 from diffender.config import EMBEDDED, PAPER, DIFFenderConfig
-from diffender.stable_diffusion.model import PRESETS, LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import make_alphas_cumprod
 from diffender.stable_diffusion.text import TextConfig
 from diffender.stable_diffusion.unet import UNet, UNetConfig
@@ -48,7 +48,7 @@ def load_model(
 ) -> LatentDiffusion:
     """A frozen model in eval mode.
 
-    name        of `PRESETS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
+    name        of `MODELS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
     path        a CompVis single file, a Hugging Face folder, a file of ours, or "random", for trials
     dtype       of the UNets; text tower and VAE stay in float32, as do the latents between evaluations
     ema         use the EMA weights of the UNet if the checkpoint has them
@@ -58,8 +58,8 @@ def load_model(
 
     Raises InputError for files that are damaged or of another model.
     """
-    if name not in (*PRESETS, "auto"):
-        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    if name not in (*MODELS, "auto"):
+        raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(MODELS)}{nearest(name, MODELS)}")
     if str(path) == RANDOM:
         return random_model(name, dtype)
     if path is None:
@@ -68,8 +68,8 @@ def load_model(
         path = WEIGHTS / "tiny.safetensors"
     elif not Path(path).expanduser().exists():
         raise InputError(
-            f"no file or folder {path}; give the path of a checkpoint, or the name of a model: {', '.join(PRESETS)}"
-            f"{nearest(str(path), PRESETS)}"
+            f"no file or folder {path}; give the path of a checkpoint, or the name of a model: {', '.join(MODELS)}"
+            f"{nearest(str(path), MODELS)}"
         )
     given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
@@ -124,9 +124,9 @@ def settings_in(header: dict, path: Path, name: str) -> DIFFenderConfig:
 def random_model(name: str, dtype: torch.dtype) -> LatentDiffusion:
     """A preset with random weights, always the same: full size, real cost, no meaning."""
     if name == "auto":
-        raise InputError(f"--weights {RANDOM} is for a named model; give --model, one of {', '.join(PRESETS)}")
+        raise InputError(f"--weights {RANDOM} is for a named model; give --model, one of {', '.join(MODELS)}")
     with torch.device("meta"):
-        model = LatentDiffusion(PRESETS[name])
+        model = LatentDiffusion(MODELS[name])
     model.unet.to(dtype)
     model.to_empty(device="cpu")
     fill_random(model, Generator().manual_seed(0))
@@ -148,11 +148,11 @@ def config_for(name: str, checkpoint: Checkpoint, prediction: str | None) -> Mod
     path = checkpoint.path
     if "config" in checkpoint.header:
         cfg = config_from_json(checkpoint.header["config"], path)
-        if name not in ("auto", "tiny") and cfg != PRESETS[name]:
+        if name not in ("auto", "tiny") and cfg != MODELS[name]:
             raise InputError(f"{path} holds a model of its own configuration, not {name}; leave out --model")
         return cfg
     found, family = family_of(checkpoint)
-    wanted = PRESETS[family].unet.in_channels
+    wanted = MODELS[family].unet.in_channels
     if found.in_channels != wanted:
         raise InputError(
             f"{path} holds a UNet with {found.in_channels} input channels, a text-to-image model; inpainting needs "
@@ -160,7 +160,7 @@ def config_for(name: str, checkpoint: Checkpoint, prediction: str | None) -> Mod
         )
     if name not in ("auto", family):
         raise InputError(f"{path} holds {family}, not {name}; use --model {family}")
-    cfg = PRESETS[family]
+    cfg = MODELS[family]
     return replace(cfg, unet=replace(cfg.unet, prediction=stated_prediction(path) or prediction or "epsilon"))
 
 
@@ -173,7 +173,7 @@ def locator_config(checkpoint: Checkpoint, cfg: ModelConfig, prediction: str | N
             f"{found.context_dim}; wanted is a text-to-image UNet with 4 and {cfg.unet.context_dim}"
         )
     return replace(
-        PRESETS[family].unet, in_channels=4, prediction=stated_prediction(checkpoint.path) or prediction or "epsilon"
+        MODELS[family].unet, in_channels=4, prediction=stated_prediction(checkpoint.path) or prediction or "epsilon"
     )
 
 
@@ -182,7 +182,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
     found = signature({k: s.shape for k, s in checkpoint.parts.get("unet", {}).items()})
     known = {
         (c.unet.model_channels, c.unet.context_dim): name
-        for name, c in PRESETS.items()
+        for name, c in MODELS.items()
         if name != "tiny"  # its files say what they are
     }
     if found is None or found[1:] not in known:
@@ -249,7 +249,7 @@ def describe(checkpoint: Checkpoint) -> str:
     elif "unet" in checkpoint.parts:
         found, family = family_of(checkpoint)
         what = (
-            family if found.in_channels == PRESETS[family].unet.in_channels else f"text to image, relative of {family}"
+            family if found.in_channels == MODELS[family].unet.in_channels else f"text to image, relative of {family}"
         )
         lines.append(f"family: {what} ({found.in_channels} input channels, text of width {found.context_dim})")
     for part, tensors in checkpoint.parts.items():
