@@ -175,6 +175,12 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
     shown = card.locator(".attacks > [data-row]").filter(visible=True)
     assert [shown.nth(i).get_attribute("data-row") for i in range(2)] == ["advp/transfer", "advp/full"]
     assert shown.count() == 2
+    clean, one, two = (e.bounding_box() for e in (card.locator(".clean"), shown.first, shown.last))
+    if width == 400:
+        assert clean["y"] + clean["height"] <= one["y"] and one["y"] + one["height"] <= two["y"], "stacked"
+    else:
+        assert clean["x"] + clean["width"] <= one["x"] and one["x"] + one["width"] <= two["x"], "side by side"
+        assert one["y"] == two["y"]
     card.get_by_role("checkbox", name="no patch").check()
     card.get_by_role("checkbox", name="advp/transfer").uncheck()
     assert [shown.nth(i).get_attribute("data-row") for i in range(2)] == ["no patch", "advp/full"]
