@@ -163,6 +163,11 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     cards = tab.locator(".card").filter(visible=True)
     assert cards.first.locator("h3").inner_text().startswith("<b> 25.0 % masked")
     assert "cat 50 %" in cards.first.inner_text()
+    boxes = [figure.bounding_box() for figure in cards.first.locator("figure").all()]
+    assert len(boxes) == 5
+    if width == 1300:
+        assert len({box["y"] for box in boxes}) == 1, "in one row"
+        assert boxes[-1]["x"] + boxes[-1]["width"] > 0.9 * width, "which fills the screen"
     for name, count in {"masked": 1, "untouched": 1, "changed": 1, "every": 2}.items():
         tab.locator(f"#{name}").check()
         assert cards.count() == count, name
