@@ -142,7 +142,7 @@ def test_in_one_line_from_python(photo, pasted):
 def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     """Photographs of any shape, a hostile name; what is masked comes first."""
     names = ("calm", "<b>")
-    for name, size in zip(names, ((300, 200), (120, 240)), strict=True):
+    for name, size in zip(names, ((600, 900), (120, 240)), strict=True):
         for stage in ("photo", "heatmap", "mask", "restored"):
             photo.resize(size).save(tmp_path / f"{name}_{stage}.png")
     seen = {
@@ -177,6 +177,22 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     assert tab.evaluate(drawn) == 0
     assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
     assert cards.first.locator("a").first.get_attribute("href") == "%3Cb%3E_photo.png"
+
+    def enlarged(card, source, size):
+        """Whether the picture comes from there, in this size, and fits."""
+        card.locator(".enlarge").first.click()
+        picture = "document.querySelector('#large img')"
+        found = "([s, w, h]) => {0}.src.startsWith(s) && {0}.naturalWidth == w && {0}.naturalHeight == h"
+        tab.wait_for_function(found.format(picture), arg=[source, *size])
+        box = tab.locator("#large img").bounding_box()
+        tab.keyboard.press("Escape")
+        return box["y"] >= 0 and box["y"] + box["height"] <= 900 and box["x"] + box["width"] <= width
+
+    assert enlarged(cards.first, "data:", (120, 240)), "its file is no larger"
+    assert enlarged(cards.last, "file:", (600, 900))
+    (tmp_path / "calm_photo.png").unlink()  # as where the page was sent alone
+    tab.reload()
+    assert enlarged(cards.last, "data:", (299, 448))
     assert mistakes == []
     tab.close()
 
