@@ -205,6 +205,47 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
     tab.close()
 
 
+def contrast(one: str, two: str) -> float:
+    """Of two colours as the browser tells them, by WCAG 2."""
+
+    def luminance(colour):
+        parts = [int(v) / 255 for v in re.findall(r"\d+", colour)[:3]]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return sum(weight * v for weight, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(two)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_the_dark_and_on_paper(html, tmp_path, browser, scheme):
+    (tmp_path / "report.html").write_text(html)
+    tab = browser.new_page(color_scheme=scheme)
+    tab.goto((tmp_path / "report.html").as_uri())
+
+    def colour(selector, of="color"):
+        return tab.locator(selector).first.evaluate(f"e => getComputedStyle(e).{of}")
+
+    def legible():
+        """All kinds of text on the page's background, which is returned."""
+        paper = colour("body", "backgroundColor")
+        inks = {s: colour(s) for s in ("body", "h3", "th", "td", "a", "code", ".soft", ".good", ".bad")}
+        inks[".charts text"] = colour(".charts text", "fill")
+        assert {kind: ink for kind, ink in inks.items() if contrast(ink, paper) < 4.5} == {}
+        return paper
+
+    assert contrast(legible(), "rgb(0, 0, 0)" if scheme == "dark" else "rgb(255, 255, 255)") < 1.5
+    tab.emulate_media(media="print")
+    assert legible() == "rgb(255, 255, 255)"
+    assert tab.locator("input, label").filter(visible=True).count() == 0, "controls"
+    cards = tab.locator(".card").filter(visible=True)
+    assert cards.count() == len(RECORDS)
+    for card in cards.all():
+        assert card.evaluate("e => getComputedStyle(e).contentVisibility") == "visible", "laid out, out of sight too"
+        assert card.locator("img").filter(visible=True).count() == 9, "clean, and four of each attack"
+    tab.close()
+
+
 def test_a_page_of_512_images_stays_light(html):
     assert len(html) / len(RECORDS) < 200_000, "100 MB in all, with two attacks"
 
