@@ -243,6 +243,8 @@ def test_the_page_in_the_dark_and_on_paper(html, tmp_path, browser, scheme):
     for card in cards.all():
         assert card.evaluate("e => getComputedStyle(e).contentVisibility") == "visible", "laid out, out of sight too"
         assert card.locator("img").filter(visible=True).count() == 9, "clean, and four of each attack"
+    drawn = "images => images.every(image => image.complete && image.naturalWidth)"
+    assert tab.locator(".card img").evaluate_all(drawn), "loaded, though nobody has scrolled there"
     tab.close()
 
 
