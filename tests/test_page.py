@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
-from diffender.report.page import chart, page, states
+from diffender.report.page import chart, page, states, table_page
 from diffender.report.tables import csv_table, latex_table
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_stages
@@ -202,6 +202,24 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
     assert tab.evaluate(drawn) == 0
     assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
     assert mistakes == []
+    tab.close()
+
+
+def test_a_table_leads_to_its_runs(html, tmp_path, browser):
+    run, table = tmp_path / "tables" / "<b> #1", tmp_path / "table1"
+    run.mkdir(parents=True)
+    (run / "report.html").write_text(html)
+    table.mkdir()
+    text = "| defence | advp |\n| --- | --- |\n| D | **1** |\n"
+    (table / "report.html").write_text(table_page("Table <1>", text, {"the <run>": run}, table))
+    tab = browser.new_page()
+    tab.goto((table / "report.html").as_uri())
+    assert [tab.locator(s).inner_text() for s in ("h1", "td b")] == ["Table <1>", "1"]
+    assert tab.get_by_text("The pictures of a run are on its own page.").is_visible()
+    tab.get_by_role("link", name="the <run>").click()
+    tab.wait_for_url((run / "report.html").as_uri())
+    assert tab.locator("h1").inner_text() == "D under attack"
+    assert tab.locator(".card").count() == len(RECORDS)
     tab.close()
 
 
