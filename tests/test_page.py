@@ -20,10 +20,8 @@ from diffender.utils.errors import InputError
 from diffender.utils.images import save_stages
 from tests.conftest import ROOT
 
-NAMES = [f"class <{i}>" for i in range(4)]
-
-
-HOSTILE = "p<img src=x onerror=alert(1)>"  # a file's name
+HOSTILE = "p<img src=x onerror=alert(1)>"  # a file's name, and a part of each class's
+NAMES = [f"class <{i}>{HOSTILE}\"'</script>" for i in range(4)]
 
 
 def record(i: int, clean: int = 1, attacked: int = 2, restored: int = 1) -> dict:
@@ -156,7 +154,7 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
     tab = browser.new_page(viewport={"width": width, "height": 900})
     mistakes = []
     tab.on("pageerror", lambda e: mistakes.append(str(e)))
-    tab.on("dialog", lambda d: mistakes.append(d.message))  # the hostile name was run
+    tab.on("dialog", lambda d: (mistakes.append(d.message), d.dismiss()))  # the hostile name was run
     tab.goto((tmp_path / "report.html").as_uri())
 
     def visible(selector):
@@ -172,6 +170,9 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
 
     assert tab.locator(".card h3").first.inner_text().startswith("p1 "), "the worst comes first"
     card = tab.locator(".card").first
+    for place in ("h3", ".picks label", "figcaption"):
+        assert f"{HOSTILE}\"'</script>" in card.locator(place).first.inner_text(), "names are told as they are"
+    assert tab.locator("[onerror]").count() == 0
     shown = card.locator(".attacks > [data-row]").filter(visible=True)
     assert [shown.nth(i).get_attribute("data-row") for i in range(2)] == ["advp/transfer", "advp/full"]
     assert shown.count() == 2

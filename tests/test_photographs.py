@@ -146,7 +146,7 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
         for stage in ("photo", "heatmap", "mask", "restored"):
             photo.resize(size).save(tmp_path / f"{name}_{stage}.png")
     seen = {
-        "before": {"class": 1, "label": "cat, x", "confidence": 0.5},
+        "before": {"class": 1, "label": "cat<img src=y onerror=alert(1)>, x", "confidence": 0.5},
         "after": {"class": 2, "label": "dog", "confidence": 1},
     }
     shared = {"largest_z_score": 3.1}
@@ -159,10 +159,11 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     (tmp_path / "report.html").write_text(html)
     tab, mistakes = browser.new_page(viewport={"width": width, "height": 900}), []
     tab.on("pageerror", lambda e: mistakes.append(str(e)))
+    tab.on("dialog", lambda d: (mistakes.append(d.message), d.dismiss()))  # the hostile label was run
     tab.goto((tmp_path / "report.html").as_uri())
     cards = tab.locator(".card").filter(visible=True)
     assert cards.first.locator("h3").inner_text().startswith("<b> 25.0 % masked")
-    assert "cat 50 %" in cards.first.inner_text()
+    assert "cat<img src=y onerror=alert(1)> 50 %" in cards.first.inner_text()
     boxes = [figure.bounding_box() for figure in cards.first.locator("figure").all()]
     assert len(boxes) == 5
     if width == 1300:
