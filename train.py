@@ -190,11 +190,9 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
 def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, first: bool) -> None:
     """Tune. After each round the first process leaves a file beside --out with all that the next one needs, so that the
     same command goes on."""
-    import torch
-
     from diffender.factory import command
     from diffender.tuning import tune
-    from diffender.utils.files import whole
+    from diffender.utils.files import save_state
     from diffender.utils.interruption import patient
     from diffender.utils.progress import TRACKERS, bar
 
@@ -206,8 +204,7 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, f
     with progress, patient(f"stopped after a round; go on with: {command(from_here=True)}") as may_stop:
         for terms in tune(target, tuning, work, opts.tuning):
             if first:
-                with whole(unfinished(opts)) as partial:
-                    torch.save(tuning.state_dict() | {"settings": resolved(opts)}, partial)
+                save_state(tuning.state_dict() | {"settings": resolved(opts)}, unfinished(opts))
             if speaks:
                 progress.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
             log(terms, tuning.rounds - 1)

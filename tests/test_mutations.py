@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from PIL import Image
 
 from diffender.classifiers.dataset import list_items, open_image
@@ -15,7 +16,7 @@ from diffender.evaluation.records import open_run
 from diffender.report.folder import write_report
 from diffender.utils.errors import InputError
 from diffender.weights.loading import describe, load_model
-from diffender.weights.prompts import SHIPPED, load_prompts
+from diffender.weights.prompts import SHIPPED, load_prompts, save_prompts
 from diffender.weights.reading import scan
 from tests.cases import small_model_file
 
@@ -62,6 +63,16 @@ def csv_file(folder: Path) -> Path:
     return path
 
 
+def prompts_file(folder: Path) -> Path:
+    save_prompts(load_prompts(SHIPPED, 64), folder / "prompts.safetensors", {"shots": 8})
+    return folder / "prompts.safetensors"
+
+
+def read_prompts(path: Path) -> None:
+    found, shipped = load_prompts(path, 64).state_dict(), load_prompts(SHIPPED, 64).state_dict()
+    assert all(torch.equal(found[k], shipped[k]) for k in shipped), "another prompt, in silence"
+
+
 def run_folder(folder: Path) -> Path:
     """Records of a finished run, small but whole."""
     attack = {"undefended": 2, "defended": [1, 1], "loss": [1.0], "fooled": [0.0], "confidence": [0.9, 0.2]}
@@ -101,7 +112,7 @@ def read_run(path: Path) -> None:
 
 KINDS = {
     "weights": (small_model_file, lambda path: (describe(scan(path)), load_model("auto", path))),
-    "prompts": (lambda folder: SHIPPED, lambda path: load_prompts(path, 64)),
+    "prompts": (prompts_file, read_prompts),
     "csv": (csv_file, lambda path: list_items(str(path))),
     "records": (lambda folder: run_folder(folder / "run"), read_run),
     "results": (lambda folder: run_folder(folder / "run").with_name("results.json"), read_run),

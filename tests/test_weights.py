@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.prompts import PromptPair
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, sha256
+from diffender.utils.files import read_header, save_state, sha256
 from diffender.weights.loading import WEIGHTS, load_model, save_model
 from diffender.weights.prompts import load_prompts, save_prompts
 
@@ -105,7 +105,7 @@ def test_prompts_round_trip_and_must_fit(tmp_path):
     save_prompts(prompts, tmp_path / "p.safetensors", {"shots": 8})
     again = load_prompts(tmp_path / "p.safetensors", 64)
     assert torch.equal(again.ctx_locate, prompts.ctx_locate)
-    assert read_header(tmp_path / "p.safetensors") == {"shots": 8}
+    assert read_header(tmp_path / "p.safetensors")["shots"] == 8
     with pytest.raises(
         InputError, match=r"shapes \(16, 64\) and \(16, 64\); this model's are 768 wide: use --prompt manual"
     ):
@@ -114,3 +114,29 @@ def test_prompts_round_trip_and_must_fit(tmp_path):
         load_prompts(WEIGHTS / "tiny.safetensors", 64)
     with pytest.raises(InputError, match="1 to 75"):
         PromptPair(76, 64)
+
+
+def test_a_changed_bit_of_a_prompt_is_found(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_prompts(PromptPair(16, 64), path, {"shots": 8})
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged: its checksum"):
+        load_prompts(path, 64)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """Whose words the commands turn into one line; what was there before is still whole."""
+    resource = pytest.importorskip("resource", reason="not a POSIX system: it has no limit for files")
+    path = tmp_path / "state"
+    save_state({"x": torch.zeros(3)}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_state({"x": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(path, weights_only=True)["x"].shape == (3,)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]

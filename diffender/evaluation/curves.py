@@ -17,12 +17,13 @@ from diffender.attacks.expectation import Task
 from diffender.attacks.patch import to_8bit
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import AREAS
-from diffender.evaluation.records import append_records, cut_tail, read_records
+from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
 from diffender.localize import refine_mask
 from diffender.noise import Noise, stack
 from diffender.pipeline import DIFFender
 from diffender.restore import composite
+from diffender.utils.files import cut_tail
 
 THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line, place_for, whole, write_json
+from diffender.utils.files import cut_tail, one_line, place_for, write_json
 
 
 def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
@@ -54,14 +54,6 @@ def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
         write_json(path, config)
     cut_tail(own)
     return read_records(folder)
-
-
-def cut_tail(path: Path) -> None:
-    """Cut off a last line that a killed run left unfinished: the next record would be glued to it."""
-    content = path.read_bytes() if path.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        with whole(path) as partial:
-            partial.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def read_config(folder: Path) -> dict:

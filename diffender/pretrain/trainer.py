@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import whole
+from diffender.utils.files import cut_tail, save_state, write_text
 from diffender.utils.images import save_figure
 from diffender.utils.progress import bar
 
@@ -38,6 +38,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"resuming {self.path} at step {self.step}")
+        if self.log.is_file():  # the steps after the checkpoint are done again
+            cut_tail(self.log)
+            lines = self.log.read_text("utf-8").splitlines(keepends=True)
+            write_text(self.log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def left(self) -> range:
         """The numbers of the samples that the steps still to do take."""
@@ -104,8 +108,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        with whole(self.path) as partial:
-            torch.save(state, partial)
+        save_state(state, self.path)
         if self.step:
             self.on_save()
 

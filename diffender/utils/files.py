@@ -6,6 +6,7 @@ Torch is imported inside the functions: what only writes text answers at once.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -41,6 +42,24 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def cut_tail(path: Path) -> None:
+    """Cut off a last line that a killed process left unfinished: the next one would be glued to it."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with whole(path) as partial:
+            partial.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def save_state(state: dict, path: Path) -> None:
+    """torch.save, whole or not at all, for torch.load with weights_only. Raises OSError, of a full disk say."""
+    import torch
+
+    buffer = io.BytesIO()  # torch writing to a disk turns its errors into a RuntimeError
+    torch.save(state, buffer)
+    with whole(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:

@@ -5,20 +5,20 @@ from pathlib import Path
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
-from diffender.utils.files import load_tensors, read_header, save_atomic
+from diffender.utils.files import digest, load_tensors, read_header, save_atomic
 from diffender.weights.loading import WEIGHTS
 
 SHIPPED = WEIGHTS / "prompts.safetensors"
 
 
 def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
-    save_atomic(dict(prompts.named_parameters()), path, header)
+    tensors = prompts.state_dict()
+    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
 
 
 def load_prompts(path: Path, dim: int) -> PromptPair:
-    """Learned prompts of width `dim`; raises InputError for a file of another kind or of another model."""
-    read_header(path)
-    state = load_tensors(path)
+    """Learned prompts of width `dim`; raises InputError for a damaged file, or one of another kind or model."""
+    header, state = read_header(path), load_tensors(path)
     if sorted(state) != ["ctx_locate", "ctx_restore"]:
         raise InputError(f"{path} holds {sorted(state)[:5]}; prompts are two tensors, ctx_locate and ctx_restore")
     shapes = [tuple(v.shape) for v in state.values()]
@@ -28,6 +28,8 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
             f"{path} holds prompts of shapes {shapes[0]} and {shapes[1]}; this model's are {dim} wide: use --prompt "
             "manual, or tune new ones (train.py)"
         )
+    if "digest" in header and header.pop("digest") != digest(state, header):
+        raise InputError(f"{path} is damaged: its checksum is not the one it states; fetch it again, or tune anew")
     prompts = PromptPair(n_ctx, dim)
     prompts.load_state_dict(state)
     return prompts
