@@ -58,7 +58,7 @@ def main() -> None:
     rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
         opts = fill(change(Options(), preset="strong", attack="all", draws=args.draws, steps=args.steps, **budget))
-        passes = sum(costs(opts, True, COST).values())
+        passes = sum(costs(opts, COST).values())
         figures["passes an image"][name] = passes
         days = IMAGES * passes * seconds / 86400
         rows.append((name, f"{passes:,.0f}", *(f"{days / n:,.0f}" for n in (1, 8, 64))))
