@@ -228,9 +228,13 @@ def unfinished(opts: Options) -> Path:
 def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
     from diffender.factory import dtype_name, model_hashes
+    from diffender.utils.files import sha256
 
     dtype = dtype_name(opts.model, opts.run.device)
-    return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": model_hashes(opts.model), "dtype": dtype}
+    hashes = model_hashes(opts.model)
+    if path := opts.target.classifier_weights:
+        hashes["classifier"] = sha256(Path(path))
+    return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": hashes, "dtype": dtype}
 
 
 def read_unfinished(opts: Options) -> dict:

@@ -71,14 +71,14 @@ def art(model: Pasted, x: Tensor, y: Tensor, steps: int) -> Tensor:
 
     wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], model(x).shape[1], clip_values=(0, 1))
     attack = ProjectedGradientDescent(wrapped, eps=1.0, eps_step=LR, max_iter=steps, verbose=False)
-    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+    return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x)
 
 
 OTHERS = {"plain Adam": adam, "foolbox, PGD": foolbox, "torchattacks, PGD": torchattacks, "ART, PGD": art}
 
 
 def main() -> None:
-    flags = parser(__doc__, repeats=1)
+    flags = parser(__doc__)
     flags.add_argument("--data", default="samples")
     flags.add_argument("--images", type=int, default=4)
     flags.add_argument("--steps", type=int, default=40)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffender.factory import machine
+from diffender.factory import machine, pick_device
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.files import write_json, write_text
 from diffender.utils.markdown import table
@@ -21,12 +21,14 @@ from diffender.weights.layouts import unet_name, vae_name
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parser(doc: str, repeats: int) -> argparse.ArgumentParser:
-    """Flags of every benchmark. Memory is held as the scripts hold it."""
+def parser(doc: str, repeats: int | None = None) -> argparse.ArgumentParser:
+    """Flags of every benchmark; without a number of repeats, of one that runs once. Memory and the GPU's arithmetic are
+    as the scripts have them."""
     keep_freed_memory()
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds after a first one ({repeats})")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds after a first one ({repeats})")
+    made.add_argument("--device", type=pick_device, default="auto")
     made.add_argument("--out", type=Path, help="folder for table.md and results.json")
     return made
 
@@ -58,10 +60,9 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def report(head: Sequence[str], rows: Sequence[Sequence[str]], figures: dict, args: argparse.Namespace) -> None:
     """Print the table, and write it with its figures to --out."""
-    threads = f", {torch.get_num_threads()} threads" if torch.device(args.device).type == "cpu" else ""
-    where = torch.cuda.get_device_name() if not threads else machine(torch.device("cpu"))
+    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    foot = f"`{command}`, {where}{threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
+    foot = f"`{command}`, {machine(args.device)}{threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
     text = f"{table(head, rows)}\n{foot}\n"
     print(f"\n{text}", end="")
     if args.out:

@@ -43,7 +43,7 @@ def teraflops_of_a_pass(name: str, draws: int, steps: int) -> float:
 
 
 def main() -> None:
-    flags = parser(__doc__, repeats=0)
+    flags = parser(__doc__)
     flags.set_defaults(device="cpu")  # where it runs, whatever there is
     flags.add_argument("--model", choices=tuple(MODELS), default="sd15-inpainting")
     flags.add_argument("--draws", type=int, default=3)

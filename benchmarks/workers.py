@@ -7,6 +7,7 @@ again and again for --seconds; the start of a process does not count.
 """
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, setting in SETTINGS.items():
             rates[name].append(measure(*setting))
-    medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     base = medians["one process, one thread"]
     rows = [(name, f"{rate:.2f}", f"**{rate / base:.2f}**") for name, rate in medians.items()]
     report(("embedded model", "images a second", "ratio"), rows, {"images a second": medians}, args)

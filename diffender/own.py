@@ -122,7 +122,7 @@ def benchmark(
         refuse_unread(opts)
         if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
             opts = replace(opts, eot=1)
-        opts = fill(opts)
+        opts = change(fill(opts), defense=title(victim))  # in the letters of its name
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)

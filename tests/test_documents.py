@@ -113,6 +113,14 @@ def test_commands_of_benchmarks_are_understood(command, monkeypatch):
         runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
+def test_the_cost_of_50000_images(monkeypatch, capsys):
+    """The one benchmark that measures nothing runs to its last line."""
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--model", "tiny"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    runpy.run_path(str(ROOT / "benchmarks" / "scale.py"), run_name="__main__")
+    assert "| --preset strong: every gradient, three restarts |" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with everything that the documents' commands name."""

@@ -61,6 +61,14 @@ def test_wilson_known_values(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_a_proportion_lies_within_its_interval():
+    """Also where rounding says otherwise, as at 0 of 6: a chart refuses error bars of negative length."""
+    for n in range(1, 601):
+        for k in (0, n // 3, n):
+            low, high = wilson(k, n)
+            assert 0 <= low <= k / n <= high <= 1
+
+
 def test_auc_of_a_patch_smaller_than_half_a_latent():
     """It counts the latents that it covers most."""
     truth = torch.zeros(1, 1, 16, 16)
@@ -78,3 +86,5 @@ def test_mask_scores_and_auc_by_hand():
     scores = mask_scores(mask, truth)
     assert [s.item() for s in scores] == pytest.approx([4 / 8, 4 / 12, 4 / 16])
     assert auc(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0, 1, 0, 1])) == pytest.approx(0.75)
+    assert auc(torch.zeros(9), torch.tensor([1.0] * 3 + [0.0] * 6)) == 0.5, "ties say nothing, wherever the patch is"
+    assert auc(torch.tensor([2.0, 1, 2, 0]), torch.tensor([1.0, 1, 0, 0])) == pytest.approx((0.5 + 1 + 0 + 1) / 4)

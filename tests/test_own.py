@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +13,10 @@ from torch import nn
 
 import diffender
 import evaluate
+from diffender.classifiers.dataset import Batch
 from diffender.evaluation import certify
+from diffender.evaluation.records import read_records
+from diffender.evaluation.run import refuse_changed
 from diffender.own import AnyModel, digest
 from diffender.report.__main__ import compare
 from diffender.utils import options as cli
@@ -86,6 +90,31 @@ def test_a_random_model_knows_no_batch(images):
     assert results[0]["rows"] == results[1]["rows"]
 
 
+def test_noise_that_no_seed_repeats_is_refused(images):
+    class ByNumpy(Bright):
+        def forward(self, x):
+            return super().forward(x) + float(np.random.rand())  # noqa: NPY002  (what is refused)
+
+    with pytest.raises(InputError, match="the same image and the same noise in different ways; let it draw from torch"):
+        diffender.benchmark(ByNumpy(), images, [0] * len(images), name="numpy", **FAST)
+    assert not Path("runs/numpy").exists()
+
+
+def test_runs_on_other_files_of_the_same_names_are_not_compared(tmp_path):
+    for name, hashed in (("a", {"hash": "1"}), ("b", {"hash": "2"}), ("old", {})):
+        record = {"id": "0", "label": 1, "defended": [1], "attacks": {}} | hashed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "per_image.jsonl").write_text(json.dumps(record) + "\n")
+    assert "| none | 1 | 1 |" in compare(tmp_path / "a", tmp_path / "old")
+    with pytest.raises(InputError, match="are of different images"):
+        compare(tmp_path / "a", tmp_path / "b")
+    batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), ["1"])
+    refuse_changed(tmp_path / "a", read_records(tmp_path / "a"), batch)
+    with pytest.raises(InputError, match="another file of the name 0; choose another --name"):
+        refuse_changed(tmp_path / "b", read_records(tmp_path / "b"), batch)
+
+
 def test_a_model_is_left_as_it_was(images):
     """It is judged in evaluation mode, and looking whether it is random takes none of the caller's numbers."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), Bright())
@@ -106,7 +135,7 @@ def test_a_purifier_of_ones_own(images, classifier, photos):
     y = classifier(photos[:1]).argmax(dim=1)
     results = diffender.benchmark(victim, photos[:1], y, gradient="bpda,auto", name="own", trust="off", **FAST)
     assert [r["gradient"] for r in results["rows"]] == ["", "transfer", "bpda", "auto", ""]
-    assert results["defense"] == "dim"
+    assert results["defense"] == "Dim"
 
 
 def test_the_defence_itself(target, classifier, photos):

@@ -1,8 +1,11 @@
 """One's own images: any size and mode, good files and bad ones."""
 
+import base64
+import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -10,7 +13,7 @@ from PIL import Image, ImageChops
 import diffender
 from diffender.classifiers.dataset import open_image, sample_items
 from diffender.photographs import Defender, find_images, main, working_size
-from diffender.report.page import photographs_page
+from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
 from diffender.utils import options as cli
 from diffender.utils.errors import InputError
@@ -19,6 +22,17 @@ from diffender.utils.errors import InputError
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     return Image.open(sample_items()[0].path).convert("RGB")
+
+
+def test_the_page_shows_what_was_defended(tmp_path):
+    """What is transparent is white, and 16 bits become 8."""
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((8, 8), 127 << 8, np.uint16)).save(tmp_path / "deep.png")
+    for name, value in (("clear", 255), ("deep", 127)):
+        kind, _, content = inline(tmp_path / f"{name}.png").partition(",")
+        assert kind == "data:image/jpeg;base64"
+        seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+        assert abs(seen.mean() - value) < 1, name
 
 
 @pytest.mark.parametrize(

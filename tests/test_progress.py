@@ -7,8 +7,12 @@ import types
 import pytest
 
 from diffender.evaluation import curves
+from diffender.evaluation.forecast import COST, Forecast, announce
+from diffender.evaluation.memory import left_in_container
+from diffender.evaluation.plan import Options, fill
 from diffender.report.page import charts
 from diffender.utils.errors import InputError
+from diffender.utils.options import change
 from diffender.utils.progress import TRACKERS
 from tests.test_scripts import SMALL, here
 
@@ -32,6 +36,33 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, c
     monkeypatch.setattr(curves, "over_theta", None)  # what is there is not done again
     assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
     assert json.loads((folder / "results.json").read_text())["curves"] == results["curves"]
+
+
+def test_a_forecast_counts_the_gradients_that_are_taken(capsys):
+    """Of the paper's budget with every gradient: transfer takes none on the defence."""
+    opts = fill(Options(preset="paper", grad="all"))
+    one = Forecast([{"clean": 1.0}], 0.0, dict.fromkeys(COST, 0.5), (0, ""))
+    announce(opts, [one])
+    assert f"that is {2 * 6 * 0.5:.1f} s an image and step" in capsys.readouterr().out
+    announce(opts, [one, one])
+    assert capsys.readouterr().out == "2 experiments, about 2 seconds\n"
+
+
+def test_a_container_has_less_than_its_machine(tmp_path):
+    assert left_in_container(tmp_path) == sys.maxsize, "no group of processes"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_in_container(tmp_path) == sys.maxsize, "no limit"
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+    assert left_in_container(tmp_path) == 8000 - (5000 - 3000)
+
+
+def test_options_stay_in_the_order_given():
+    """Not in that of a set, which is another one in each process: Table 2 names its prompts by them."""
+    given = {"theta": 2.5, "noise_ratio": 0.3, "guidance": 2.0, "draws": 4, "sigma": 0.5, "dilation": 5, "steps": 9}
+    for order in (list(given), sorted(given), sorted(given, reverse=True)):
+        assert list(change(Options(), **{k: given[k] for k in order}).target.defense.method) == order
 
 
 def test_wandb_hears_what_is_logged(tmp_path, monkeypatch):

@@ -74,17 +74,18 @@ def main() -> None:
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
     folder = Path(opts.out or f"runs/certify-{digest}")
     own = folder / "per_image.jsonl"
-    done = {r["id"] for r in open_run(folder, config, own)}
-    for image_id, x, y in zip(
-        bar(batch.ids, "certifying", opts.run.quiet), batch.x.to(device), batch.y.tolist(), strict=True
-    ):
+    done = {r["id"]: r.get("hash") for r in open_run(folder, config, own)}
+    images = zip(batch.ids, batch.hashes, batch.x.to(device), batch.y.tolist(), strict=True)
+    for image_id, hashed, x, y in bar(list(images), "certifying", opts.run.quiet):
         for area, masks in asked:
+            if done.get(key(image_id, area, masks)) not in (None, hashed):
+                raise InputError(f"{folder} holds results of another file of the name {image_id}; choose another --out")
             if key(image_id, area, masks) not in done:
                 started = time.monotonic()
                 cleanser = PatchCleanser.against(classifier, area, int(masks))
                 found = {"right": cleanser(x) == y, "places": cleanser.certified_places(x, y)}
                 seconds = {"seconds": time.monotonic() - started}
-                append_records(own, [{"id": key(image_id, area, masks)} | found | seconds])
+                append_records(own, [{"id": key(image_id, area, masks), "hash": hashed} | found | seconds])
 
     def counted(values: list[float]) -> str:
         low, high = wilson(sum(values), len(values))

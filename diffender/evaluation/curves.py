@@ -1,7 +1,8 @@
 """Curves of the report: accuracy over the threshold and over the patch's size; resumed image by image.
 
 Over theta the run's own patches are judged: beside its own threshold they are those of an attacker who is mistaken
-about it. Over the size every patch is made anew, on the classifier alone and through the last of the run's gradients.
+about it. Over the size the patches of the run's first attack are made anew, on the classifier alone and through the
+last of its gradients.
 One purification judges each, the first of the run's verdicts.
 """
 

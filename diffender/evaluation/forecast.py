@@ -115,16 +115,17 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
     memory = max(f.memory for f in forecasts)[1]
     if len(forecasts) > 1:
         print(f"{len(forecasts)} experiments, about {duration(total)}{memory}")
-    else:
-        (only,) = forecasts
-        used = ["pass", *(kind for kind in kinds(opts) if kind != "transfer" and opts.attack != "none")]
-        print(f"about {duration(total)}: {', '.join(f'{what} {only.seconds[what]:.2f} s' for what in used)}{memory}")
-    if opts.preset == "paper" and opts.attack != "none":
-        step = opts.eot * sum(f.seconds[kind] for f in forecasts for kind in kinds(opts))
+        return
+    (only,) = forecasts
+    adaptive = [kind for kind in kinds(opts) if kind != "transfer" and opts.attack != "none"]
+    told = ", ".join(f"{what} {only.seconds[what]:.2f} s" for what in ("pass", *adaptive))
+    print(f"about {duration(total)}: {told}{memory}")
+    if opts.preset == "paper" and adaptive:
+        step = opts.eot * sum(only.seconds[kind] for kind in adaptive)
         print(f"that is {step:.1f} s an image and step; the paper's 64 hours for 512 images and 100 steps are 4.5 s")
     elif opts.preset != "strong" and opts.attack != "none":
         strong = replace(opts, **budget(opts, "strong"))
-        whole = strong.images * sum(sum(costs(strong, f.seconds).values()) for f in forecasts)
+        whole = strong.images * sum(costs(strong, only.seconds).values())
         print(
             f"left out against --preset strong ({strong.images} images, {strong.iters} steps, EOT {strong.eot}, "
             f"{strong.restarts} restarts, every gradient): {describe(opts)} on {opts.images}; all of it would take "

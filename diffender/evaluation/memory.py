@@ -94,7 +94,17 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return 1024 * int(found[1]) if found else 0
+    return min(1024 * int(found[1]), left_in_container()) if found else 0
+
+
+def left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes until a container's limit, cached files not counted as used; without a limit a very large number."""
+    limit = group / "memory.max"
+    if not limit.is_file() or (most := limit.read_text().strip()) == "max":
+        return sys.maxsize
+    cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+    return max(0, int(most) - used)
 
 
 def fit_micro_batch(one: Footprint, images: int, draws: int, held: int, allowed: int) -> int | None:

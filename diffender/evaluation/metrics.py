@@ -24,7 +24,7 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     p = successes / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding may put p a hair outside
 
 
 def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:
@@ -43,12 +43,10 @@ def mask_scores(mask: Tensor, truth: Tensor) -> MaskScores:
 
 
 def auc(score: Tensor, truth: Tensor) -> float:
-    """Probability that a random pixel of the patch scores above a random one outside; 0.5 is chance. 1-D tensors."""
-    order = score.argsort()
-    ranks = order.argsort().double() + 1
-    pos = int((truth > 0.5).sum())
-    neg = len(truth) - pos
-    return ((ranks[truth > 0.5].sum() - pos * (pos + 1) / 2) / (pos * neg)).item()
+    """Probability that a random pixel of the patch scores above a random one outside, ties counted half; 0.5 is chance.
+    1-D tensors; NaN where either side has no pixel."""
+    apart = score[truth > 0.5][:, None] - score[truth <= 0.5]
+    return ((apart > 0).double() + 0.5 * (apart == 0)).mean().item()
 
 
 def map_auc(heatmap: Tensor, truth: Tensor) -> Tensor:

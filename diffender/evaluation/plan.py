@@ -26,6 +26,11 @@ GRADIENTS = {  # by defence
 OURS = {"diffender": "DIFFender", "hardened": "DIFFender, hardened"}  # what has DIFFender's settings and gradients
 FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
 BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
+JUDGED = ("queries", "queries_undefended", "verdicts")
+ADAPTIVE = ("grad", "iters", "restarts", *JUDGED)
+FIXED = {f"figure {n}": (*ADAPTIVE, "eot") for n in (1, 3, 4, 5, 9)} | {  # what these settle themselves
+    "figure 2": JUDGED, "table 7": ADAPTIVE,
+}  # fmt: skip
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 COSTLY = ("surrogate", "full", "full+loc")
 PRESETS = {  # what the options that default to none become
@@ -268,12 +273,13 @@ def refuse_unread(opts: Options) -> None:
         "curves": (opts.curves, alone, single),
         "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
         "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
-        "iters": (opts.iters, "tables other than 7", number != 7),
-        "grad": (opts.grad, "tables other than 7", number != 7),
+        "name": (opts.name, alone, single),
         "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
     if number == 3 and "restore" in defense.method:
         conditions["restore"] = (True, "tables other than 3", False)
+    budgetless = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
+    conditions |= {flag: (getattr(opts, flag), "runs and other tables and figures", False) for flag in budgetless}
     for flag, (given, reader, there) in conditions.items():
         if given and not there:
             raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
@@ -340,8 +346,8 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
-    elif asked.keep is None and is_ours(opts):
-        model.keep = keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
+    elif asked.keep is None:  # the footprint is of DIFFender's passes; what others would keep is not known
+        model.keep = is_ours(opts) and keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 
 

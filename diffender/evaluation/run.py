@@ -33,9 +33,9 @@ from diffender.evaluation.plan import (
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
-from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, summarize, voters
+from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, file_names, summarize, voters
 from diffender.factory import command, dtype_name, environment, machine, model_hashes, open_items
-from diffender.pipeline import Defended
+from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, named_images
 from diffender.utils.files import read_header, sha256, write_json
@@ -74,10 +74,16 @@ class Experiment(NamedTuple):
     config: dict  # everything that an image's result depends on
     names: Sequence[str] | None  # of the classes; none: ImageNet's
     call: str | None = None  # that made it from Python, and goes on; none: this process's command line
+    memory: dict | None = None  # what its model keeps and splits, as attributes; none: as the model is
 
     @property
     def device(self) -> torch.device:
         return self.target.classifier.mean.device
+
+    def in_turn(self) -> None:
+        """Set what the model keeps and splits: experiments share one model."""
+        for name, value in (self.memory or {}).items():
+            setattr(self.target.defense.model, name, value)
 
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
@@ -88,7 +94,10 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = share(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
-    return Experiment(opts, folder, own, target, build_plans(opts, target), resolved(opts), target.classifier.names)
+    model = target.defense.model
+    memory = None if model is None else {"keep": model.keep, "micro_batch": model.micro_batch}
+    plans, names = build_plans(opts, target), target.classifier.names
+    return Experiment(opts, folder, own, target, plans, resolved(opts), names, memory=memory)
 
 
 def load_images(opts: Options, target: Defended) -> Batch:
@@ -107,17 +116,21 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
     opts = experiments[0].opts
+    if len(set(file_names(batch.ids))) < len(batch.ids):
+        raise InputError("two images have names that differ in / and __ alone, so they would share files; rename one")
     for e in experiments:
         refuse_seen(e.opts, batch)
         refuse_hidden_noise(e.target, batch.x[:1].to(e.device))
     there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
+    for e, records in zip(experiments, there, strict=True):
+        refuse_changed(e.folder, records, batch)
     done = [{r["id"] for r in records} for records in there]
     parts = batches(opts, mine(opts, len(batch.ids)))
     left = [[[i for i in part if batch.ids[i] not in ids] for part in parts] for ids in done]
-    forecasts = [
-        forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=i > 0)
-        for i, (e, todo) in enumerate(zip(experiments, left, strict=True))
-    ]
+    forecasts = []
+    for e, todo in zip(experiments, left, strict=True):
+        e.in_turn()
+        forecasts.append(forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=bool(forecasts)))
     if not opts.run.quiet:
         announce(opts, forecasts)
     if opts.dry_run:
@@ -150,16 +163,31 @@ def refuse_seen(opts: Options, batch: Batch) -> None:
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
 
+def refuse_changed(folder: Path, records: Sequence[dict], batch: Batch) -> None:
+    """Raises InputError where a file is another one than when its image was attacked."""
+    now = dict(zip(batch.ids, batch.hashes, strict=False))  # from Python there are none: the settings hash all images
+    if changed := [r["id"] for r in records if "hash" in r and now.get(r["id"], r["hash"]) != r["hash"]]:
+        raise InputError(f"{folder} holds results of another file of the name {changed[0]}; choose another --name")
+
+
 def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
-    """Raises InputError for a defence that draws noise which it is not given: all its verdicts would be one draw."""
-    if target.sample_noise(["a"], 0, "a") is None:
-        with torch.random.fork_rng():  # the caller's numbers stay as they are
-            first, second = target(x, None), target(x, None)
-        if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
-            raise InputError(
-                "the defence answers the same image in different ways, but has no noise to repeat that by; say "
-                "Purifier(purify, random=True), or give it a sample_noise"
-            )
+    """Raises InputError for a defence that draws noise which it is not given: no answer of it could be repeated."""
+    if isinstance(target.defense, DIFFender):
+        return  # all its noise is an argument
+    noise = target.sample_noise(["a"], 0, "a")
+    with torch.random.fork_rng():  # the caller's numbers stay as they are
+        first, second = target(x, noise), target(x, noise)
+    if torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+        return
+    if noise is None:
+        raise InputError(
+            "the defence answers the same image in different ways, but has no noise to repeat that by; say "
+            "Purifier(purify, random=True), or give it a sample_noise"
+        )
+    raise InputError(
+        "the defence answers the same image and the same noise in different ways; let it draw from torch's global "
+        "generator, which is seeded for each image, and not from numpy's or Python's"
+    )
 
 
 def how_to_go_on(e: Experiment) -> str:
@@ -183,6 +211,7 @@ def judge_part(
 ) -> None:
     """Attack, judge and record some images, each variant of which should `cost` so many seconds."""
     ids, x, y = ([batch.ids[i] for i in rows], batch.x[rows].to(e.device), batch.y[rows].to(e.device))
+    e.in_turn()
     begun, before = time.monotonic(), progress.evaluations
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
@@ -190,11 +219,13 @@ def judge_part(
         records = evaluate_batch(task, judge, e.plans, e.folder, progress.through(cost), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     shares = {name: value / len(records) for name, value in spent.items()}
-    append_records(e.own, [record | shares for record in records])
+    hashes = [{"hash": batch.hashes[i]} if batch.hashes else {} for i in rows]
+    append_records(e.own, [record | own | shares for record, own in zip(records, hashes, strict=True)])
 
 
 def finish(e: Experiment, batch: Batch) -> dict | None:
     """Results, checks and curves of a run whose records are all there, in results.json; None while shards work."""
+    e.in_turn()
     opts = e.opts
     found = {r["id"]: r for r in read_records(e.folder)}
     records = [found[i] for i in batch.ids if i in found]

@@ -125,7 +125,8 @@ def noise_is_used(bench: Bench) -> Iterator[Check]:
 
 
 def controls(bench: Bench) -> Iterator[Check]:
-    """Patches that nothing optimised, at the same places; an attack must be worse for the defence."""
+    """Patches that nothing optimised, squares of the attack's size at places drawn by the seed; an attack must be worse
+    for the defence."""
     area = bench.plan.base.area
     made = {k: ATTACKS[k](area=area)(bench.task).image for k in ("grey", "noise", "crop")}
     shares = {name: bench.accuracy(x) for name, x in made.items()}

@@ -186,6 +186,7 @@ def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[T
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
+    """Names of files for images, of which ids in folders have slashes."""
     return [i.replace("/", "__") for i in ids]
 
 

@@ -141,13 +141,13 @@ def ablate(opts: Options) -> None:
 
 def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
     victim = Undefended(classifier)
-    parts = bar(slices(opts, batch), "attacking", opts.run.quiet)
+    parts = bar(slices(opts.batch_size, batch), "attacking", opts.run.quiet)
     done = [attack(Task(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.run.seed)) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 
-def slices(opts: Options, batch: Batch) -> list[slice]:
-    return [slice(i, i + opts.batch_size) for i in range(0, len(batch.ids), opts.batch_size)]
+def slices(size: int, batch: Batch) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, len(batch.ids), size)]
 
 
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
@@ -166,7 +166,7 @@ def measure(
     """Means over the photographs: of map and mask; for `parts`, of what the classifier sees after purification."""
     defense, judge = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
-    for rows in slices(opts, batch):
+    for rows in slices(opts.batch_size, batch):
         x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
         noise = defense.sample_noise(batch.ids[rows], opts.run.seed, "ablation")
         found = defense.localize(image, noise)
@@ -204,7 +204,7 @@ def show(
 ) -> dict[str, float]:
     """What the VAE keeps of the clean photographs; and an image of the first ones, `images.png`."""
     vae = defense.model.vae
-    parts = [batch.x[rows] for rows in slices(opts, batch)]
+    parts = [batch.x[rows] for rows in slices(opts.batch_size, batch)]
     recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
     psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
     x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]

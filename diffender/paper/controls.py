@@ -5,7 +5,7 @@ a patch is seen, so the patches made on the undefended classifier stand for all 
 elsewhere they are a lower bound of what an attacker can do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from diffender.classifiers.dataset import Batch
 from diffender.defenses.fill import FILLS
+from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Verdict, file_names, load_attacked, verdict
 from diffender.noise import generator
 from diffender.pipeline import Defended
 from diffender.restore import composite
+from diffender.utils.files import cut_tail
+from diffender.utils.progress import bar
 
 FILLED = (*FILLS, "diffusion")
 
@@ -27,25 +30,46 @@ class Control(NamedTuple):
     verdicts: dict[str, list[Verdict]]  # by column
 
 
-def controls(target: Defended, folder: Path, attacks: Sequence[str], batch: Batch, seed: int) -> Iterator[Control]:
-    """Each kind of mask with each fill, on the attacked images of a run in `folder`; target is DIFFender."""
-    x, ids = batch.x.to(target.classifier.mean), batch.ids
-    attacked = {name: load_attacked(folder / "adv" / name / "transfer", file_names(ids)) for name in attacks}
-    attacked = {name: (image.to(x), mask.to(x)) for name, (image, mask) in attacked.items()}
-    first = next(iter(attacked.values()))[1]
-    for whose in ("true", "random"):
-        scenes = {"clean": (x, torch.zeros_like(first) if whose == "true" else elsewhere(first, ids, seed))}
-        for name, (image, mask) in attacked.items():
-            scenes[name] = (image, mask if whose == "true" else elsewhere(mask, ids, seed))
-        for fill in FILLED:
-            seen = {column: classes(target, fill, *scene, ids, seed) for column, scene in scenes.items()}
-            yield Control(
-                f"{whose} {fill}",
-                {
-                    column: [verdict([c], y) for c, y in zip(found, batch.y.tolist(), strict=True)]
-                    for column, found in seen.items()
-                },
-            )
+def controls(
+    target: Defended, folder: Path, attacks: Sequence[str], batch: Batch, seed: int, quiet: bool = True
+) -> list[Control]:
+    """Each kind of mask with each fill, on the attacked images of a run in `folder`; target is DIFFender.
+
+    What the classifier sees goes to controls.jsonl there, a line an image, so that a second call goes on.
+    """
+    own = folder / "controls.jsonl"
+    cut_tail(own)
+    done = {r["id"]: r["seen"] for r in read_records(folder, own.name)}
+    images = batch.x.to(target.classifier.mean).split(1)
+    for x, image_id in zip(images, bar(batch.ids, "controls", quiet, " images"), strict=True):
+        if image_id not in done:
+            done[image_id] = look(target, folder, attacks, x, image_id, seed)
+            append_records(own, [{"id": image_id, "seen": done[image_id]}])
+
+    def verdicts(key: str, column: str) -> list[Verdict]:
+        return [verdict([done[i][key][column]], y) for i, y in zip(batch.ids, batch.y.tolist(), strict=True)]
+
+    keys = [f"{whose} {fill}" for whose in ("true", "random") for fill in FILLED]
+    return [Control(key, {column: verdicts(key, column) for column in ("clean", *attacks)}) for key in keys]
+
+
+def look(
+    target: Defended, folder: Path, attacks: Sequence[str], x: Tensor, image_id: str, seed: int
+) -> dict[str, dict[str, int]]:
+    """The classes seen of one image x (1, 3, S, S) by kind of mask and fill ("true grey"), then clean or attack."""
+    scenes = {name: load_attacked(folder / "adv" / name / "transfer", file_names([image_id])) for name in attacks}
+    scenes = {name: (image.to(x), mask.to(x)) for name, (image, mask) in scenes.items()}
+    first = next(iter(scenes.values()))[1]
+    moved_away = {name: (image, elsewhere(mask, [image_id], seed)) for name, (image, mask) in scenes.items()}
+    holes = {
+        "true": {"clean": (x, torch.zeros_like(first)), **scenes},
+        "random": {"clean": (x, elsewhere(first, [image_id], seed)), **moved_away},
+    }
+    return {
+        f"{whose} {fill}": {name: seen(target, fill, *scene, image_id, seed) for name, scene in masked.items()}
+        for whose, masked in holes.items()
+        for fill in FILLED
+    }
 
 
 def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
@@ -71,15 +95,13 @@ def moved(mask: Tensor, g: torch.Generator, tries: int = 100) -> Tensor:
     return best
 
 
-def classes(target: Defended, fill: str, x: Tensor, mask: Tensor, ids: Sequence[str], seed: int) -> list[int]:
-    """What the classifier sees in images (B, 3, S, S) whose mask is filled, one after the other."""
-    found = []
-    for i, image_id in enumerate(ids):
-        image, hole = x[i : i + 1], mask[i : i + 1]
-        if fill == "diffusion":
-            noise = target.sample_noise([image_id], seed, "verdict")
-            filled = composite(image, target.defense.restore(image, hole, noise), hole)
-        else:
-            filled = FILLS[fill](image, hole)
-        found.append(int(target.classifier(filled).argmax()))
-    return found
+def seen(target: Defended, fill: str, x: Tensor, mask: Tensor, image_id: str, seed: int) -> int:
+    """What the classifier sees in an image (1, 3, S, S) whose mask is filled."""
+    if not mask.any():
+        filled = x
+    elif fill == "diffusion":
+        noise = target.sample_noise([image_id], seed, "verdict")
+        filled = composite(x, target.defense.restore(x, mask, noise), mask)
+    else:
+        filled = FILLS[fill](x, mask)
+    return int(target.classifier(filled).argmax())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
 from diffender.localize import predict_pair
 from diffender.noise import Noise
-from diffender.paper.ablation import map_columns
+from diffender.paper.ablation import map_columns, slices
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import NAMES, Row, run_rows, share
 from diffender.pipeline import Defended
@@ -46,8 +47,8 @@ class Scene(NamedTuple):
     batch: Batch
     made: Attacked
 
-    def noise(self, defended: Defended | None = None) -> Noise:
-        return (defended or self.target).sample_noise(self.batch.ids, self.opts.run.seed, "figure")
+    def noise(self, defended: Defended | None = None, rows: slice = slice(None)) -> Noise:
+        return (defended or self.target).sample_noise(self.batch.ids[rows], self.opts.run.seed, "figure")
 
 
 def run_figure(number: int, opts: Options) -> str:
@@ -55,6 +56,8 @@ def run_figure(number: int, opts: Options) -> str:
     folder = Path("runs") / f"figure{number}-{opts.preset}"
     if number == 1 and opts.target.defense.prompt_kind == "empty":
         raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
+    if number == 2 and kinds(fill(opts))[-1] == "transfer":
+        raise InputError("--figure 2 shows a patch made on the defence beside that of transfer; give another --grad")
     if number == 8:
         text = figure_8(opts, folder)
     elif not is_first():
@@ -79,7 +82,9 @@ def scene(opts: Options, most: int | None) -> Scene:
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
-    return Scene(opts, target, batch, attack(Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)))
+    every = Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)
+    parts = [every._replace(x=batch.x[s], y=batch.y[s], image_ids=batch.ids[s]) for s in slices(opts.batch_size, batch)]
+    return Scene(opts, target, batch, Attacked(*map(torch.cat, zip(*map(attack, parts), strict=True))))
 
 
 class Column(NamedTuple):
@@ -113,7 +118,7 @@ def figure_1(s: Scene, folder: Path) -> str:
     found = d.localize(image, noise)
     columns = {"attacked": image, "x0, prompt": prompted, "x0, empty prompt": empty}
     columns |= {"difference": stretch(found.heatmap, image.shape[-2:]), "mask": found.mask}
-    draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
+    draw([Column(*column) for column in columns.items()], folder / "figure.png")
     return (
         f"Fig. 1, noise ratio {cfg.noise_ratio}: what prompt and empty prompt predict of {len(s.batch.ids)} images, "
         "decoded; their difference.\n"
@@ -167,8 +172,11 @@ def figure_3(s: Scene, folder: Path) -> str:
 
 def figure_4(s: Scene, folder: Path) -> str:
     """The difference map inside and outside of the patch, a point an image."""
-    found = s.target.defense.localize(s.made.image, s.noise())
-    means = map_columns(found, s.made.mask)
+    parts = [
+        map_columns(s.target.defense.localize(s.made.image[rows], s.noise(rows=rows)), s.made.mask[rows])
+        for rows in slices(s.opts.batch_size, s.batch)
+    ]
+    means = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     outer, inner = means["outside"].tolist(), means["inside"].tolist()
     figure = Figure(figsize=(3.6, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -197,7 +205,7 @@ def figure_5(s: Scene, folder: Path) -> str:
 def figure_9(s: Scene, folder: Path) -> str:
     out = s.target.defense(s.made.image, s.noise())
     columns = {"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}
-    draw([Column(title, images) for title, images in columns.items()], folder / "figure.png")
+    draw([Column(*column) for column in columns.items()], folder / "figure.png")
     right = s.target.classifier(out.image).argmax(dim=1).eq(s.batch.y).sum()
     return f"Fig. 9: {right} of {len(out.image)} restored images are read right.\n"
 

@@ -215,7 +215,9 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
-        beside += [Line(classifier, *c) for c in controls(ours.target, folder, columns, batch, opts.run.seed)]
+        beside += [
+            Line(classifier, *c) for c in controls(ours.target, folder, columns, batch, opts.run.seed, opts.run.quiet)
+        ]
     return [*beside, *lines]
 
 
@@ -263,7 +265,8 @@ def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str]
 
 def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """The classifier alone, under the patches made on it."""
-    records = [r for r in read_records(experiment.folder) if r["id"] in ids]
+    found = {r["id"]: r for r in read_records(experiment.folder)}
+    records = [found[i] for i in ids]
     seen = {"clean": [r["undefended"] for r in records]}
     for name in (plan.name for plan in experiment.plans):
         seen[name] = [r["attacks"][f"{name}/transfer"]["undefended"] for r in records]

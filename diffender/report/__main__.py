@@ -59,7 +59,8 @@ def compare(a: Path, b: Path) -> str:
     if any("attacks" not in run[i] for run in (left, right) for i in ids):
         raise InputError(f"{a} or {b} holds no evaluation; compare two folders that evaluate.py wrote")
     images = [read_config(folder).get("sha256", {}).get("images") for folder in (a, b)]
-    if images[0] != images[1] or any(left[i]["label"] != right[i]["label"] for i in ids):
+    both = [(left[i].get(key), right[i].get(key)) for i in ids for key in ("label", "hash")]
+    if images[0] != images[1] or any(x != y for x, y in both if None not in (x, y)):  # old records have no hash
         raise InputError(f"{a} and {b} are of different images, or labels; compare runs on the same ones")
     variants = list(left[ids[0]]["attacks"])
     shared = [v for v in variants if all(v in run[i]["attacks"] for run in (left, right) for i in ids)]

@@ -24,6 +24,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from diffender.classifiers.dataset import as_rgb
 from diffender.report.tables import accuracies, counted
 from diffender.utils.images import stage_files
 
@@ -58,7 +59,7 @@ def inline(path: Path, width: int = WIDTH) -> str:
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         grey = image.mode in ("L", "1")
-        image = image.convert("L" if grey else "RGB")
+        image = image.convert("L") if grey else as_rgb(image)
         image.thumbnail((width, width))
         buffer = io.BytesIO()
         image.save(buffer, **({"format": "PNG", "optimize": True} if grey else {"format": "JPEG", "quality": 82}))

@@ -74,7 +74,7 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
     for row, (record, files) in zip(axes, saved, strict=True):
         for axis, (stage, file) in zip(row, files.items(), strict=False):
             image = Image.open(file)
-            axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", interpolation="nearest")
+            axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", vmin=0, vmax=255)
             axis.set_axis_off()
             axis.set_title(stage, fontsize=8)
             last = list(record["attacks"].values() or [record])[-1]

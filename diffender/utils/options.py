@@ -110,7 +110,7 @@ def change(opts: Options, **values: Any) -> Options:
         if "only" in f.metadata:
             inner = getattr(opts, f.name)
             own = {leaf.name for leaf in leaves(f.metadata.get("defaults", inner), f.metadata["only"])}
-            mine = {k: values.pop(k) for k in own & values.keys()}
+            mine = {k: values.pop(k) for k in list(values) if k in own}  # in the order given
             if "defaults" in f.metadata:
                 new[f.name] = inner | {k: v for k, v in mine.items() if v is not None}
             elif mine:

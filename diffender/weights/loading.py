@@ -100,6 +100,7 @@ def ready(model: LatentDiffusion, settings: DIFFenderConfig) -> LatentDiffusion:
     model.settings = settings
     model.keep = model.cfg.unet.model_channels <= SMALL
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # as `pick_device` has it: a map is a difference of two near numbers
     return model.requires_grad_(False).eval()
 
 
