@@ -243,3 +243,17 @@ def test_a_reader_who_goes_leaves_no_traceback():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_during_imports_is_one_line(tmp_path):
+    """SIGTERM stands for Ctrl-C, which a shell's background ignores; both raise KeyboardInterrupt."""
+    command = [sys.executable, "-X", "importtime", ROOT / "evaluate.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("import time:") and " torch." in line:
+                break
+        process.terminate()
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 130
+    assert len(rest) == 1
+    assert rest[0].startswith("evaluate.py: stopped; ")
