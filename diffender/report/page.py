@@ -4,8 +4,8 @@ photographs that were defended.
     python -m diffender report page runs/NAME     write report.html of a run anew
 
 The page itself is page.html, a Jinja template, and page.css. The worst images come first. Images are inlined, reduced
-to 224 pixels (photographs to 448), and link to their files, from which larger ones are enlarged; cards that are out of
-sight are not laid out, so that hundreds stay light.
+to 224 pixels (photographs to 448), and link to their files, which a click shows enlarged; cards that are out of sight
+are not laid out, so that hundreds stay light.
 """
 
 import base64
@@ -195,13 +195,10 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
 
 def figure(stage: str, file: Path, folder: Path, told: Answer | None, width: int = WIDTH) -> dict:
     """An image for the template, and where its file lies from the page, which is beside `folder`."""
-    with Image.open(file) as image:
-        larger = max(image.size) > width
     return {
         "name": stage,
         "uri": inline(file, width),
         "file": quote(Path(os.path.relpath(file, folder.parent)).as_posix()),
-        "larger": larger,  # than the inlined one
         "answer": told,
     }
 
