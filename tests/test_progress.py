@@ -11,6 +11,7 @@ from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
 from diffender.evaluation.plan import Options, fill
 from diffender.report.page import charts
+from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
 from diffender.utils.options import change
 from diffender.utils.progress import TRACKERS
@@ -56,6 +57,19 @@ def test_a_container_has_less_than_its_machine(tmp_path):
     (tmp_path / "memory.current").write_text("5000\n")
     (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
     assert left_in_container(tmp_path) == 8000 - (5000 - 3000)
+
+
+def test_energy_is_counted_where_the_machine_tells(tmp_path):
+    def tell(*microjoules):
+        for name, value in zip(("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"), microjoules, strict=True):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+            (tmp_path / name / "max_energy_range_uj").write_text("10000000000\n")
+        return counters(tmp_path)
+
+    before, after = tell(1_000_000_000, 9_900_000_000, 5), tell(4_600_000_000, 100_000_000, 900_000_000)
+    assert watt_hours(before, after) == pytest.approx((3600 + 200) / 3600), "one has begun anew; a part is not added"
+    assert watt_hours({}, {}) is None
 
 
 def test_options_stay_in_the_order_given():

@@ -37,6 +37,7 @@ from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch,
 from diffender.factory import command, dtype_name, environment, machine, model_hashes, open_items
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError, named_images
 from diffender.utils.files import read_header, sha256, write_json
 from diffender.utils.interruption import patient
@@ -212,12 +213,14 @@ def judge_part(
     """Attack, judge and record some images, each variant of which should `cost` so many seconds."""
     ids, x, y = ([batch.ids[i] for i in rows], batch.x[rows].to(e.device), batch.y[rows].to(e.device))
     e.in_turn()
-    begun, before = time.monotonic(), progress.evaluations
+    begun, before, energy = time.monotonic(), progress.evaluations, counters()
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         records = evaluate_batch(task, judge, e.plans, e.folder, progress.through(cost), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
+    if (taken := watt_hours(energy, counters())) is not None:
+        spent["watt_hours"] = taken
     shares = {name: value / len(records) for name, value in spent.items()}
     hashes = [{"hash": batch.hashes[i]} if batch.hashes else {} for i in rows]
     append_records(e.own, [record | own | shares for record, own in zip(records, hashes, strict=True)])
@@ -259,6 +262,8 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
             results["curves"] = draw_curves(opts.curves, every, e.plans, progress, e.folder, may_stop)
     results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
+    if all("watt_hours" in r for r in records):
+        results["watt_hours"] = sum(r["watt_hours"] for r in records)
     write_json(e.folder / "results.json", results)
     return results
 

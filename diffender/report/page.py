@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from diffender.classifiers.dataset import as_rgb
-from diffender.report.tables import accuracies, counted
+from diffender.report.tables import accuracies, cost, counted
 from diffender.utils.images import stage_files
 
 WIDTH = 224  # of an image on the page
@@ -212,11 +212,10 @@ def harm(record: dict) -> float:
 def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[str], config: dict) -> str:
     """A run of evaluate.py; `folder` holds the images of the stages."""
     head, rows = accuracies(results)
-    cost = f"{results['seconds']:.0f} s on {results['machine']}, {results['date']}"
     return render(
         title=f"{results['defense']} under attack",
         headline=headline(results),
-        told=f"{results['setting']}, seed {results['seed']}, {cost}.",
+        told=f"{results['setting']}, seed {results['seed']}, {cost(results)}.",
         command=results["command"],
         accuracy={"head": head, "rows": rows, "note": "In per cent, with counts and Wilson intervals of 95 %."},
         trust=results.get("trust"),

@@ -73,10 +73,16 @@ def markdown(results: dict) -> str:
         parts.append(trust_table(results["trust"]))
     parts.append(
         f"`{results['command']}`: {results['rows'][0]['single']['n']} images, {results['setting']}, seed "
-        f"{results['seed']}, {results['seconds']:.0f} s and {results['unet_evaluations']} UNet evaluations on "
-        f"{results['machine']}, {results['date']}.\n"
+        f"{results['seed']}, {cost(results)}.\n"
     )
     return "\n".join(parts)
+
+
+def cost(results: dict) -> str:
+    """What the run took, and where. Energy, where the machine tells it, is the whole machine's while it attacked."""
+    energy = f", {results['watt_hours']:.1f} Wh" if "watt_hours" in results else ""
+    took = f"{results['seconds']:.0f} s{energy} and {results['unet_evaluations']} UNet evaluations"
+    return f"{took} on {results['machine']}, {results['date']}"
 
 
 def trust_table(checks: Sequence[dict]) -> str:
