@@ -18,7 +18,7 @@ from diffender.attacks.patch import apply_patch, margin, to_8bit
 from diffender.classifiers.dataset import correct_subset, list_items
 from diffender.classifiers.imagenet import load_classifier
 from diffender.config import Backward
-from diffender.evaluation.metrics import mcnemar, wilson
+from diffender.evaluation.metrics import counted, mcnemar, proportion
 from diffender.evaluation.verdicts import Judge, purifications, verdict
 from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
 from diffender.utils.progress import bar
@@ -89,7 +89,7 @@ def main() -> None:
     model.keep = True
     target = Defended(DIFFender(model, contexts_for("tuned", model)), classifier)
     batch = correct_subset(list_items(args.data), classifier, args.images, 0)
-    right: dict[str, list[float]] = {}
+    right: dict[str, list[int]] = {}
     for i, x, y in zip(
         bar(batch.ids, "attacking"), to_8bit(batch.x).to(args.device), batch.y.to(args.device), strict=True
     ):
@@ -106,15 +106,13 @@ def main() -> None:
         with torch.no_grad():
             for name, image in made.items():
                 _, (seen,), _ = purifications(Judge(target, args.verdicts, args.verdicts), image, [i], 0)
-                right.setdefault(name, []).append(verdict(seen, int(y)).single)
+                right.setdefault(name, []).append(int(verdict(seen, int(y)).single))
     best = right[f"AdvP, {OURS[-1]}"]
     rows, figures = [], {}
     for name, values in right.items():
-        k, n = round(sum(values)), len(values)
-        low, high = wilson(k, n)
-        p = mcnemar(list(zip(best, values, strict=True)))
-        figures[name] = {"right": k, "n": n, "low": low, "high": high, "p": p}
-        rows.append((name, f"{100 * k / n:.1f} % ({k}/{n}; {100 * low:.0f}-{100 * high:.0f})", f"{p:.2g}"))
+        found, p = proportion(values), mcnemar(list(zip(best, values, strict=True)))
+        figures[name] = {k: found[k] for k in ("right", "n", "low", "high")} | {"p": p}
+        rows.append((name, counted(found), f"{p:.2g}"))
     report(("attack", "DIFFender right", f"p, beside {OURS[-1]}"), rows, figures, args)
 
 

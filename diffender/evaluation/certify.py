@@ -58,7 +58,7 @@ def main() -> None:
     from diffender.classifiers.dataset import correct_subset, list_items
     from diffender.classifiers.imagenet import load_classifier
     from diffender.defenses.patchcleanser import PatchCleanser
-    from diffender.evaluation.metrics import wilson
+    from diffender.evaluation.metrics import bounded, proportion
     from diffender.evaluation.records import append_records, open_run
     from diffender.factory import command, machine, pick_device
     from diffender.utils.files import sha256, write_json, write_text
@@ -87,10 +87,6 @@ def main() -> None:
                 seconds = {"seconds": time.monotonic() - started}
                 append_records(own, [{"id": key(image_id, area, masks), "hash": hashed} | found | seconds])
 
-    def counted(values: list[float]) -> str:
-        low, high = wilson(sum(values), len(values))
-        return f"{100 * sum(values) / len(values):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-
     records = {r["id"]: r for r in open_run(folder, config, own)}
     rows, results, seconds = [], [], 0.0
     for area, masks in asked:
@@ -101,7 +97,7 @@ def main() -> None:
             "certified wherever it is": [float(r["places"] == 1) for r in mine],
             "certified places": [r["places"] for r in mine],
         }
-        rows.append((f"{100 * area:g} %", f"{masks}²", *map(counted, columns.values())))
+        rows.append((f"{100 * area:g} %", f"{masks}²", *(bounded(proportion(values)) for values in columns.values())))
         results.append({"area": area, "masks": masks, "n": len(mine)} | {k: sum(v) for k, v in columns.items()})
     text = table(("patches of", "masks", *columns), rows) + (
         f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {target.classifier}, seed {opts.run.seed}, "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,26 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding may put p a hair outside
+
+
+def proportion(values: Sequence[float]) -> dict:
+    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial an image, a wide one."""
+    low, high = wilson(sum(values), len(values))
+    return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def bounded(p: dict) -> str:
+    """A proportion with its interval."""
+    return f"{percent(p['accuracy'])} ({100 * p['low']:.0f}-{100 * p['high']:.0f})"
+
+
+def counted(p: dict, unit: str = " %") -> str:
+    """A proportion with its count and its interval."""
+    return f"{100 * p['accuracy']:.1f}{unit} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
 
 
 def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:

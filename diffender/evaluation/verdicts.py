@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, Victim
 from diffender.attacks.patch import to_8bit
-from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, wilson
+from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, proportion
 from diffender.pipeline import Defended, Purified
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
@@ -229,12 +229,6 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
 def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
     """Of each image, under the strongest of its patches in these variants."""
     return [strongest([judged[v][i] for v in variants]) for i in ids]
-
-
-def proportion(values: Sequence[float]) -> dict:
-    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial an image, a wide one."""
-    low, high = wilson(sum(values), len(values))
-    return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
 
 
 def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:

@@ -16,7 +16,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import DIFFenderConfig
-from diffender.evaluation.metrics import map_auc, mask_scores
+from diffender.evaluation.metrics import map_auc, mask_scores, percent
 from diffender.factory import (
     command,
     config_of,
@@ -271,10 +271,6 @@ def mask_cells(r: dict) -> tuple[str, ...]:
         f"{r['precision']:.3f}",
         f"{r['iou']:.3f}",
     )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def plot_noise(results: dict, path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from diffender.evaluation.metrics import proportion
 from diffender.evaluation.records import read_finished
-from diffender.evaluation.verdicts import by_variant, proportion, strongest_of
+from diffender.evaluation.verdicts import by_variant, strongest_of
 from diffender.utils.images import save_figure
 
 STAGES = {  # what the attacker knows, and the gradients that this allows; None: every one that the run has

@@ -17,11 +17,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffender.evaluation.metrics import mcnemar
+from diffender.evaluation.metrics import counted, mcnemar, proportion
 from diffender.evaluation.plan import Options, describe, fill, kinds, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
-from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, proportion, strongest_of, verdict
+from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
@@ -298,8 +298,7 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         beside = [" / ".join(f"{numbers[i]:.1f}" for numbers in theirs) for i in range(len(shown))]
         ours = []
         for column in shown:
-            p = share(line, column)
-            text = f"{100 * p['accuracy']:.1f} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
+            text = counted(share(line, column), unit="")
             among = leaders(lines, line, column)
             ours.append(text if line.key not in among else f"**{text}**" if len(among) == 1 else f"{text} =")
         out.append([line.classifier, line.title, *ours, *beside])

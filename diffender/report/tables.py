@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffender.evaluation.metrics import bounded, counted, percent
 from diffender.utils.markdown import as_csv, as_latex, table
-
-
-def counted(p: dict) -> str:
-    return f"{100 * p['accuracy']:.1f} % ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
-
-
-def share(p: dict) -> str:
-    return f"{100 * p['accuracy']:.1f} % ({100 * p['low']:.0f}-{100 * p['high']:.0f})"
 
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -38,9 +31,9 @@ def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
                 r["gradient"],
                 counted(r["undefended"]),
                 counted(r["single"]),
-                *(share(r[column]) for column in ("average", "worst", "majority")),
+                *(bounded(r[column]) for column in ("average", "worst", "majority")),
                 p,
-                *([share(r["certified"]) if "certified" in r else ""] if proven else []),
+                *([bounded(r["certified"]) if "certified" in r else ""] if proven else []),
             )
         )
     return head, rows
@@ -57,18 +50,12 @@ def markdown(results: dict) -> str:
         scores = {c: title for c, title in scores.items() if all(c in m for m in results["masks"].values())}
         head = ("masks, means over the images", "patched", *scores.values(), "passes", "seconds an image")
         rows = [
-            (
-                name,
-                f"{100 * m['area']:.1f} %",
-                *(f"{m[c]:.3f}" for c in scores),
-                f"{m['queries']:.0f}",
-                f"{m['seconds']:.1f}",
-            )
+            (name, percent(m["area"]), *(f"{m[c]:.3f}" for c in scores), f"{m['queries']:.0f}", f"{m['seconds']:.1f}")
             for name, m in results["masks"].items()
         ]
         parts.append(table(head, rows))
     if results["masked_clean"] is not None:
-        parts.append(f"Masked share of clean images: {100 * results['masked_clean']:.1f} %.\n")
+        parts.append(f"Masked share of clean images: {percent(results['masked_clean'])}.\n")
     if results.get("trust"):
         parts.append(trust_table(results["trust"]))
     parts.append(
