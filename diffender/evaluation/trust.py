@@ -5,7 +5,8 @@ A failed check does not stop a run: it is a red line in its table.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -27,6 +28,15 @@ from diffender.weights.prompts import contexts_for
 DRAWS = 5  # purifications behind each accuracy of these checks
 SPREAD_DRAWS = 8  # behind the check of their spread
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0, 0.55)}  # undefended accuracy
+
+FALLING = ("falling or flat", lambda s: s[-1] <= s[0] + 0.1)
+SWEPT = {  # field of an attack: title, values to try by the usual one, accuracies wanted, whether these are
+    "eot": ("EOT samples, equal steps", lambda _: (1, 2, 5), *FALLING),
+    "iters": ("steps", lambda n: (max(1, n // 2), n, 2 * n), "twice the steps gain less than 10 points",
+              lambda s: s[1] - s[2] < 0.1),
+    "lr": ("step size", lambda _: (2 / 255, 4 / 255, 8 / 255, 13 / 255), "", lambda s: None),
+    "restarts": ("restarts", lambda _: (1, 3), *FALLING),
+}  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -95,7 +105,7 @@ def trust_report(
     if bench.kind is not None:
         found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
         if level == "full":
-            found += [check for sweep in (SWEEPS if ours else SWEEPS_OF_ANY) for check in sweep(bench)]
+            found += [one for check in (FULL if ours else FULL_OF_ANY) for one in check(bench)]
     return [check._asdict() for check in found]
 
 
@@ -257,17 +267,21 @@ def convergence(bench: Bench) -> Iterator[Check]:
     )
 
 
-def sweep(bench: Bench, name: str, values: Sequence, field: str, wanted: str, judge: Callable) -> Iterator[Check]:
-    if field not in {f.name for f in fields(bench.adaptive[0])}:
+def sweep(field: str, bench: Bench) -> Iterator[Check]:
+    """The attack again with other values of a field of SWEPT, where it has that."""
+    attack, _ = bench.adaptive
+    if not hasattr(attack, field):
         return
+    title, values_by, wanted, judge = SWEPT[field]
+    values = values_by(getattr(attack, field))
     shares = [bench.accuracy(bench.attack(**{field: value}).image) for value in values]
     text = ", ".join(f"{value:.3g}: {percent(share)}" for value, share in zip(values, shares, strict=True))
-    yield Check(name, text, wanted, judge(shares))
+    yield Check(title, text, wanted, judge(shares))
 
 
 def fixed_noise(bench: Bench) -> Iterator[Check]:
     """Attacked and judged on one and the same noise, the defence is an ordinary network and must fall."""
-    if "fixed_noise" not in {f.name for f in fields(bench.adaptive[0])}:
+    if not hasattr(bench.adaptive[0], "fixed_noise"):
         return
     b = bench.task
     settings = {"eot": 1, "restarts": 1, "location": "fixed", "iters": max(40, bench.adaptive[0].iters)}
@@ -275,24 +289,6 @@ def fixed_noise(bench: Bench) -> Iterator[Check]:
     noise = bench.target.sample_noise(b.image_ids, bench.task.seed, "attack 0", 0)
     right = bench.target(made.image, noise).argmax(dim=1).eq(b.y).float().mean().item()
     yield Check("one fixed noise, attacked and judged", percent(right), "at most 20 %", right <= 0.2)
-
-
-def eot_sweep(bench: Bench) -> Iterator[Check]:
-    yield from sweep(
-        bench, "EOT samples, equal steps", (1, 2, 5), "eot", "falling or flat", lambda s: s[-1] <= s[0] + 0.1
-    )
-
-
-def step_sweep(bench: Bench) -> Iterator[Check]:
-    n = bench.adaptive[0].iters
-    yield from sweep(
-        bench,
-        "steps",
-        (max(1, n // 2), n, 2 * n),
-        "iters",
-        "twice the steps gain less than 10 points",
-        lambda s: s[1] - s[2] < 0.1,
-    )
 
 
 def size_sweep(bench: Bench) -> Iterator[Check]:
@@ -304,14 +300,6 @@ def size_sweep(bench: Bench) -> Iterator[Check]:
         shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
     text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
-
-
-def lr_sweep(bench: Bench) -> Iterator[Check]:
-    yield from sweep(bench, "step size", tuple(n / 255 for n in (2, 4, 8, 13)), "lr", "", lambda s: None)
-
-
-def restart_sweep(bench: Bench) -> Iterator[Check]:
-    yield from sweep(bench, "restarts", (1, 3), "restarts", "falling or flat", lambda s: s[-1] <= s[0] + 0.1)
 
 
 def ste_sweep(bench: Bench) -> Iterator[Check]:
@@ -354,5 +342,6 @@ def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     )
 
 
-SWEEPS_OF_ANY = (eot_sweep, step_sweep, size_sweep, lr_sweep, restart_sweep, black_box)
-SWEEPS = (*SWEEPS_OF_ANY, fixed_noise, ste_sweep, transfer_matrix)
+EOT, STEPS, STEP_SIZE, RESTARTS = (partial(sweep, field) for field in SWEPT)
+FULL_OF_ANY = (EOT, STEPS, size_sweep, STEP_SIZE, RESTARTS, black_box)
+FULL = (*FULL_OF_ANY, fixed_noise, ste_sweep, transfer_matrix)
