@@ -2,11 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from diffender.pipeline import Defended, Purified
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
+Value = TypeVar("Value")
 VERDICTS = ("single", "average", "worst", "majority")
 
 
@@ -226,9 +227,14 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
     return found
 
 
-def strongest_of(judged: dict[str, dict[str, Verdict]], variants: Sequence[str], ids: Sequence[str]) -> list[Verdict]:
-    """Of each image, under the strongest of its patches in these variants."""
-    return [strongest([judged[v][i] for v in variants]) for i in ids]
+def by_kind(found: Mapping[str, Value], attack: str) -> dict[str, Value]:
+    """What is found by attack/gradient, of one attack: by gradient."""
+    return {v.removeprefix(f"{attack}/"): of for v, of in found.items() if v.startswith(f"{attack}/")}
+
+
+def strongest_of(judged: Collection[dict[str, Verdict]], ids: Sequence[str]) -> list[Verdict]:
+    """Of each image, under the strongest of its patches, from the verdicts of each variant."""
+    return [strongest([verdicts[i] for verdicts in judged]) for i in ids]
 
 
 def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
@@ -269,13 +275,11 @@ def summarize(records: Sequence[dict]) -> dict:
         masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
         masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
     names = list(dict.fromkeys(v.split("/")[0] for v in variants))
-    groups = {
-        f"strongest {name}": [v for v in variants if v.split("/")[0] == name] for name in names[len(names) == 1 :]
-    }
+    groups = {f"strongest {name}": [f"{name}/{k}" for k in by_kind(judged, name)] for name in names[len(names) == 1 :]}
     if variants:
         groups["strongest"] = variants
     for title, mine in groups.items():
-        worst = strongest_of(judged, mine, list(label))
+        worst = strongest_of([judged[v] for v in mine], list(label))
         seen = [{r["attacks"][v]["undefended"] for v in mine} for r in records]
         alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
         rows.append(row(f"{title} on each image", "", alone, worst))

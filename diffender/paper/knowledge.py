@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from diffender.evaluation.metrics import proportion
 from diffender.evaluation.records import read_finished
-from diffender.evaluation.verdicts import by_variant, strongest_of
+from diffender.evaluation.verdicts import by_kind, by_variant, strongest_of
 from diffender.utils.images import save_figure
 
 STAGES = {  # what the attacker knows, and the gradients that this allows; None: every one that the run has
@@ -17,17 +17,14 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
 }
 
 
-def known(records: Sequence[dict], attack: str = "advp") -> dict[int, dict]:
-    """The share of first purifications that are right at each stage, of each image under its strongest patch so far; a
-    stage whose gradient the run does not have is left out."""
-    judged = by_variant(records)
-    mine = [variant for variant in judged if variant.split("/")[0] == attack]
-    found = {}
+def known(records: Sequence[dict]) -> dict[int, dict]:
+    """The share of first purifications that are right at each stage, of each image under its strongest AdvP patch so
+    far; a stage whose gradient the run does not have is left out."""
+    mine, found = by_kind(by_variant(records), "advp"), {}
     for stage, kinds in enumerate(STAGES.values()):
-        if kinds and f"{attack}/{kinds[-1]}" not in mine:
-            continue
-        seen = [variant for variant in mine if kinds is None or variant.split("/")[1] in kinds]
-        found[stage] = proportion([v.single for v in strongest_of(judged, seen, [r["id"] for r in records])])
+        if kinds is None or kinds[-1] in mine:
+            seen = [mine[kind] for kind in kinds or mine if kind in mine]
+            found[stage] = proportion([v.single for v in strongest_of(seen, [r["id"] for r in records])])
     return found
 
 

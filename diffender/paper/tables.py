@@ -21,7 +21,7 @@ from diffender.evaluation.metrics import counted, mcnemar, proportion
 from diffender.evaluation.plan import Options, describe, fill, kinds, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
-from diffender.evaluation.verdicts import Certifying, Verdict, by_variant, strongest_of, verdict
+from diffender.evaluation.verdicts import Certifying, Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import command, machine, model_hashes, open_model, pick_device
@@ -237,9 +237,7 @@ def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, 
         records = {r["id"]: r for r in read_records(experiment.folder)}
         proven = {"clean": by_column(experiment, ids)["clean"]}
         for plan in experiment.plans:
-            mine = [
-                [a["certified"] for v, a in records[i]["attacks"].items() if v.split("/")[0] == plan.name] for i in ids
-            ]
+            mine = [[a["certified"] for a in by_kind(records[i]["attacks"], plan.name).values()] for i in ids]
             proven[plan.name] = [Verdict(*[float(all(seen))] * len(Verdict._fields)) for seen in mine]
         found["certified"] = proven
     return found
@@ -258,8 +256,8 @@ def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str]
     found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
     judged = by_variant([records[i] for i in ids])
     for plan in experiment.plans:
-        mine = [v for v in judged if v.split("/")[0] == plan.name and v.split("/")[1] not in leave]
-        found[plan.name] = strongest_of(judged, mine, ids)
+        mine = [of for kind, of in by_kind(judged, plan.name).items() if kind not in leave]
+        found[plan.name] = strongest_of(mine, ids)
     return found
 
 
