@@ -22,7 +22,7 @@ from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
 from diffender.weights.loading import PACKAGE, RANDOM, WEIGHTS, load_model, settings_of
-from diffender.weights.prompts import SHIPPED, contexts_for
+from diffender.weights.prompts import contexts_for
 from diffender.weights.reading import folder_files
 
 
@@ -57,7 +57,7 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
     """The defence that the flags ask for, on its device; `model` where it is open already."""
     model = open_model(opts.model, device) if model is None else model
-    contexts = contexts_for(opts.prompt_kind, model, Path(opts.prompts or SHIPPED))
+    contexts = contexts_for(opts.prompt_kind, model, opts.prompts)
     return DIFFender(model, contexts, config_of(opts.model, opts.method))
 
 

@@ -30,7 +30,6 @@ from diffender.factory import (
 from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
-from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, sha256, write_json, write_text
 from diffender.utils.images import save_figure, save_png, stretch
@@ -124,13 +123,14 @@ def ablate(opts: Options) -> None:
     }
     for name in names:
         if name == "examples":
-            results[name] = show(opts, build(opts, model, asked.prompt_kind, base), classifier, batch, attacked)
+            defense = DIFFender(model, contexts_for(asked.prompt_kind, model, asked.prompts), base)
+            results[name] = show(opts, defense, classifier, batch, attacked)
             continue
         settings = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
         results[name] = []
         for s in settings:
-            target = Defended(build(opts, model, s.prompt, s.cfg), classifier)
-            results[name].append(measure(opts, name, target, s, batch, attacked))
+            defense = DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg)
+            results[name].append(measure(opts, name, Defended(defense, classifier), s, batch, attacked))
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
     write_text(out / "table.md", markdown(results))
@@ -153,11 +153,6 @@ def slices(size: int, batch: Batch) -> list[slice]:
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
     """Of images (B, 3, S, S) with labels (B,), those that the classifier gets right: (B,) in {0, 1}."""
     return torch.cat([(classifier(part).argmax(dim=1)) for part in x.split(size)]).eq(y).float()
-
-
-def build(opts: Options, model: LatentDiffusion, prompt: str, cfg: DIFFenderConfig) -> DIFFender:
-    contexts = contexts_for(prompt, model, Path(opts.target.defense.prompts or SHIPPED))
-    return DIFFender(model, contexts, cfg)
 
 
 def measure(

@@ -35,10 +35,10 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
     return prompts
 
 
-def contexts_for(kind: str, model: LatentDiffusion, path: Path = SHIPPED) -> Contexts:
-    """Contexts by name: empty, manual, or tuned (the vectors at `path`). They are constants; see `PromptPair`."""
+def contexts_for(kind: str, model: LatentDiffusion, path: str | Path | None = None) -> Contexts:
+    """Contexts by name: empty, manual, or tuned (without a file, the shipped). They are constants; see `PromptPair`."""
     if kind == "tuned":
-        prompts = load_prompts(path, model.cfg.text.width).to(model.alphas_cumprod.device)
+        prompts = load_prompts(Path(path or SHIPPED), model.cfg.text.width).to(model.alphas_cumprod.device)
         return prompts(model).detach()
     kinds = {"empty": empty_contexts, "manual": manual_contexts}
     if kind not in kinds:
