@@ -55,7 +55,6 @@ CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
     "sigma": (0.0, 1.0),
     "dilation": (1, 3, 5),
 }
-NOISE_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 def choices(prompt: str, base: DIFFenderConfig) -> list[Setting]:
@@ -83,8 +82,8 @@ def parts(prompt: str, base: DIFFenderConfig) -> list[Setting]:
 def noise(_prompt: str, base: DIFFenderConfig) -> list[Setting]:
     return [
         Setting(f"{prompt}, {ratio}", prompt, replace(base, noise_ratio=ratio))
-        for prompt in ("empty", "manual", "tuned")
-        for ratio in NOISE_RATIOS
+        for prompt in CHOICES["prompt"]
+        for ratio in CHOICES["noise_ratio"]
     ]
 
 
@@ -237,12 +236,12 @@ def markdown(results: dict) -> str:
             rows.append((r["setting"], clean, percent(r["robust_right"]), *masks, f"{r['l1_patch']:.3f}"))
         tables.append(table(head, rows))
     if "noise" in results:
-        prompts = ("empty", "manual", "tuned")
+        prompts = CHOICES["prompt"]
         head = ("noise ratio", *(f"{prompt}: {column}" for prompt in prompts for column in ("inside / outside", "AUC")))
         cells = {(r["prompt"], r["noise_ratio"]): mask_cells(r) for r in results["noise"]}
         rows = [
             (str(ratio), *(cells[prompt, ratio][column] for prompt in prompts for column in (1, 0)))
-            for ratio in NOISE_RATIOS
+            for ratio in CHOICES["noise_ratio"]
         ]
         tables.append(table(head, rows))
     if "examples" in results:
