@@ -5,39 +5,32 @@
 Linux only. Peak is of resident memory above what the imports take; it counts pages of the file that are mapped.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
+from common import DTYPES, parser, report
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from diffender.evaluation.memory import GIB, held_bytes, most_held_bytes
 from diffender.weights.loading import load_model
 
 
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, in GiB."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 2**20
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    args = parser.parse_args()
+    flags = parser(__doc__)
+    flags.set_defaults(device="cpu")  # where models are loaded
+    flags.add_argument("path")
+    flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the UNet")
+    args = flags.parse_args()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
+    before = held_bytes(args.device)
     start = time.perf_counter()
-    model = load_model("auto", args.path, getattr(torch, args.dtype))
+    model = load_model("auto", args.path, getattr(torch, args.dtype)).to(args.device)
     seconds = time.perf_counter() - start
-    peak = resident("VmHWM") - before
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    print(
-        f"{args.path}, UNet in {args.dtype}: {seconds:.1f} s, model {size:.2f} GiB, "
-        f"peak {peak:.2f} GiB, peak / model {peak / size:.2f}"
-    )
+    peak = (most_held_bytes(args.device) - before) / GIB
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
+    figures = {"seconds": seconds, "model, GiB": size, "peak, GiB": peak, "peak / model": peak / size}
+    row = (args.path, args.dtype, *(f"{v:.2f}" for v in figures.values()))
+    report(("file", "dtype", *figures), [row], figures, args)
 
 
 if __name__ == "__main__":
