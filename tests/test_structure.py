@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from diffender.__main__ import COMMANDS
-from diffender.report.__main__ import fill
+from diffender.report.__main__ import filled
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "diffender"
@@ -101,7 +101,7 @@ def test_readme_names_every_room():
 def test_documents_show_the_committed_results():
     documents = [(ROOT / "README.md").read_text(), *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
     for document in documents:
-        assert fill(document, ROOT / "results") == document, "run python -m diffender report README.md docs/*.md"
+        assert filled(document, ROOT / "results") == document, "run python -m diffender report README.md docs/*.md"
     for folder in (p.parent for p in (ROOT / "results").glob("*/table.md")):
         assert any(f"<!-- results/{folder.name} -->" in document for document in documents), folder
 

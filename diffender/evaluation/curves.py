@@ -26,7 +26,7 @@ from diffender.pipeline import DIFFender
 from diffender.restore import composite
 from diffender.utils.files import cut_tail
 
-THETAS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 
 
 def draw_curves(
@@ -49,7 +49,7 @@ def draw_curves(
             done[record["id"]] = found
             may_stop()
     every = [done[i] for i in task.image_ids]
-    axes = {"theta": THETAS, "area": AREAS}
+    axes = {"theta": THRESHOLDS, "area": AREAS}
     return {axis: {"at": at} | mean_columns([r[axis] for r in every if axis in r]) for axis, at in axes.items()}
 
 
@@ -77,9 +77,9 @@ def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
 
 def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
     """The purified image (1, 3, S, S) at every threshold, side by side: (T, 3, S, S)."""
-    cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THETAS)
+    cfg, z_score, n = defense.cfg, defense.localize(x, noise).z_score, len(THRESHOLDS)
     size = x.shape[-2:]
-    masks = [refine_mask(z_score, size, replace(cfg, theta=theta)) for theta in THETAS]
+    masks = [refine_mask(z_score, size, replace(cfg, theta=theta)) for theta in THRESHOLDS]
     every, mask = x.expand(n, -1, -1, -1), torch.cat(masks)
     restored = defense.restore(every, mask, stack([noise] * n))
     return composite(every, restored, mask) if cfg.composite else restored

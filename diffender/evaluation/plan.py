@@ -185,7 +185,7 @@ def fill(opts: Options) -> Options:
             f"--no-composite leaves --grad {', '.join(sorted(through))} no way back: give --grad bpda, surrogate, full "
             "or full+loc"
         )
-    if share(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
+    if shard_of(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     if opts.figure is not None and opts.figure not in FIGURES:
         raise InputError(f"--figure is {opts.figure}; choose from {', '.join(map(str, FIGURES))}")
@@ -309,7 +309,7 @@ def flagged(name: str) -> str:
     return with_hyphens(f"--{name}")
 
 
-def share(shard: str) -> tuple[int, int]:
+def shard_of(shard: str) -> tuple[int, int]:
     """ "i/n" as numbers. Raises InputError unless 0 <= i < n."""
     i, _, n = shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
@@ -319,7 +319,7 @@ def share(shard: str) -> tuple[int, int]:
 
 def mine(opts: Options, count: int) -> list[int]:
     """The indices, out of `count` images, that this shard does."""
-    shard, shards = share(opts.shard)
+    shard, shards = shard_of(opts.shard)
     return list(range(shard, count, shards))
 
 

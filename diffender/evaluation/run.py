@@ -29,7 +29,7 @@ from diffender.evaluation.plan import (
     default_name,
     describe,
     mine,
-    share,
+    shard_of,
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
@@ -93,7 +93,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     open_items(opts.target)
     target = build_target(opts, model)
     folder = Path("runs") / (opts.name or default_name(opts))
-    shard, shards = share(opts.shard)
+    shard, shards = shard_of(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
     model = target.defense.model
     memory = None if model is None else {"keep": model.keep, "micro_batch": model.micro_batch}

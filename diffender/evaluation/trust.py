@@ -109,7 +109,7 @@ def trust_report(
     return [check._asdict() for check in found]
 
 
-def percent(share: float) -> str:
+def rounded(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
@@ -121,8 +121,8 @@ def undefended_accuracy(bench: Bench) -> Iterator[Check]:
             p = row["undefended"]
             yield Check(
                 f"{row['attack']} on the bare classifier",
-                f"{percent(p['accuracy'])} of {p['n']} right",
-                f"{percent(low)} to {percent(high)} within its interval",
+                f"{rounded(p['accuracy'])} of {p['n']} right",
+                f"{rounded(low)} to {rounded(high)} within its interval",
                 p["low"] <= high and p["high"] >= low,
             )
 
@@ -144,8 +144,8 @@ def controls(bench: Bench) -> Iterator[Check]:
     least = mean(v.average for v in strongest_of(by_variant(mine).values(), [r["id"] for r in mine]))
     yield Check(
         "patches that nothing optimised",
-        ", ".join(f"{k} {percent(v)}" for k, v in shares.items()),
-        f"not below the attacks' {percent(least)}",
+        ", ".join(f"{k} {rounded(v)}" for k, v in shares.items()),
+        f"not below the attacks' {rounded(least)}",
         min(shares.values()) >= least - 1e-9,
     )
 
@@ -161,8 +161,8 @@ def masks(bench: Bench) -> Iterator[Check]:
     oracle = bench.accuracy(bench.image, under(bench.mask))
     random = bench.accuracy(b.x, under(at_random))
     empty = bench.target.classifier(bench.image).argmax(dim=1).eq(b.y).float().mean().item()
-    yield Check("the true mask, restored", percent(oracle), f"above the empty mask's {percent(empty)}", oracle > empty)
-    yield Check("clean, a random mask of that area restored", percent(random), "", None)
+    yield Check("the true mask, restored", rounded(oracle), f"above the empty mask's {rounded(empty)}", oracle > empty)
+    yield Check("clean, a random mask of that area restored", rounded(random), "", None)
 
 
 def ladder(bench: Bench) -> Iterator[Check]:
@@ -172,7 +172,7 @@ def ladder(bench: Bench) -> Iterator[Check]:
             accuracy, base = row["average"]["accuracy"], row["transfer"]
             yield Check(
                 f"{row['attack']}, {row['gradient']} against transfer",
-                f"{percent(accuracy)} and {percent(base)}",
+                f"{rounded(accuracy)} and {rounded(base)}",
                 "not higher",
                 accuracy <= base + 1e-9,
             )
@@ -274,7 +274,7 @@ def sweep(field: str, bench: Bench) -> Iterator[Check]:
     title, values_by, wanted, judge = SWEPT[field]
     values = values_by(getattr(attack, field))
     shares = [bench.accuracy(bench.attack(**{field: value}).image) for value in values]
-    text = ", ".join(f"{value:.3g}: {percent(share)}" for value, share in zip(values, shares, strict=True))
+    text = ", ".join(f"{value:.3g}: {rounded(share)}" for value, share in zip(values, shares, strict=True))
     yield Check(title, text, wanted, judge(shares))
 
 
@@ -287,7 +287,7 @@ def fixed_noise(bench: Bench) -> Iterator[Check]:
     made = bench.attack(fixed_noise=True, **settings)
     noise = bench.target.sample_noise(b.image_ids, bench.task.seed, "attack 0", 0)
     right = bench.target(made.image, noise).argmax(dim=1).eq(b.y).float().mean().item()
-    yield Check("one fixed noise, attacked and judged", percent(right), "at most 20 %", right <= 0.2)
+    yield Check("one fixed noise, attacked and judged", rounded(right), "at most 20 %", right <= 0.2)
 
 
 def size_sweep(bench: Bench) -> Iterator[Check]:
@@ -297,7 +297,7 @@ def size_sweep(bench: Bench) -> Iterator[Check]:
     for area in areas:
         base = replace(bench.plan.base, area=area)(b._replace(victim=bench.target.undefended()))
         shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
-    text = ", ".join(f"{percent(a)}: {percent(s)}" for a, s in zip(areas, shares, strict=True))
+    text = ", ".join(f"{rounded(a)}: {rounded(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
 
 
@@ -310,7 +310,7 @@ def ste_sweep(bench: Bench) -> Iterator[Check]:
         backward = replace(bench.adaptive[1].backward, ste=ste, ste_k=k)
         victim = bench.target.under(backward)
         shares[ste if ste != "sigmoid" else f"sigmoid {k:g}"] = bench.accuracy(bench.attack(victim).image)
-    text = ", ".join(f"{name}: {percent(share)}" for name, share in shares.items())
+    text = ", ".join(f"{name}: {rounded(share)}" for name, share in shares.items())
     with_ste = min(share for name, share in shares.items() if name != "none")
     yield Check("straight-through estimator", text, "none is not the lowest", shares["none"] >= with_ste - 1e-9)
 
@@ -324,7 +324,7 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
             other = Hardened(other, defense.cleanser)
         victim = Defended(other, bench.target.classifier, bench.adaptive[1].backward)
         shares[prompt] = bench.accuracy(bench.attack(victim).image)
-    text = ", ".join(f"{name}: {percent(share)}" for name, share in shares.items())
+    text = ", ".join(f"{name}: {rounded(share)}" for name, share in shares.items())
     yield Check("patches from other prompts", text, "own is the lowest", shares["own"] <= min(shares.values()) + 0.1)
 
 
@@ -335,7 +335,7 @@ def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
     yield Check(
         f"Sparse-RS, {queries} queries",
-        f"{percent(searched)}, gradients {percent(own)}",
+        f"{rounded(searched)}, gradients {rounded(own)}",
         "not lower than gradients",
         searched >= own - 1e-9,
     )

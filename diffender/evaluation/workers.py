@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffender.evaluation.plan import Options, default_name, share
+from diffender.evaluation.plan import Options, default_name, shard_of
 from diffender.utils.options import change
 
 PATIENCE = timedelta(days=7)  # of the fastest worker for the slowest
@@ -40,7 +40,7 @@ def join(opts: Options) -> Options:
     rank, workers = start()
     if workers == 1:
         return opts
-    shard, shards = share(opts.shard)
+    shard, shards = shard_of(opts.shard)
     name = [opts.name or default_name(opts)]
     dist.broadcast_object_list(name)
     shard = f"{shard * workers + rank}/{shards * workers}"

@@ -27,7 +27,7 @@ from diffender.localize import predict_pair
 from diffender.noise import Noise
 from diffender.paper.ablation import map_columns, slices
 from diffender.paper.quoted import FIGURE_8
-from diffender.paper.tables import NAMES, Row, run_rows, share
+from diffender.paper.tables import NAMES, Row, cell, run_rows
 from diffender.pipeline import Defended
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
@@ -221,12 +221,12 @@ def figure_8(opts: Options, folder: Path) -> str:
     figure = Figure(figsize=(4, 3.2), layout="constrained")
     axis = figure.subplots()
     for column in columns:
-        axis.plot(THETAS, [100 * share(line, column)["accuracy"] for line in lines], marker="o", label=column)
+        axis.plot(THETAS, [100 * cell(line, column)["accuracy"] for line in lines], marker="o", label=column)
     axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
     axis.legend(fontsize=7)
     save_figure(figure, folder / "figure.png")
     cells = [
-        (str(theta), *(f"{100 * share(line, c)['accuracy']:.1f} ({share(line, c)['right']:.0f})" for c in columns))
+        (str(theta), *(f"{100 * cell(line, c)['accuracy']:.1f} ({cell(line, c)['right']:.0f})" for c in columns))
         for theta, line in zip(THETAS, lines, strict=True)
     ]
     text = table(("theta", *columns), cells)

@@ -80,7 +80,7 @@ def film(e: Experiment, batch: Batch) -> None:
                 frames = list(shots(task, made, poses, JITTERS[opts.preset]))
                 purified = [e.target.defense(shot.attacked, noise) for shot in frames]
                 record["frames"][f"{patch}/{name}"] = [
-                    judge(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
+                    grade(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
                 ]
                 file = "_".join([*file_names([image_id]), patch, re.sub(r"\W", "", name)])
                 save_example(frames[0], purified[0], e.folder / "frames" / f"{file}.png")
@@ -100,13 +100,13 @@ def judge_photographs(e: Experiment) -> list[str]:
         files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
         shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
         out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.run.seed, "verdict"))
-        frame = judge(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
+        frame = grade(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
         save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
         append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
     return [item.id for item in items]
 
 
-def judge(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
+def grade(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
     """Whether the clean frame, the attacked one and the attacked one purified are read right."""
     images = {"clean": shot.clean, "undefended": shot.attacked, "defended": purified}
     return {name: bool(classifier(image).argmax() == label) for name, image in images.items()}

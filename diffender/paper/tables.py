@@ -282,7 +282,7 @@ def pool(lines: Sequence[Line]) -> list[Line]:
     return [Line(classifier, key, found, reading=name) for (classifier, key, name), found in pooled.items()]
 
 
-def share(line: Line, column: str, name: str = "single") -> dict:
+def cell(line: Line, column: str, name: str = "single") -> dict:
     return proportion([getattr(v, name) for v in line.verdicts[column]])
 
 
@@ -296,7 +296,7 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
         beside = [" / ".join(f"{numbers[i]:.1f}" for numbers in theirs) for i in range(len(shown))]
         ours = []
         for column in shown:
-            text = counted(share(line, column), unit="")
+            text = counted(cell(line, column), unit="")
             among = leaders(lines, line, column)
             ours.append(text if line.key not in among else f"**{text}**" if len(among) == 1 else f"{text} =")
         out.append([line.classifier, line.title, *ours, *beside])
@@ -353,7 +353,7 @@ def csv_table(lines: Sequence[Line]) -> str:
     for line in lines:
         for column in line.verdicts:
             for name in Verdict._fields:
-                p = share(line, column, name)
+                p = cell(line, column, name)
                 told = (line.classifier, line.key, line.reading, column, name)
                 rows.append((*told, *(round(p[k], 4) for k in numbers)))
     return as_csv(("classifier", "defence", "reading", "attack", "verdict", *numbers), rows)
@@ -362,5 +362,5 @@ def csv_table(lines: Sequence[Line]) -> str:
 def latex_table(number: int, lines: Sequence[Line]) -> str:
     """Our numbers alone."""
     shown = columns(number)
-    rows = [(n.classifier, n.title, *(f"{100 * share(n, c)['accuracy']:.1f}" for c in shown)) for n in lines]
+    rows = [(n.classifier, n.title, *(f"{100 * cell(n, c)['accuracy']:.1f}" for c in shown)) for n in lines]
     return as_latex(("classifier", "defence", *shown), rows)

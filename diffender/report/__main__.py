@@ -21,7 +21,7 @@ from diffender.utils.markdown import table
 from diffender.utils.options import run
 
 
-def fill(document: str, results: Path) -> str:
+def filled(document: str, results: Path) -> str:
     """The document with the NAME/table.md of `results` between its marks, <!-- results/NAME --> and <!-- end -->.
 
     <!-- results/NAME accuracy --> takes the first table of that file alone. Raises InputError for a table that is not
@@ -107,7 +107,7 @@ def main() -> None:
             document = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
             raise InputError(f"{path} is no text in UTF-8; give Markdown files") from e
-        write_text(path, fill(document, Path("results")))
+        write_text(path, filled(document, Path("results")))
 
 
 if __name__ == "__main__":
