@@ -159,12 +159,9 @@ def run_table(number: int, opts: Options) -> str:
             f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
             "--data with a folder for each person"
         )
-    parts = (
-        [(c, opts.target.fold) for c in TRANSFER_TO] if number == 5 else [(opts.target.classifier, opts.target.fold)]
-    )
-    if number == 6:
-        parts = [(opts.target.classifier, fold) for fold in range(opts.folds)]
-    blocks = [run_block(number, opts, classifier, fold) for classifier, fold in parts]
+    classifiers = TRANSFER_TO if number == 5 else [opts.target.classifier]
+    folds = range(opts.folds) if number == 6 else [opts.target.fold]
+    blocks = [run_block(number, opts, classifier, fold) for classifier in classifiers for fold in folds]
     if not all(blocks):
         return ""
     every = [line for block in blocks for line in block]
