@@ -177,10 +177,10 @@ def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos,
         save_png(m, tmp_path / "adv" / "advp" / "transfer" / f"{name}_mask.png")
     cfg = DIFFenderConfig(steps=1, draws=1, guidance=1.0)
     target = Defended(DIFFender(model, contexts_for("manual", model), cfg), classifier)
-    found = dict(controls(target, tmp_path, ["advp"], Batch(ids, x, y, []), 0))
+    found = controls(target, tmp_path, ["advp"], Batch(ids, x, y, []), 0)
     with monkeypatch.context() as m:
         m.setattr("diffender.paper.controls.look", None)  # what is there is not made again
-        assert dict(controls(target, tmp_path, ["advp"], Batch(ids, x, y, []), 0)) == found
+        assert controls(target, tmp_path, ["advp"], Batch(ids, x, y, []), 0) == found
     assert list(found) == [f"{whose} {fill}" for whose in ("true", "random") for fill in FILLED]
     assert all(key in NAMES for key in found)
     assert [v.single for v in found["true harmonic"]["clean"]] == [1, 1]  # nothing is covered

@@ -7,7 +7,6 @@ elsewhere they are a lower bound of what an attacker can do.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +24,11 @@ from diffender.utils.progress import bar
 FILLED = (*FILLS, "diffusion")
 
 
-class Control(NamedTuple):
-    key: str  # "true grey", "random diffusion", ...
-    verdicts: dict[str, list[Verdict]]  # by column
-
-
 def controls(
     target: Defended, folder: Path, attacks: Sequence[str], batch: Batch, seed: int, quiet: bool = True
-) -> list[Control]:
-    """Each kind of mask with each fill, on the attacked images of a run in `folder`; target is DIFFender.
+) -> dict[str, dict[str, list[Verdict]]]:
+    """Each kind of mask with each fill ("true grey"), by column, on the attacked images of a run in `folder`; target is
+    DIFFender.
 
     What the classifier sees goes to controls.jsonl there, a line an image, so that a second call goes on.
     """
@@ -50,7 +45,7 @@ def controls(
         return [verdict([done[i][key][column]], y) for i, y in zip(batch.ids, batch.y.tolist(), strict=True)]
 
     keys = [f"{whose} {fill}" for whose in ("true", "random") for fill in FILLED]
-    return [Control(key, {column: verdicts(key, column) for column in ("clean", *attacks)}) for key in keys]
+    return {key: {column: verdicts(key, column) for column in ("clean", *attacks)} for key in keys}
 
 
 def look(

@@ -212,9 +212,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
-        beside += [
-            Line(classifier, *c) for c in controls(ours.target, folder, columns, batch, opts.run.seed, opts.run.quiet)
-        ]
+        masked = controls(ours.target, folder, columns, batch, opts.run.seed, opts.run.quiet)
+        beside += [Line(classifier, key, verdicts) for key, verdicts in masked.items()]
     return [*beside, *lines]
 
 
