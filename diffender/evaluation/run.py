@@ -33,7 +33,7 @@ from diffender.evaluation.plan import (
 )
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
-from diffender.evaluation.verdicts import VERDICTS, Judge, Plan, evaluate_batch, file_names, summarize, voters
+from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
 from diffender.factory import command, dtype_name, environment, machine, model_hashes, open_items
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
@@ -204,7 +204,8 @@ def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
     """Send the accuracies of the images done so far to the tracker."""
     records = read_records(e.folder)
     rows = summarize(records)["rows"]
-    log({f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in VERDICTS}, len(records))
+    told = {f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in Verdict._fields}
+    log(told, len(records))
 
 
 def judge_part(

@@ -19,7 +19,6 @@ from diffender.utils.images import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
 Value = TypeVar("Value")
-VERDICTS = ("single", "average", "worst", "majority")
 
 
 class Plan(NamedTuple):
@@ -238,7 +237,7 @@ def strongest_of(judged: Collection[dict[str, Verdict]], ids: Sequence[str]) -> 
 
 
 def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
-    columns = {column: proportion([getattr(v, column) for v in verdicts]) for column in VERDICTS}
+    columns = {column: proportion([getattr(v, column) for v in verdicts]) for column in Verdict._fields}
     return {"attack": name, "gradient": kind, "undefended": proportion(list(map(float, undefended)))} | columns
 
 
