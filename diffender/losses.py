@@ -53,13 +53,13 @@ def tuning_loss(mask: Tensor, l1: Tensor, feature: Tensor) -> TuningLoss:
     return TuningLoss(mask, l1, feature, mask + l1 + feature)
 
 
-def evasion(z_score: Tensor, patch: Tensor, theta: float, k: float = 1.0) -> Tensor:
-    """How far the patch sticks out above the threshold, (B,): mean over its latents of softplus(k (z - theta)) / k.
+def evasion(z_score: Tensor, patch: Tensor, theta: float) -> Tensor:
+    """How far the patch sticks out above the threshold, (B,): mean over its latents of softplus(z - theta).
 
     z_score (B, 1, h, w); patch (B, 1, H, W) in {0, 1}, brought to h, w by area.
     """
     inside = F.interpolate(patch, z_score.shape[-2:], mode="area")
-    excess = F.softplus(k * (z_score - theta)) / k
+    excess = F.softplus(z_score - theta)
     return (excess * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)).clamp_min(1e-8)
 
 

@@ -8,7 +8,6 @@ fills by coherence transport, we by a harmonic surface.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,10 @@ COMPLETION = WEIGHTS / "jedi.safetensors"
 class Autoencoder(nn.Module):
     """One hidden layer between two sigmoids, as MATLAB's trainAutoencoder builds it: masks (B, 4096) to themselves."""
 
-    def __init__(self, hidden: int = HIDDEN):
+    def __init__(self):
         super().__init__()
-        self.encode = nn.Linear(SIDE**2, hidden)
-        self.decode = nn.Linear(hidden, SIDE**2)
+        self.encode = nn.Linear(SIDE**2, HIDDEN)
+        self.decode = nn.Linear(HIDDEN, SIDE**2)
 
     def forward(self, mask: Tensor) -> Tensor:
         return self.logits(mask).sigmoid()
@@ -118,9 +117,9 @@ def without_small(mask: Tensor, min_area: float) -> Tensor:
     return mask * (sizes >= min_area * pixels)
 
 
-def load_autoencoder(path: Path = COMPLETION) -> Autoencoder:
+def load_autoencoder() -> Autoencoder:
     net = Autoencoder()
-    net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    net.load_state_dict({k: v.float() for k, v in load_file(COMPLETION).items()})
     return net.requires_grad_(False)
 
 
