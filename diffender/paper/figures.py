@@ -6,7 +6,7 @@ runs/figure<N>-<preset>/.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, attack_flags, backward_of, build_target, describe, fill, kinds
+from diffender.evaluation.plan import FIGURES, Options, attack_flags, backward_of, build_target, describe, fill, kinds
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
@@ -58,14 +58,9 @@ def run_figure(number: int, opts: Options) -> str:
         raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
     if number == 2 and kinds(fill(opts))[-1] == "transfer":
         raise InputError("--figure 2 shows a patch made on the defence beside that of transfer; give another --grad")
-    if number == 8:
-        text = figure_8(opts, folder)
-    elif not is_first():
+    if number != 8 and not is_first():  # its attacks are shared by all shards
         return ""
-    else:
-        drawn = scene(opts, None if number == 4 else SHOWN)  # bad input shows before a folder is made
-        folder.mkdir(parents=True, exist_ok=True)
-        text = FIGURES[number](drawn, folder)
+    text = DRAWN[number](opts, folder)
     if not text:
         return ""  # other shards are at work
     where = machine(pick_device(opts.run.device))
@@ -74,7 +69,7 @@ def run_figure(number: int, opts: Options) -> str:
     return text
 
 
-def scene(opts: Options, most: int | None) -> Scene:
+def scene(opts: Options, most: int | None = SHOWN) -> Scene:
     """Images with AdvP's patches made on the undefended classifier."""
     opts = fill(opts)
     target = build_target(opts)
@@ -109,8 +104,9 @@ def draw(columns: Sequence[Column], path: Path) -> None:
     save_figure(figure, path)
 
 
-def figure_1(s: Scene, folder: Path) -> str:
+def figure_1(opts: Options, folder: Path) -> str:
     """Two one-step predictions of the same noised image, where they differ, and the mask."""
+    s = scene(opts)
     d, cfg = s.target.defense, s.target.defense.cfg
     model, image, noise = d.model, s.made.image, s.noise()
     pair = predict_pair(model, model.encode(image, noise.image), d.contexts, noise, cfg, d.blank)
@@ -125,9 +121,10 @@ def figure_1(s: Scene, folder: Path) -> str:
     )
 
 
-def figure_2(s: Scene, folder: Path) -> str:
+def figure_2(opts: Options, folder: Path) -> str:
     """The pipeline on patches made without and with knowledge of the defence; what the classifier sees is green where
     it is right."""
+    s = scene(opts)
     opts, classifier, y = s.opts, s.target.classifier, s.batch.y
     names = classifier.names or class_names()
 
@@ -155,8 +152,9 @@ def figure_2(s: Scene, folder: Path) -> str:
     )
 
 
-def figure_3(s: Scene, folder: Path) -> str:
+def figure_3(opts: Options, folder: Path) -> str:
     """Denoising the whole image: small ratios keep the patch, large ones lose the image."""
+    s = scene(opts)
     columns, rows = [Column("attacked", s.made.image)], []
     for ratio in RATIOS:
         defended = build(f"diffpure:t_star={ratio}", s.target)
@@ -170,8 +168,9 @@ def figure_3(s: Scene, folder: Path) -> str:
     return f"{text}\n{len(s.batch.ids)} images.\n"
 
 
-def figure_4(s: Scene, folder: Path) -> str:
+def figure_4(opts: Options, folder: Path) -> str:
     """The difference map inside and outside of the patch, a point an image."""
+    s = scene(opts, None)
     parts = [
         map_columns(s.target.defense.localize(s.made.image[rows], s.noise(rows=rows)), s.made.mask[rows])
         for rows in slices(s.opts.batch_size, s.batch)
@@ -190,8 +189,9 @@ def figure_4(s: Scene, folder: Path) -> str:
     return f"Fig. 4: the difference is larger inside of the patch in {above} of {len(inner)} images.\n"
 
 
-def figure_5(s: Scene, folder: Path) -> str:
+def figure_5(opts: Options, folder: Path) -> str:
     """What each defence makes of the attacked image."""
+    s = scene(opts)
     columns, rows = [Column("attacked", s.made.image)], []
     for name in IN_FIGURE_5:
         defended = build(name, s.target)
@@ -202,7 +202,8 @@ def figure_5(s: Scene, folder: Path) -> str:
     return table(("defence", "right"), rows)
 
 
-def figure_9(s: Scene, folder: Path) -> str:
+def figure_9(opts: Options, folder: Path) -> str:
+    s = scene(opts)
     out = s.target.defense(s.made.image, s.noise())
     columns = {"attacked": s.made.image, "mask": out.mask, "restored": out.image, "clean": s.batch.x}
     draw([Column(*column) for column in columns.items()], folder / "figure.png")
@@ -216,7 +217,6 @@ def figure_8(opts: Options, folder: Path) -> str:
     lines = run_rows(rows, change(opts, trust="off", curves="off"))[1 : 1 + len(rows)]
     if not lines:
         return ""
-    folder.mkdir(parents=True, exist_ok=True)
     columns = list(lines[0].verdicts)
     figure = Figure(figsize=(4, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -234,11 +234,4 @@ def figure_8(opts: Options, folder: Path) -> str:
     return f"{text}\n{len(lines[0].verdicts['clean'])} images. The paper, quoted (Inception-v3): {quoted}.\n"
 
 
-FIGURES: dict[int, Callable[[Scene, Path], str]] = {
-    1: figure_1,
-    2: figure_2,
-    3: figure_3,
-    4: figure_4,
-    5: figure_5,
-    9: figure_9,
-}
+DRAWN = dict(zip(FIGURES, (figure_1, figure_2, figure_3, figure_4, figure_5, figure_8, figure_9), strict=True))

@@ -87,5 +87,6 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
         figure.savefig(partial, dpi=dpi, format="png")
