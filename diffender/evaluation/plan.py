@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import PAPER, THROUGH_MASK, Backward, DIFFenderConfig, RunOptions, TargetOptions
+from diffender.config import EXACT, PAPER, THROUGH_MASK, Backward, DIFFenderConfig, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, option, part, with_hyphens
 
@@ -119,7 +119,7 @@ class Options:
     )
     restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
     ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))
-    backward: Backward = part(Backward(), "ste_k", "evasion", "hide", "decoy")
+    backward: Backward = part(EXACT, "ste_k", "evasion", "hide", "decoy")
     queries: int | None = budgeted("queries", "Queries of rhde and sparse-rs to the defence, for each image.")
     queries_undefended: int | None = budgeted(
         "queries_undefended", "Queries of rhde and sparse-rs to the classifier alone, for each image."
@@ -256,13 +256,12 @@ def refuse_unread(opts: Options) -> None:
             raise InputError(
                 f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
             )
-    plain = Backward()
     conditions = {  # flag: whether it is given, what reads it, whether that is there
         "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & set(kinds(filled))),
-        "ste_k": (opts.backward.ste_k != plain.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
-        "evasion": (opts.backward.evasion != plain.evasion, "--grad full+loc and evade", hiding),
-        "hide": (opts.backward.hide != plain.hide, "--grad full+loc and evade", hiding),
-        "decoy": (opts.backward.decoy != plain.decoy, "--grad full+loc and evade", hiding),
+        "ste_k": (opts.backward.ste_k != EXACT.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
+        "evasion": (opts.backward.evasion != EXACT.evasion, "--grad full+loc and evade", hiding),
+        "hide": (opts.backward.hide != EXACT.hide, "--grad full+loc and evade", hiding),
+        "decoy": (opts.backward.decoy != EXACT.decoy, "--grad full+loc and evade", hiding),
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
