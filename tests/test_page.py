@@ -54,7 +54,8 @@ def results() -> dict:
     checks = [{"name": "a & b", "figure": "1", "wanted": "", "passed": passed} for passed in (True, False, None)]
     told = {"setting": "s", "seed": 0, "machine": "m", "date": "d", "command": "python evaluate.py --name <x>"}
     told |= {"curves": {"theta": {"at": [2.0, 2.5], "none": [1.0, 0.5]}, "area": {"at": []}}}
-    return told | {"rows": rows, "defense": "D", "verdicts": 3, "votes": 3, "trust": checks, "seconds": 1.0}
+    told |= {"seconds": 1.0, "unet_evaluations": 9}
+    return told | {"rows": rows, "defense": "D", "verdicts": 3, "votes": 3, "trust": checks}
 
 
 @pytest.fixture(scope="module")
