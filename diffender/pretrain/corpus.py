@@ -83,18 +83,16 @@ def resized(image: Image.Image, short_side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
-def pack(
-    root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]], quality: int = 75
-) -> None:
+def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]]) -> None:
     """Put all that training needs into one file, to carry to a machine without a network.
 
-    Photographs go in as WebP, short side 256 px, `extras` as float16. `encode` gives the token ids of the captions,
-    which stand in the header, so that no tokenizer is needed there.
+    Photographs go in as WebP of quality 60, short side 256 px, `extras` as float16. `encode` gives the token ids of
+    the captions, which stand in the header, so that no tokenizer is needed there.
     """
     parts, captions = [], []
     for path, caption in bar(list(captioned_files(root)), "packing"):
         buffer = io.BytesIO()
-        resized(Image.open(path), 256).save(buffer, "WEBP", quality=quality, method=6)
+        resized(Image.open(path), 256).save(buffer, "WEBP", quality=60, method=6)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
         captions.append(caption)
     tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
