@@ -41,7 +41,7 @@ class Trainer:
         if self.log.is_file():  # the steps after the checkpoint are done again
             cut_tail(self.log)
             lines = self.log.read_text("utf-8").splitlines(keepends=True)
-            write_text(self.log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+            write_text(self.log, "".join(line for line in lines if json.loads(line)["step"] < self.step))
 
     def left(self) -> range:
         """The numbers of the samples that the steps still to do take."""
