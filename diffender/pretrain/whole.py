@@ -9,7 +9,7 @@ import torch
 
 from diffender.pretrain.making import train_unet, train_vae
 from diffender.utils.errors import InputError
-from diffender.utils.files import whole
+from diffender.utils.files import place_for, whole
 
 SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of --minutes
 ON_A_GPU = {
@@ -88,6 +88,6 @@ def join(args: Namespace) -> None:
     parts = parts_in(args.data)
     if not parts:
         raise InputError(f"no parts of a model in {args.data}; give the folder that `all` wrote")
-    with whole(args.out) as partial:
+    with whole(place_for(args.out)) as partial:
         partial.write_bytes(b"".join(part.read_bytes() for part in parts))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB of {len(parts)} parts")
