@@ -170,7 +170,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     again = load_photos(packed, 256)
     assert again.captions == photos.captions
     assert [i.shape for i in again.images] == [i.shape for i in photos.images]
-    assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 5  # of 255: WebP
+    assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 6  # of 255: WebP
 
     common = ["--data", str(packed), "--out", str(out), "--batch", "2"]
     stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
