@@ -1,6 +1,7 @@
 """Studies of the parts of the defence, one choice changed at a time; paper.ablate is their command."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from diffender.attacks import ATTACKS, AdvP
+from diffender.attacks import ATTACKS
+from diffender.attacks.attack import Attack
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
@@ -107,7 +109,8 @@ def ablate(opts: Options) -> None:
     batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on)
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = ATTACKS[opts.attack].from_flags(vars(opts) | {"eot": 1})
-    attacked = attack_all(opts, attack, classifier, batch)
+    task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
+    attacked = attack_all(attack, task, opts.batch_size, opts.run.quiet)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
     results = {
         "command": command(),
@@ -138,15 +141,15 @@ def ablate(opts: Options) -> None:
     print(f"\n{markdown(results)}")
 
 
-def attack_all(opts: Options, attack: AdvP, classifier: Classifier, batch: Batch) -> Attacked:
-    victim = Undefended(classifier)
-    parts = bar(slices(opts.batch_size, batch), "attacking", opts.run.quiet)
-    done = [attack(Task(victim, batch.x[rows], batch.y[rows], batch.ids[rows], opts.run.seed)) for rows in parts]
+def attack_all(attack: Attack, task: Task, size: int, quiet: bool) -> Attacked:
+    """A task's images attacked, `size` at a time."""
+    parts = bar(slices(size, task.image_ids), "attacking", quiet)
+    done = [attack(task._replace(x=task.x[s], y=task.y[s], image_ids=task.image_ids[s])) for s in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 
-def slices(size: int, batch: Batch) -> list[slice]:
-    return [slice(i, i + size) for i in range(0, len(batch.ids), size)]
+def slices(size: int, ids: Sequence[str]) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, len(ids), size)]
 
 
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
@@ -160,7 +163,7 @@ def measure(
     """Means over the photographs: of map and mask; for `parts`, of what the classifier sees after purification."""
     defense, judge = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
-    for rows in slices(opts.batch_size, batch):
+    for rows in slices(opts.batch_size, batch.ids):
         x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
         noise = defense.sample_noise(batch.ids[rows], opts.run.seed, "ablation")
         found = defense.localize(image, noise)
@@ -198,7 +201,7 @@ def show(
 ) -> dict[str, float]:
     """What the VAE keeps of the clean photographs; and an image of the first ones, `images.png`."""
     vae = defense.model.vae
-    parts = [batch.x[rows] for rows in slices(opts.batch_size, batch)]
+    parts = [batch.x[rows] for rows in slices(opts.batch_size, batch.ids)]
     recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
     psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
     x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]

@@ -25,7 +25,7 @@ from diffender.evaluation.workers import is_first
 from diffender.factory import command, machine, pick_device
 from diffender.localize import predict_pair
 from diffender.noise import Noise
-from diffender.paper.ablation import map_columns, slices
+from diffender.paper.ablation import attack_all, map_columns, slices
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import NAMES, Row, cell, run_rows
 from diffender.pipeline import Defended
@@ -77,9 +77,8 @@ def scene(opts: Options, most: int | None = SHOWN) -> Scene:
     device = target.classifier.mean.device
     batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
-    every = Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)
-    parts = [every._replace(x=batch.x[s], y=batch.y[s], image_ids=batch.ids[s]) for s in slices(opts.batch_size, batch)]
-    return Scene(opts, target, batch, Attacked(*map(torch.cat, zip(*map(attack, parts), strict=True))))
+    task = Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)
+    return Scene(opts, target, batch, attack_all(attack, task, opts.batch_size, opts.run.quiet))
 
 
 class Column(NamedTuple):
@@ -173,7 +172,7 @@ def figure_4(opts: Options, folder: Path) -> str:
     s = scene(opts, None)
     parts = [
         map_columns(s.target.defense.localize(s.made.image[rows], s.noise(rows=rows)), s.made.mask[rows])
-        for rows in slices(s.opts.batch_size, s.batch)
+        for rows in slices(s.opts.batch_size, s.batch.ids)
     ]
     means = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     outer, inner = means["outside"].tolist(), means["inside"].tolist()
