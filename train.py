@@ -32,6 +32,8 @@ from diffender.utils.errors import InputError
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from diffender.attacks.expectation import Attacked, Task
@@ -132,7 +134,8 @@ def main() -> None:
     shots, held_out = torch.arange(len(batch.ids)).tensor_split([opts.shots])
     mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
     batches = [(rows, len(rows) / n) for rows, n in mine]
-    tune_and_save(opts, target, tuning, Work(every, batches, held_out, attack_anew, add_up), rank == 0)
+    work = Work(every, batches, held_out, attack_anew, add_up)
+    tune_and_save(opts, target, tuning, work, batch.hashes, rank == 0)
     if rank > 0:
         return
 
@@ -187,9 +190,11 @@ def photographs(opts: Options, classifier: Classifier) -> Batch:
     return batch
 
 
-def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, first: bool) -> None:
-    """Tune. After each round the first process leaves a file beside --out with all that the next one needs, so that the
-    same command goes on."""
+def tune_and_save(
+    opts: Options, target: Defended, tuning: Tuning, work: Work, hashes: Sequence[str], first: bool
+) -> None:
+    """Tune on photographs with these hashes. After each round the first process leaves a file beside --out with all
+    that the next one needs, so that the same command goes on."""
     from diffender.factory import command
     from diffender.tuning import tune
     from diffender.utils.files import save_state
@@ -197,14 +202,14 @@ def tune_and_save(opts: Options, target: Defended, tuning: Tuning, work: Work, f
     from diffender.utils.progress import TRACKERS, bar
 
     if unfinished(opts).is_file():
-        tuning.load_state_dict(read_unfinished(opts))
+        tuning.load_state_dict(read_unfinished(opts, hashes))
     speaks = first and not opts.run.quiet
     log = TRACKERS[opts.track if first else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command(from_here=True)}") as may_stop:
         for terms in tune(target, tuning, work, opts.tuning):
             if first:
-                save_state(tuning.state_dict() | {"settings": resolved(opts)}, unfinished(opts))
+                save_state(tuning.state_dict() | {"settings": resolved(opts), "hashes": hashes}, unfinished(opts))
             if speaks:
                 progress.write("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
             log(terms, tuning.rounds - 1)
@@ -237,8 +242,8 @@ def resolved(opts: Options) -> dict:
     return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": hashes, "dtype": dtype}
 
 
-def read_unfinished(opts: Options) -> dict:
-    """Raises InputError for a file that is damaged, or a tuning with other settings."""
+def read_unfinished(opts: Options, hashes: Sequence[str] | None = None) -> dict:
+    """Raises InputError for a file that is damaged, or a tuning with other settings or on other photographs."""
     import pickle
 
     import torch
@@ -254,6 +259,8 @@ def read_unfinished(opts: Options) -> dict:
     mine = resolved(opts)
     if others := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
         raise InputError(f"{path} holds a tuning with other settings ({', '.join(others)}); {advice}")
+    if hashes is not None and list(hashes) != state.get("hashes"):
+        raise InputError(f"{path} holds a tuning on other photographs than --data {opts.target.data} has; {advice}")
     return state
 
 

@@ -172,6 +172,12 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd, more
     code, error = tune("stopped", "--lr", "0.5")
     assert code == 2
     assert "other settings (lr)" in error
+    with monkeypatch.context() as patch:
+        chosen = train.photographs
+        patch.setattr(train, "photographs", lambda *given: chosen(*given)._replace(hashes=["changed"] * 3))
+        code, error = tune("stopped")
+    assert code == 2
+    assert "a tuning on other photographs than --data samples has" in error
     assert not (tmp_path / "stopped.safetensors").exists()
     assert tune("stopped")[0] == 0
     from safetensors.torch import load_file

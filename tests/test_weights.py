@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.prompts import PromptPair
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_state, sha256
+from diffender.utils.files import read_header, save_atomic, save_state, sha256
 from diffender.weights.loading import WEIGHTS, load_model, save_model
 from diffender.weights.prompts import load_prompts, save_prompts
 
@@ -124,6 +124,12 @@ def test_a_changed_bit_of_a_prompt_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match="damaged: its checksum"):
         load_prompts(path, 64)
+
+
+def test_weights_have_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    save_atomic({"a": torch.ones(2)}, tmp_path / "w.safetensors", {})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):

@@ -70,7 +70,10 @@ def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         with whole(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file(tensors, partial, metadata={"diffender": json.dumps(header)})
+            partial.chmod(mode)  # safetensors leaves a file that its owner alone can read
     except (OSError, SafetensorError) as e:
         raise InputError(f"cannot write {path} ({one_line(e)}); free some space, or choose another place") from e
 
