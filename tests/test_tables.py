@@ -80,7 +80,10 @@ def test_rows_are_those_of_the_paper(number):
 def test_table_in_every_format():
     lines = [line("undefended", 0), line("vae", 4), line("jpeg", 1), line("diffender", 3)]
     text = markdown(1, lines)
-    assert "| efficientnet_lite0 | DIFFender | 75.0 (3/4; 30-95) = |" in text
+    assert "| DIFFender | 75.0 (3/4; 30-95) = |" in text
+    assert "efficientnet" not in text  # it is the only classifier
+    several = markdown(5, [line("diffender", 3), line("diffender", 2, classifier="efficientnet_lite1")])
+    assert "| efficientnet_lite1 | DIFFender | 50.0 (2/4; 15-85) |" in several
     assert "100.0 (4/4; 51-100) |" in text  # a control is no defence
     assert "| 88.3 / 94.5 |" in text
     rows = list(csv.DictReader(io.StringIO(csv_table(lines))))
@@ -156,7 +159,10 @@ def test_a_table_as_a_page(tmp_path):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", 8, of=8)]) + "\n`python <x>`: what was run.\n"
     html = table_page("Table 1", text, {"ours": tmp_path / "a b"}, tmp_path)
     assert '<a href="a%20b/report.html">ours</a>' in html
-    assert "<td><b>100.0 (8/8; 68-100)</b></td>" in html and "python &lt;x&gt;: what was run." in html
+    assert (
+        '<td><b>100.0 <span class="whole">(8/8; 68-100)</span></b></td>' in html
+        and "python &lt;x&gt;: what was run." in html
+    )
     assert html.count("<tr>") == 3
 
 

@@ -284,8 +284,10 @@ def cell(line: Line, column: str, name: str = "single") -> dict:
 
 def markdown(number: int, lines: Sequence[Line]) -> str:
     """Ours in per cent (right of n; interval), the paper's beside them. The defence that is first in a column is bold
-    where every other one differs from it (McNemar, p < 0.05); else all that are not told from it end in =."""
+    where every other one differs from it (McNemar, p < 0.05); else all that are not told from it end in =. Classifiers
+    have a column where there are several."""
     quoted, shown = QUOTED[number], columns(number)
+    first = ("classifier",) if len({line.classifier for line in lines}) > 1 else ()
     out = []
     for line in lines:
         theirs = [model[line.key] for model in quoted.values() if line.key in model]
@@ -295,8 +297,8 @@ def markdown(number: int, lines: Sequence[Line]) -> str:
             text = counted(cell(line, column), unit="")
             among = leaders(lines, line, column)
             ours.append(text if line.key not in among else f"**{text}**" if len(among) == 1 else f"{text} =")
-        out.append([line.classifier, line.title, *ours, *beside])
-    return table(["classifier", "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
+        out.append([*(getattr(line, name) for name in first), line.title, *ours, *beside])
+    return table([*first, "defence", *shown, *(f"{c}, quoted ({' / '.join(quoted)})" for c in shown)], out)
 
 
 def is_defence(line: Line) -> bool:

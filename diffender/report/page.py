@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -229,18 +230,20 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
 
 def table_page(title: str, text: str, runs: Mapping[str, Path], folder: Path) -> str:
     """A table.md that lies in `folder`, with links to the runs behind its rows, by name."""
-    table = [[bold(cell) for cell in line[2:-2].split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    head, _, *rows = (line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| "))
+    cells = [[formatted(cell) for cell in row] for row in rows]
     notes = [line for line in text.splitlines() if line and not line.startswith("|")]
     return render(
         title=title,
-        accuracy={"head": table[0], "rows": table[2:], "note": " ".join(notes).replace("`", "")},
+        accuracy={"head": head, "rows": cells, "note": " ".join(notes).replace("`", "")},
         runs={name: quote(Path(os.path.relpath(run / "report.html", folder)).as_posix()) for name, run in runs.items()},
     )
 
 
-def bold(cell: str) -> str:
-    """A cell of Markdown as a cell of the page."""
-    return Markup("<b>{}</b>").format(cell[2:-2]) if cell.startswith("**") else escape(cell)
+def formatted(cell: str) -> Markup:
+    """A cell of Markdown as a cell of the page: bold is kept, and no line breaks within brackets."""
+    text = Markup(re.sub(r"\([^)]*\)( =)?", r'<span class="whole">\g<0></span>', str(escape(cell.strip("*")))))
+    return Markup("<b>{}</b>").format(text) if cell.startswith("**") else text
 
 
 def photographs_page(records: Sequence[dict], folder: Path, config: dict, command: str) -> str:
