@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffender.attacks import ATTACKS
+from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.config import PAPER, Backward, DIFFenderConfig
@@ -563,6 +563,18 @@ def test_unhealthy_gradients_are_red(small, wrong):
     found = {next(n for n in ("zero", "norm", "finite differences", "cosine") if n in c.name): c for c in checks}
     red = {name for name, check in found.items() if check.passed is False}
     assert red == ({wrong.removesuffix("s") if wrong == "zeros" else wrong} - {""})
+
+
+def test_momentum_is_as_steady_as_a_mean_of_so_many_steps():
+    g, momentum = torch.Generator().manual_seed(0), 0.9
+    common, directions = torch.randn(4000, generator=g), torch.zeros(40, 4000)
+    for _ in range(60):
+        directions = momentum * directions + common + 8 * torch.randn(40, 4000, generator=g)
+    k = AdvP(momentum=momentum).averaged_steps
+    means = common + 8 * torch.randn(40, 4000, generator=g) / k**0.5
+    cosines = [torch.nn.functional.cosine_similarity(v[::2], v[1::2]).mean().item() for v in (directions, means)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=0.03)
+    assert 0.1 < cosines[0] < 0.5
 
 
 @pytest.mark.parametrize("k", [1, 20])

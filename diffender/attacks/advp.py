@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffender.attacks.attack import Callback, GradientAttack, within
+from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, expect, judge, judgements
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, relocated, to_8bit
 from diffender.noise import generator
@@ -42,7 +42,7 @@ class AdvP(GradientAttack):
 
     @property
     def averaged_steps(self) -> float:
-        return 1 / (1 - self.momentum)
+        return steps_averaged_by(self.momentum)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3, S, S) are patch pixels, at the place of location="fixed"."""

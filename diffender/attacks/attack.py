@@ -73,6 +73,14 @@ class Attack:
         return attacked
 
 
+def steps_averaged_by(momentum: float) -> float:
+    """The mean of how many gradients has the signal-to-noise ratio of their sum with weights momentum^k, k = 0, 1, ...
+
+    The sum has a signal of 1 / (1 - momentum) and a variance of 1 / (1 - momentum^2).
+    """
+    return (1 + momentum) / (1 - momentum)
+
+
 def within(callback: Callback, i: int, n: int) -> Callback:
     """The callback of the i-th of n equal parts."""
     return lambda done: callback((i + done) / n)
@@ -92,7 +100,7 @@ class GradientAttack(Attack):
 
     @property
     def averaged_steps(self) -> float:
-        """How many steps' gradients a step averages."""
+        """The mean of how many steps' gradients is as steady as a step's direction."""
         return 1.0
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from diffender.attacks.attack import Callback, GradientAttack, within
+from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements, pick_rows
 from diffender.attacks.patch import apply_patch, paste, patch_side, to_8bit
 from diffender.noise import generator
@@ -194,7 +194,7 @@ class GDPA(GradientAttack):
 
     @property
     def averaged_steps(self) -> float:
-        return 1 / (1 - MODES[self.mode][0])
+        return steps_averaged_by(MODES[self.mode][0])
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2): direct mode starts from it, and in the others it competes in the end."""
