@@ -276,7 +276,8 @@ def test_a_patch_that_moves_is_one_patch(batch):
     task = Task(Watched(), x, y, IDS[:2], 0, lambda z: margin(z, y))
     start = attack.first_pixels(task, "")
     out = attack(task, init=start)
-    home, masks = attack.home(task, ""), [attack.place(task, "attack 0", k, "") for k in range(3)]
+    home = attack.home(task, "")
+    masks = [attack.place(task, "attack 0", k, home) for k in range(3)]
     assert len({m.nonzero().sum().item() for m in masks}) > 1
     at_home = start[home.expand_as(start) == 1]
     for image, mask in zip(seen[:3], masks, strict=True):
@@ -286,9 +287,26 @@ def test_a_patch_that_moves_is_one_patch(batch):
     slope = torch.autograd.grad(total, canvas)[0]
     stepped = to_8bit((start - attack.lr * slope.sign()).clamp(0, 1))
     assert any(torch.equal(out.state[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))
-    again = attack.draw(task, stepped, 1, "")(0)[0]  # the next step's samples
+    again = attack.draw(task, stepped, home, 1, "")(0)[0]  # the next step's samples
     assert again.shape == x.shape
     assert torch.equal(out.image[out.mask.expand_as(x) == 1], out.state[home.expand_as(x) == 1])
+
+
+def test_a_patch_that_moves_is_judged_where_no_restart_was_tried(batch):
+    x, y = (t[:2] for t in batch)
+    seen = []
+
+    class Watched(Linear):
+        def forward(self, images, noise=None):
+            seen.extend((images.detach() != x).any(dim=1, keepdim=True).float().split(2))
+            return super().forward(images, noise)
+
+    attack = ATTACKS["advp"](area=0.2, iters=2, eot=2, restarts=3, location="eot")
+    task = Task(Watched(), x, y, IDS[:2], 0)
+    out = attack(task)
+    assert torch.equal(out.mask, attack.place(task, "verdict", 0, attack.home(task, "")))
+    assert len(seen) > 3 * 2 * 2
+    assert not any(torch.equal(was[i], out.mask[i]) for was in seen for i in range(2))
 
 
 def test_lavan_lowers_the_true_logit_against_the_target(batch):

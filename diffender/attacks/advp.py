@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
-from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, expect, judge, judgements
+from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, best_attempt, expect, judge, judgements
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, relocated, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
@@ -60,7 +60,7 @@ class AdvP(GradientAttack):
             return self.carried(sample.gradient, sample.mask, home)
 
         for step in range(self.iters):
-            seen = expect(task, self.draw(task, patch, step, key), self.eot, self.eot_batch, share)
+            seen = expect(task, self.draw(task, patch, home, step, key), self.eot, self.eot_batch, share)
             course.record(patch, seen)
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
@@ -69,13 +69,13 @@ class AdvP(GradientAttack):
             callback((step + 1) / self.iters)
 
         states = torch.stack([*candidates, *course.best, patch])
-        place = self.place(task, "choice", 0, key)
+        place = self.place(task, "choice", 0, home)
         images = [apply_patch(x, self.carried(to_8bit(p), home, place), place) for p in states]
         purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
         scores = [judge(task, image, purpose + key, self.eot, self.eot_batch, least) for image in images]
         chosen = torch.stack(scores).argmax(dim=0)
         patch = to_8bit(states[chosen, torch.arange(len(x), device=x.device)])
-        mask = self.place(task, "verdict", 0, key)
+        mask = self.place(task, "verdict", 0, home)
         passes = self.eot * self.iters + judgements(task, self.eot, least) * len(states)
         queries = torch.full((len(x),), passes, device=x.device)
         image = apply_patch(to_8bit(x), self.carried(patch, home, mask), mask)
@@ -87,27 +87,35 @@ class AdvP(GradientAttack):
         drawn = [torch.rand(*shape, generator=generator(task.seed, i, f"init{key}")) for i in task.image_ids]
         return torch.stack(drawn).to(task.x)
 
+    def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
+        """Attempts whose patches lie anywhere are compared at a place that is not the verdict's."""
+        if self.location != "eot":
+            return super().choose(task, attempts)
+        home = self.home(task, "")
+        place = self.place(task, "restarts", 0, home)
+        shown = [apply_patch(to_8bit(task.x), self.carried(a.state, home, place), place) for a in attempts]
+        return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
+
     def home(self, task: Task, key: str) -> Tensor:
-        """Masks (B, 1, S, S) of where the patch's pixels are kept."""
+        """Masks (B, 1, S, S) of where the patch's pixels are kept: of each attempt, unless the patch moves anyway."""
+        key = "" if self.location == "eot" else key
         return masks_for(task, f"patch{key}", self.area, self.shape, self.location == "corner")
 
-    def place(self, task: Task, purpose: str, k: int, key: str) -> Tensor:
+    def place(self, task: Task, purpose: str, k: int, home: Tensor) -> Tensor:
         """Masks (B, 1, S, S) of the k-th sample."""
-        if self.location != "eot":
-            return self.home(task, key)
-        return masks_for(task, f"{purpose}{key}/{k}", self.area, self.shape)
+        return masks_for(task, f"{purpose}/{k}", self.area, self.shape) if self.location == "eot" else home
 
     def carried(self, content: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """`relocated`, where the patch moves at all."""
         return relocated(content, source, target) if self.location == "eot" else content * target
 
-    def draw(self, task: Task, patch: Tensor, step: int, key: str) -> Draw:
+    def draw(self, task: Task, patch: Tensor, home: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
-        purpose, home = f"attack {0 if self.fixed_noise else step}", self.home(task, key)
+        purpose = f"attack {0 if self.fixed_noise else step}{key}"
 
         def sample(k: int):  # noqa: ANN202
-            mask = self.place(task, purpose, k, key)
-            return apply_patch(task.x, self.carried(patch, home, mask), mask), mask, task.noise(purpose + key, k)
+            mask = self.place(task, purpose, k, home)
+            return apply_patch(task.x, self.carried(patch, home, mask), mask), mask, task.noise(purpose, k)
 
         return sample
 

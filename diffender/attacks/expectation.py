@@ -179,11 +179,15 @@ def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(better.view(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def best_attempt(task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1) -> Attacked:
-    """Each image's best attempt on noise that none has seen; queries are those of all attempts."""
+def best_attempt(
+    task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1, images: Sequence[Tensor] | None = None
+) -> Attacked:
+    """Each image's best attempt on noise that none has seen; queries are those of all attempts. `images`, one of each
+    attempt, are judged instead of their own."""
     if len(attempts) == 1:
         return attempts[0]
-    winner = torch.stack([judge(task, a.image, "restarts", eot, batch) for a in attempts]).argmax(dim=0)
+    shown = [a.image for a in attempts] if images is None else images
+    winner = torch.stack([judge(task, image, "restarts", eot, batch) for image in shown]).argmax(dim=0)
     rows = torch.arange(len(winner), device=winner.device)
     fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
     queries = torch.stack([a.queries + judgements(task, eot) for a in attempts]).sum(dim=0)
