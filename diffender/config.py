@@ -23,11 +23,12 @@ class DIFFenderConfig:
     noise_ratio: float = option(
         0.5, "Noise ratio t* of localisation (paper: 0.5).", low=0.02, high=1, group="the method"
     )
-    draws: int = option(3, "Number of draws m in Eq. 2 (paper: 3).", low=1)
+    draws: int = option(3, "Number of draws m in Eq. 2 (authors' demo: 3).", low=1)
     theta: float = option(2.0, "Threshold of the difference map in standard deviations (paper: 2).", low=0)
     grow: float = option(
         0.0,
-        "Lower threshold: what exceeds it and is connected to what exceeds theta is masked too. 0: no growth (paper).",
+        "Lower threshold: what exceeds it and is connected to what exceeds theta is masked too. 0, or theta and more: "
+        "no growth (paper: 0).",
         low=0,
     )
     score: str = option(

@@ -89,7 +89,7 @@ def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, back
     and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
     theta standard deviations above its mean (20 % at 2): of larger patches a part escapes.
     """
-    if cfg.grow > 0:
+    if 0 < cfg.grow < cfg.theta:
         mask = grown(z_score, cfg, backward)
     else:
         mask = binarize(z_score, cfg.theta, backward.ste, backward.ste_k)

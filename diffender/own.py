@@ -47,7 +47,7 @@ class AnyModel(Defended):
         one = x[:1].to(next(chain(model.parameters(), model.buffers()), x).device)
         # What there is of a defence is within the model.
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
-        self.model, self.sample_noise = model.eval(), self.seeds
+        self.model = model.eval()
         with torch.random.fork_rng():  # the caller's numbers stay as they are
             first, second = model(one), model(one)
         if not isinstance(first, Tensor) or first.ndim != 2:
@@ -55,7 +55,7 @@ class AnyModel(Defended):
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
         self.random = not torch.equal(first, second)
 
-    def seeds(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
         return seeds(image_ids, seed, purpose, k) if self.random else None
 
     def forward(self, x: Tensor, noise: Any = None) -> Tensor:
@@ -71,7 +71,7 @@ class AnyModel(Defended):
 
 
 class Alone(nn.Module):
-    """The model as its attacker sees it before anything is random to them: under one noise."""
+    """The model with its noise held fixed: it stands in place of an undefended classifier."""
 
     def __init__(self, whole: AnyModel, like: Tensor):
         super().__init__()

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
 
 Drawn = TypeVar("Drawn", Noise, Tensor)
-TOUCHED = 1e-3  # what a resized mask exceeds wherever a pixel has a part of what was masked
+TOUCHED = 1e-3  # a pixel of a resized mask counts as masked if more than this share of it was masked
 
 
 class Localized(NamedTuple):
     mask: Tensor  # (B, 1, H, W) in {0, 1}, 1 = patch
     heatmap: Tensor  # (B, 1, h, w), not negative: the difference map of Eq. 2 on the latent grid
-    z_score: Tensor  # (B, 1, h, w): the heat map standardised; the mask is where it exceeds theta
+    z_score: Tensor  # (B, 1, h, w): the heat map standardised; `refine_mask` makes the mask of it
 
 
 class Purified(NamedTuple):
@@ -110,7 +110,7 @@ class DIFFender(nn.Module):
         return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
-        """A whole new image (B, 3, H, W) whose inside of the mask does not know what was there."""
+        """A whole new image (B, 3, H, W). What lies inside the mask is painted without a look at what was there."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), TOUCHED)
@@ -128,7 +128,7 @@ class DIFFender(nn.Module):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about; `backward` chooses the backward pass."""
-        check(x, noise)
+        check(x, noise, self.cfg)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
@@ -169,6 +169,7 @@ class Defended(nn.Module):
     """A victim, f(x, noise) -> logits: the classifier behind the defence.
 
     `bare` is the classifier without any defence; it is another one where the defence lies within the classifier (FNC).
+    All of them are put into eval mode.
     """
 
     undefended_is = "undefended"  # what reports call it
@@ -179,8 +180,11 @@ class Defended(nn.Module):
         super().__init__()
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
-        self.sample_noise = defense.sample_noise
         self.eval()
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None:
+        """The noise that the defence takes."""
+        return self.defense.sample_noise(image_ids, seed, purpose, k)
 
     def forward(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor:
         return self.classifier(self.defense(x, noise, self.backward).image)
@@ -262,13 +266,19 @@ def drawn(noise: Drawn | None) -> Drawn:
     return noise
 
 
-def check(x: Tensor, noise: Noise | None) -> None:
-    """Raises InputError unless x is a batch of images, and the noise is for as many."""
+def check(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig) -> None:
+    """Raises InputError unless x is a batch of images, and the noise is for as many and for these settings."""
     check_images(x)
     noise = drawn(noise)
     if len(noise.image) != len(x):
         raise InputError(
             f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
+        )
+    counts, wanted = (noise.draws.shape[1], noise.steps.shape[1]), (cfg.draws, cfg.steps if cfg.eta > 0 else 0)
+    if counts[0] != wanted[0] or counts[1] < wanted[1]:
+        raise InputError(
+            f"noise of {counts[0]} draws and {counts[1]} steps; with its settings this defence takes {wanted[0]} and "
+            f"{wanted[1]}: draw it by its own sample_noise"
         )
 
 

@@ -514,6 +514,11 @@ def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
         assert not list(asked), "every one is asked for"
 
 
+def test_the_true_mask_cannot_help_where_no_patch_fools_the_classifier(bench, monkeypatch):
+    monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, defense=None: 1.0)
+    assert next(trust.masks(bench)).passed is None
+
+
 def test_checks_of_the_estimator_are_of_gradients_that_pass_it(bench):
     attack, target = bench.adaptive
     hiding = bench._replace(plan=bench.plan._replace(adaptive={"full": (attack, target.under(Backward("evade")))}))

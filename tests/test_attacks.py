@@ -62,6 +62,7 @@ def batch():
 def test_patch_geometry():
     assert [patch_side(224, a) for a in (0.02, 0.05, 0.10)] == [32, 50, 71]
     assert patch_side(299, 0.05) == 67
+    assert patch_side(16, 0.0005) == 1
     g = torch.Generator().manual_seed(0)
     places = set()
     for _ in range(400):

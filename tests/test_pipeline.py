@@ -167,6 +167,7 @@ def test_without_growth_masks_are_the_old_ones():
     cfg, size = DIFFenderConfig(theta=2.5), (224, 224)
     old = binarize(resize(dilate(gaussian_blur(binarize(z, 2.5), sigma=1.0)), size), 0.5)
     assert torch.equal(refine_mask(z, size, cfg), old)
+    assert torch.equal(refine_mask(z, size, replace(cfg, grow=3.0)), old), "a lower threshold that is not lower"
     more = refine_mask(z, size, replace(cfg, grow=1.0))
     assert (more >= old).all()
     assert more.sum() > 1.5 * old.sum()

@@ -1,6 +1,7 @@
 """The package as its users write it in Python: victims in other libraries, devices, wrong input in one clear line."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,10 @@ def test_wrong_input_is_one_clear_line(victim, classifier, photos):
         victim(photos[:1], noise)
     with pytest.raises(InputError, match="noise for 2 images with 3 images"):
         victim(photos[:1].repeat(3, 1, 1, 1), noise)
+    many, stochastic = (replace(victim.defense.cfg, **k) for k in ({"draws": 5}, {"sampler": "ddim", "eta": 1.0}))
+    for cfg, told in ((many, "takes 5 and 0"), (stochastic, f"and {stochastic.steps}: draw it by its own")):
+        with pytest.raises(InputError, match=told):
+            diffender.DIFFender(victim.defense.model, victim.defense.contexts, cfg)(photos[:2], noise)
     random = diffender.Purifier(torch.nn.Identity(), random=True)
     for defense in (victim.defense, random):
         with pytest.raises(InputError, match=r"no noise; draw it by defense.sample_noise.* diffender.WithFreshNoise"):

@@ -10,8 +10,8 @@ from diffender.noise import generator
 
 
 def patch_side(size: int, area: float) -> int:
-    """Side of a square patch that covers a share `area` of an S x S image."""
-    return round(size * math.sqrt(area))
+    """Side of a square patch that covers a share `area` of an S x S image: a pixel at least."""
+    return max(1, round(size * math.sqrt(area)))
 
 
 def random_mask(size: int, area: float, shape: str, g: Generator, corner: bool = False) -> Tensor:

@@ -36,7 +36,7 @@ class Hardened(DIFFender):
         """The purified image and how it came about. Gradients pass straight through the choice of the window."""
         if backward.mode == "bpda":  # comes back here, without gradient
             return super().forward(x, noise, backward, posterior)
-        check(x, noise)
+        check(x, noise, self.cfg)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         found = [self.window(image) for image in images]
         known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
@@ -65,7 +65,7 @@ class Hardened(DIFFender):
         return torch.zeros_like(x[:1]) if already else self.cleanser.hidden(x, [(i, i)])[0]
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
-        """What the classifier sees of a patch that the map does not show: x under one window, drawn by the noise."""
+        """Where the map shows nothing, the classifier sees x under one window. The noise decides which."""
         count = len(self.cleanser.windows(x.shape[-1]))
         drawn = (torch.special.ndtr(noise.start.flatten(1)[:, 0].float()) * count).long().clamp_max(count - 1)
         return torch.cat([self.cleanser.cover(row, [(i, i)]) for row, i in zip(x, drawn.tolist(), strict=True)])
