@@ -20,7 +20,7 @@ class TuningLoss(NamedTuple):
 
 
 def mask_cross_entropy(logits: Tensor, mask: Tensor, printed: bool = False) -> Tensor:
-    """Eq. 4: cross-entropy of the soft mask sigmoid(logits) against the true mask, mean over pixels.
+    """Eq. 4: cross-entropy of the soft mask sigmoid(logits) against the true mask, mean over latents.
 
     logits (B, 1, h, w): the standardised difference less its threshold. mask (B, 1, H, W) in {0, 1}, brought to h, w
     by area. As printed, Eq. 4 has the positive term alone and is smallest for a mask of ones: `printed=True`.

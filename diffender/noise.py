@@ -1,7 +1,8 @@
 """Every random tensor of one pass of the defence, as an argument.
 
 Noise is derived from (seed, image id, purpose, k) alone. So it knows no batch size, order, resume or number
-of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ...
+of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ... The tensors of a pass come from one stream,
+in the order of `Noise`: another number of draws changes all that follow.
 """
 
 import hashlib

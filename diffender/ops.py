@@ -14,8 +14,9 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def binarize(x: Tensor, threshold: float, ste: str = "identity", k: float = 5.0) -> Tensor:
-    """1 where x > threshold, else 0. `ste` chooses the backward pass: the identity (paper B.3), sigmoid(k (x -
-    threshold)), or none. `soft` is that sigmoid forward too: a differentiable stand-in, for finite differences."""
+    """1 where x > threshold, else 0. `ste` chooses the backward pass: the identity (the authors' demo; the
+    paper's B.3 names an estimator, and no more), sigmoid(k (x - threshold)), or none. `soft` is that sigmoid forward
+    too: a differentiable stand-in, for finite differences."""
     if ste == "identity":
         return straight_through((x > threshold).to(x.dtype), x)
     if ste == "none":

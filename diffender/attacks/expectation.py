@@ -163,7 +163,7 @@ def judgements(task: Task, eot: int, least: int = 3) -> int:
 
 def kept_back(task: Task, candidates: int, queries: int) -> int:
     """How many of an attack's queries are kept for judging so many candidates in the end, lest a lucky draw wins: none
-    without noise, and none of a budget that this would take half of."""
+    without noise, and none if they would take more than half of the budget."""
     wanted = 0 if task.noise("judge") is None else candidates * judgements(task, 1)
     return wanted if queries >= 2 * wanted else 0
 

@@ -21,7 +21,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
 @dataclass(frozen=True)
 class SparseRS(Attack):
-    """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube.
+    """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube; in
+    the second half of the queries they flip one channel of it.
 
     Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step. In
     the end the last patch and the start are compared on noise that none has seen.

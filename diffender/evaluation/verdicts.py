@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     single: float  # by the first
     average: float  # share of all
     worst: float  # by every one: an attacker may submit again and again
-    majority: float  # by the vote of the first nine
+    majority: float  # by the most frequent class among the first nine, or fewer: see `voters`
 
 
 def voters(n: int) -> int:
@@ -87,9 +87,9 @@ class Judge(NamedTuple):
 def purifications(
     judge: Judge, x: Tensor, ids: Sequence[str], seed: int
 ) -> tuple[Purified, list[list[int]], list[float]]:
-    """The first purification with noise that no attack has seen; what the classifier sees in each of the judge's, a
-    list an image; how sure it is of the first. Clean images and all attacks get the same noise, so that pairs compare
-    like with like."""
+    """With noise that no attack has seen: the first purified images, for each image the classes seen in all of its
+    purifications, and the confidence in the first. Clean images and all attacks get the same noise, so that pairs
+    compare like with like."""
     target, n = judge.target, judge.verdicts
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
     looks = target.looks(x, noises if noises[0] is not None else noises[:1], judge.batch)

@@ -63,7 +63,7 @@ class LatentDiffusion(nn.Module):
     """eps(z_t, t, context | conditioning) with the ways into and out of latent space."""
 
     alphas_cumprod: Tensor
-    micro_batch: int | None = None  # at most so many images or latents go through a network at a time
+    micro_batch: int | None = None  # at most so many rows of a network at a time; texts of one latent are not parted
     settings: Any = None  # a DIFFenderConfig that suits the model, where its file brings one
     keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
 

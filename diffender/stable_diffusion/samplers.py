@@ -25,7 +25,8 @@ class Step(NamedTuple):
 def ddim_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
-    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models).
+    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Beware of
+    one step, which is at t = 1, and of 501 to 999, which start at t = N: there z_t is hardly noise.
     """
     check_steps(steps)
     stride = TRAIN_STEPS // steps

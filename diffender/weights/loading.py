@@ -95,7 +95,8 @@ def load_model(
 
 
 def ready(model: LatentDiffusion, settings: DIFFenderConfig) -> LatentDiffusion:
-    """The model as users get it: frozen, in eval mode, with its settings, and as fast as memory allows."""
+    """The model as users get it: frozen, in eval mode, with its settings, and as fast as memory allows. Turns cuDNN's
+    TF32 off for the whole process."""
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
     model.settings = settings
     model.keep = model.cfg.unet.model_channels <= SMALL
