@@ -232,13 +232,10 @@ def unfinished(opts: Options) -> Path:
 
 def resolved(opts: Options) -> dict:
     """What a tuning that goes on must share with the one that stopped."""
-    from diffender.factory import dtype_name, model_hashes
-    from diffender.utils.files import sha256
+    from diffender.factory import dtype_name, hashes_of
 
     dtype = dtype_name(opts.model, opts.run.device)
-    hashes = model_hashes(opts.model)
-    if path := opts.target.classifier_weights:
-        hashes["classifier"] = sha256(Path(path))
+    hashes = hashes_of(opts.model, classifier=opts.target.classifier_weights)
     return settings(opts, "out") | asdict(config_of(opts)) | {"sha256": hashes, "dtype": dtype}
 
 

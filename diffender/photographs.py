@@ -208,13 +208,11 @@ def readable(path: Path) -> bool:
 
 def resolved(opts: Options) -> dict:
     """What all images of an --out share."""
-    from diffender.factory import dtype_name, model_hashes
-    from diffender.utils.files import sha256
+    from diffender.factory import dtype_name, hashes_of
     from diffender.weights.prompts import SHIPPED
 
-    hashes: dict[str, object] = {"model": model_hashes(opts.defense.model)}
-    files = {"classifier": opts.classifier_weights, "prompts": opts.defense.prompts or SHIPPED}
-    hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
+    prompts = opts.defense.prompts or SHIPPED
+    hashes = hashes_of(opts.defense.model, classifier=opts.classifier_weights, prompts=prompts)
     dtype = dtype_name(opts.defense.model, opts.run.device)
     return settings(opts, "paths", "out") | {"sha256": hashes, "dtype": dtype}
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import train
 from diffender import tuning as tunings
 from diffender.config import DIFFenderConfig, TuningConfig
 from diffender.losses import TuningLoss
@@ -11,6 +12,9 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.prompts import PromptPair
 from diffender.stable_diffusion.vae import Posterior
 from diffender.tuning import Shots, Tuning, Work, eq_7, tune
+from diffender.utils.files import sha256
+from diffender.utils.options import change
+from diffender.weights.prompts import SHIPPED
 
 FAST = DIFFenderConfig(noise_ratio=0.2, draws=1, steps=1, guidance=1.0, sampler="dpmpp")
 
@@ -110,3 +114,8 @@ def test_only_compared_rounds_are_kept(tuned, prompts, monkeypatch):
         seen.append(prompts.ctx_locate.detach().clone())
     assert torch.equal(tuning.kept["ctx_locate"], seen[1])
     assert torch.equal(prompts.ctx_locate, seen[1])
+
+
+def test_a_tuning_goes_on_with_the_same_classifier_alone():
+    opts = change(train.Options(), classifier_weights=str(SHIPPED))  # any file
+    assert train.resolved(opts)["sha256"]["classifier"] == sha256(SHIPPED)

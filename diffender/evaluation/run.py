@@ -34,12 +34,12 @@ from diffender.evaluation.plan import (
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
-from diffender.factory import command, dtype_name, environment, machine, model_hashes, open_items
+from diffender.factory import command, dtype_name, environment, hashes_of, machine, open_items
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError, named_images
-from diffender.utils.files import read_header, sha256, write_json
+from diffender.utils.files import read_header, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
 from diffender.utils.progress import TRACKERS, Progress, bar
@@ -275,13 +275,11 @@ def resolved(opts: Options) -> dict:
     found = settings(opts, *NO_MATTER) | asdict(config_of(opts)) | {"prompt": asked.prompt_kind}
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
     found["dtype"] = dtype_name(asked.model, opts.run.device)
-    hashes = {"model": model_hashes(asked.model)}
-    files = {
-        "classifier": opts.target.classifier_weights,
-        "generator": opts.patch.generator,
-        "patches": opts.patch.patch_file,
-    }
-    hashes |= {what: sha256(Path(path)) for what, path in files.items() if path}
-    if asked.prompt_kind == "tuned":
-        hashes["prompts"] = sha256(Path(asked.prompts or SHIPPED))
+    hashes = hashes_of(
+        asked.model,
+        classifier=opts.target.classifier_weights,
+        generator=opts.patch.generator,
+        patches=opts.patch.patch_file,
+        prompts=(asked.prompts or SHIPPED) if asked.prompt_kind == "tuned" else None,
+    )
     return found | {"torch": torch.__version__, "sha256": hashes}

@@ -22,8 +22,8 @@ from diffender.evaluation.metrics import map_auc, mask_scores, percent
 from diffender.factory import (
     command,
     config_of,
+    hashes_of,
     machine,
-    model_hashes,
     open_classifier,
     open_items,
     open_model,
@@ -33,7 +33,7 @@ from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
 from diffender.utils.errors import InputError
-from diffender.utils.files import place_for, read_header, sha256, write_json, write_text
+from diffender.utils.files import place_for, read_header, write_json, write_text
 from diffender.utils.images import save_figure, save_png, stretch
 from diffender.utils.markdown import table
 from diffender.utils.options import flat
@@ -120,7 +120,7 @@ def ablate(opts: Options) -> None:
         "seed": opts.run.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",
         "options": flat(opts) | asdict(base),
-        "sha256": {"model": model_hashes(asked.model), "prompts": sha256(prompts)},
+        "sha256": hashes_of(asked.model, prompts=prompts),
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
     for name in names:
