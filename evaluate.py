@@ -51,7 +51,7 @@ def main() -> None:
         return
     experiment = prepare(opts)
     batch = load_images(opts, experiment.target)
-    done = len({r["id"] for r in read_records(experiment.folder)} & set(batch.ids))
+    done = len(read_records(experiment.folder).keys() & set(batch.ids))
     if not opts.run.quiet:
         prompt, folder = opts.target.defense.prompt_kind, experiment.folder
         print(f"{prompt} prompts; {experiment.device}; {done} images done before; results in {folder}")

@@ -231,7 +231,7 @@ def main() -> None:
 
     defender, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"
-    done = {r["id"]: r["sha256"] for r in open_run(own.parent, resolved(opts), own)}
+    done = {name: r["sha256"] for name, r in open_run(own.parent, resolved(opts), own).items()}
     with patient(f"stopped between two images; go on with: {command(from_here=True)}") as may_stop:
         for name, file in bar(images, "defending", opts.run.quiet, unit=" images"):
             try:
@@ -248,7 +248,7 @@ def main() -> None:
                         getattr(found, kind).save(partial, format="PNG")
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
-    records = read_records(own.parent)
+    records = list(read_records(own.parent).values())
     write_text(own.with_name("report.html"), photographs_page(records, own.parent, resolved(opts), command()))
     print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {opts.out}")
     if failed:

@@ -155,10 +155,10 @@ def test_workers_of_torchrun_tune_the_prompts_of_one_process(tmp_path):
 
 def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     own, other = (tmp_path / "run" / f"per_image-{i}-of-2.jsonl" for i in (0, 1))
-    assert open_run(tmp_path / "run", {"seed": 0}, own) == []
+    assert open_run(tmp_path / "run", {"seed": 0}, own) == {}
     own.write_text('{"id": "a"}\n{"id": "b')
     other.write_text('{"id": "c"}\n{"id": "d')
-    assert open_run(tmp_path / "run", {"seed": 0}, own) == [{"id": "a"}, {"id": "c"}]
+    assert open_run(tmp_path / "run", {"seed": 0}, own) == {"a": {"id": "a"}, "c": {"id": "c"}}
     assert own.read_text() == '{"id": "a"}\n'
     assert other.read_text().endswith('{"id": "d')
 

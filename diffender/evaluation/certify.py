@@ -59,7 +59,7 @@ def main() -> None:
     from diffender.classifiers.imagenet import load_classifier
     from diffender.defenses.patchcleanser import PatchCleanser
     from diffender.evaluation.metrics import bounded, proportion
-    from diffender.evaluation.records import append_records, open_run
+    from diffender.evaluation.records import append_records, open_run, read_records
     from diffender.factory import command, machine, pick_device
     from diffender.utils.files import sha256, write_json, write_text
     from diffender.utils.markdown import table
@@ -74,7 +74,7 @@ def main() -> None:
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
     folder = Path(opts.out or f"runs/certify-{digest}")
     own = folder / "per_image.jsonl"
-    done = {r["id"]: r.get("hash") for r in open_run(folder, config, own)}
+    done = {name: r.get("hash") for name, r in open_run(folder, config, own).items()}
     images = zip(batch.ids, batch.hashes, batch.x.to(device), batch.y.tolist(), strict=True)
     for image_id, hashed, x, y in bar(list(images), "certifying", opts.run.quiet):
         for area, masks in asked:
@@ -87,7 +87,7 @@ def main() -> None:
                 seconds = {"seconds": time.monotonic() - started}
                 append_records(own, [{"id": key(image_id, area, masks), "hash": hashed} | found | seconds])
 
-    records = {r["id"]: r for r in open_run(folder, config, own)}
+    records = read_records(folder)
     rows, results, seconds = [], [], 0.0
     for area, masks in asked:
         mine = [records[key(image_id, area, masks)] for image_id in batch.ids]

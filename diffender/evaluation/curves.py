@@ -37,7 +37,7 @@ def draw_curves(
     """
     path = folder / f"curves-{which}.jsonl"
     cut_tail(path)
-    done = {r["id"]: r for r in read_records(folder, path.name)}
+    done = read_records(folder, path.name)
     for i, record in enumerate(records):
         if record["id"] not in done:
             one = task._replace(x=to_8bit(task.x[i : i + 1]), y=task.y[i : i + 1], image_ids=[record["id"]])

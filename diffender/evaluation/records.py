@@ -8,8 +8,8 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import cut_tail, one_line, place_for, write_json
 
 
-def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
-    """The records of all processes, one for each image; a line that is being written is left out.
+def read_records(folder: Path, files: str = "per_image*.jsonl") -> dict[str, dict]:
+    """The records of all processes by their ids, one for each image; a line that is being written is left out.
 
     Raises InputError for any other line that is not a record.
     """
@@ -25,17 +25,17 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> list[dict]:
                         f"{path}, line {number} is damaged ({one_line(e)}); delete that line and run the same command "
                         "with --name again: its image is done anew"
                     ) from e
-    return list(records.values())
+    return records
 
 
 def read_finished(folder: Path) -> tuple[dict, list[dict]]:
     """The results of a run and the records of its images. A folder may hold more, of a run of the same name."""
     results, records = json.loads((folder / "results.json").read_text("utf-8")), read_records(folder)
-    ids = set(results.get("ids", [r["id"] for r in records]))
-    return results, [r for r in records if r["id"] in ids]
+    ids = set(results.get("ids", records))
+    return results, [r for image_id, r in records.items() if image_id in ids]
 
 
-def open_run(folder: Path, config: dict, own: Path) -> list[dict]:
+def open_run(folder: Path, config: dict, own: Path) -> dict[str, dict]:
     """Make the folder, or resume in it: the records that are there. Another configuration there is refused.
 
     Each process appends to its `own` file; a last line there that a killed run left unfinished is cut off.

@@ -5,7 +5,7 @@ A table is a list of experiments on the same images; they share the patches made
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -125,9 +125,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
     for e, records in zip(experiments, there, strict=True):
         refuse_changed(e.folder, records, batch)
-    done = [{r["id"] for r in records} for records in there]
     parts = batches(opts, mine(opts, len(batch.ids)))
-    left = [[[i for i in part if batch.ids[i] not in ids] for part in parts] for ids in done]
+    left = [[[i for i in part if batch.ids[i] not in records] for part in parts] for records in there]
     forecasts = []
     for e, todo in zip(experiments, left, strict=True):
         e.in_turn()
@@ -164,10 +163,10 @@ def refuse_seen(opts: Options, batch: Batch) -> None:
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
 
-def refuse_changed(folder: Path, records: Sequence[dict], batch: Batch) -> None:
+def refuse_changed(folder: Path, records: Mapping[str, dict], batch: Batch) -> None:
     """Raises InputError where a file is another one than when its image was attacked."""
     now = dict(zip(batch.ids, batch.hashes, strict=False))  # from Python there are none: the settings hash all images
-    if changed := [r["id"] for r in records if "hash" in r and now.get(r["id"], r["hash"]) != r["hash"]]:
+    if changed := [i for i, r in records.items() if "hash" in r and now.get(i, r["hash"]) != r["hash"]]:
         raise InputError(f"{folder} holds results of another file of the name {changed[0]}; choose another --name")
 
 
@@ -202,7 +201,7 @@ def how_to_go_on(e: Experiment) -> str:
 
 def log_accuracies(e: Experiment, log: Callable[[dict, int], None]) -> None:
     """Send the accuracies of the images done so far to the tracker."""
-    records = read_records(e.folder)
+    records = list(read_records(e.folder).values())
     rows = summarize(records)["rows"]
     told = {f"{r['attack']}/{r['gradient'] or 'all'}/{v}": r[v]["accuracy"] for r in rows for v in Verdict._fields}
     log(told, len(records))
@@ -231,7 +230,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     """Results, checks and curves of a run whose records are all there, in results.json; None while shards work."""
     e.in_turn()
     opts = e.opts
-    found = {r["id"]: r for r in read_records(e.folder)}
+    found = read_records(e.folder)
     records = [found[i] for i in batch.ids if i in found]
     if len(records) < len(batch.ids):
         print(f"{len(records)} of {len(batch.ids)} images are done; the shard that ends last writes the table")

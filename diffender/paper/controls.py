@@ -34,7 +34,7 @@ def controls(
     """
     own = folder / "controls.jsonl"
     cut_tail(own)
-    done = {r["id"]: r["seen"] for r in read_records(folder, own.name)}
+    done = {image_id: r["seen"] for image_id, r in read_records(folder, own.name).items()}
     images = batch.x.to(target.classifier.mean).split(1)
     for x, image_id in zip(images, bar(batch.ids, "controls", quiet, " images"), strict=True):
         if image_id not in done:

@@ -65,7 +65,7 @@ def film(e: Experiment, batch: Batch) -> None:
     opts, classifier = e.opts, e.target.classifier
     digital = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     over_poses = replace(digital, eot=max(opts.eot, 4))
-    done = {r["id"] for r in read_records(e.folder)}
+    done = read_records(e.folder)
     for i in bar(mine(opts, len(batch.ids)), "filming", opts.run.quiet):
         image_id = batch.ids[i]
         if image_id in done:
@@ -92,7 +92,7 @@ def judge_photographs(e: Experiment) -> list[str]:
     path = Path(e.opts.target.data)
     items = csv_items(path, e.opts.target.classes)
     rows = read_csv(path, "file", "label", "configuration")
-    done = {r["id"] for r in read_records(e.folder)}
+    done = read_records(e.folder)
     for i in bar(mine(e.opts, len(items)), "photographs", e.opts.run.quiet):
         item, row = items[i], rows[i]
         if item.id in done:
@@ -142,7 +142,7 @@ def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
     """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are.
     Nothing while other shards are at work."""
     wait()
-    records = [r for r in read_records(e.folder) if r["id"] in ids]
+    records = [r for image_id, r in read_records(e.folder).items() if image_id in ids]
     if len(records) < len(ids) or not is_first():
         return ""
     found = {}  # by patch and configuration

@@ -230,7 +230,7 @@ def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, 
     if stronger and "bpda" in kinds(experiment.opts):
         found["bpda"] = by_column(experiment, ids, stronger)
     if isinstance(experiment.target.defense, Certifying):
-        records = {r["id"]: r for r in read_records(experiment.folder)}
+        records = read_records(experiment.folder)
         proven = {"clean": by_column(experiment, ids)["clean"]}
         for plan in experiment.plans:
             mine = [[a["certified"] for a in by_kind(records[i]["attacks"], plan.name).values()] for i in ids]
@@ -248,7 +248,7 @@ def in_common(lines: Sequence[Line], found: Sequence[dict]) -> set[str]:
 def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str] = ()) -> dict[str, list[Verdict]]:
     """Of each image, verdict by verdict, under the strongest of the patches that each attack made for it, those of the
     gradients in `leave` left out."""
-    records = {r["id"]: r for r in read_records(experiment.folder)}
+    records = read_records(experiment.folder)
     found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
     judged = by_variant([records[i] for i in ids])
     for plan in experiment.plans:
@@ -259,7 +259,7 @@ def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str]
 
 def undefended(experiment: Experiment, ids: Sequence[str]) -> dict[str, list[Verdict]]:
     """The classifier alone, under the patches made on it."""
-    found = {r["id"]: r for r in read_records(experiment.folder)}
+    found = read_records(experiment.folder)
     records = [found[i] for i in ids]
     seen = {"clean": [r["undefended"] for r in records]}
     for name in (plan.name for plan in experiment.plans):

@@ -52,7 +52,7 @@ def compare(a: Path, b: Path) -> str:
     from diffender.evaluation.metrics import mcnemar
     from diffender.factory import command
 
-    left, right = ({r["id"]: r for r in read_records(folder)} for folder in (a, b))
+    left, right = (read_records(folder) for folder in (a, b))
     ids = [i for i in left if i in right]
     if not ids:
         raise InputError(f"{a} and {b} share no images; compare runs of evaluate.py on the same --data and --seed")
