@@ -19,16 +19,13 @@ once or one after the other.
 
 import json
 
-from diffender.evaluation.plan import Options, fill, names, refuse_unread, sources
-from diffender.utils.errors import InputError
+from diffender.evaluation.plan import Options, fill, names, refuse_conflicts, refuse_unread, sources
 from diffender.utils.options import parse, run
 
 
 def main() -> None:
     given = parse(Options, __doc__)
-    fill(given)
-    if (given.table or given.figure) and given.defense != "diffender":
-        raise InputError(f"--defense {given.defense}: tables and figures choose their defences; leave it out")
+    refuse_conflicts(given)
     if given.list:
         print(names())
         return

@@ -22,7 +22,7 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
-from diffender.evaluation.plan import PRESETS, Options, build_plans, default_name, fill, refuse_unread
+from diffender.evaluation.plan import PRESETS, Options, build_plans, default_name, fill, refuse_conflicts, refuse_unread
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
@@ -119,6 +119,7 @@ def benchmark(
             given |= {"grad": "auto", "trust": "off"}
         opts = change(Options(), **given | options, images=len(images), defense=title(victim))
         check_options(opts)
+        refuse_conflicts(opts)
         refuse_unread(opts)
         if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
             opts = replace(opts, eot=1)

@@ -90,6 +90,7 @@ def test_commands_are_of_programs_and_options_that_exist(command):
     if hasattr(module, "Options"):
         opts = cli.parse(module.Options, "", args)
         if name == "evaluate.py":
+            plans.refuse_conflicts(opts)
             plans.attacks(plans.fill(opts))
 
 

@@ -14,7 +14,7 @@ from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.plan import Options, fill, refuse_conflicts
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
@@ -227,7 +227,7 @@ def test_mistakes():
     with pytest.raises(InputError, match="--table 6 is of faces"):
         run_table(6, Options(preset="smoke"))
     with pytest.raises(InputError, match="--figure is 6; choose from 1, 2, 3, 4, 5, 8, 9"):
-        fill(Options(figure=6))
+        refuse_conflicts(Options(figure=6))
 
 
 def evaluate(cwd, *args):

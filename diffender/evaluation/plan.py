@@ -164,16 +164,19 @@ class Options:
 
 
 def fill(opts: Options) -> Options:
-    """The preset's values where none were given. Raises InputError for attacks and gradients that do not exist."""
+    """The preset's values where none were given; names in lower case, and `all` gradients by name."""
     opts = replace(opts, attack=tidy(opts.attack), defense=tidy(opts.defense, ":"))
     opts = opts if opts.grad is None else replace(opts, grad=tidy(opts.grad))
-    preset = budget(opts, opts.preset)
-    opts = replace(opts, **{k: v for k, v in preset.items() if getattr(opts, k) is None})
+    opts = replace(opts, **{k: v for k, v in budget(opts, opts.preset).items() if getattr(opts, k) is None})
     if opts.preset == "strong" and opts.patch.targeted is None:  # LaVAN's own loss, to a random class, is the weaker
         opts = change(opts, targeted=False)
-    allowed = GRADIENTS["diffender" if is_ours(opts) else "others"]
-    if opts.grad == "all":
-        opts = replace(opts, grad=",".join(allowed))
+    return replace(opts, grad=",".join(gradients(opts))) if opts.grad == "all" else opts
+
+
+def refuse_conflicts(opts: Options) -> None:
+    """Raises InputError for gradients that do not exist, and for flags that cannot stand together. `opts` as given."""
+    opts = fill(opts)
+    allowed = gradients(opts)
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
             f"--grad {', '.join(unknown)} is unknown for {opts.defense}; choose from {', '.join(allowed)}, with commas,"
@@ -199,7 +202,8 @@ def fill(opts: Options) -> Options:
         raise InputError("--gdpa-mode amortised has a generator for one size: leave out --curves all and --trust full")
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
-    return opts
+    if (opts.table or opts.figure) and opts.defense != "diffender":
+        raise InputError(f"--defense {opts.defense}: tables and figures choose their defences; leave it out")
 
 
 def tidy(names: str, until: str | None = None) -> str:
@@ -221,7 +225,13 @@ def is_ours(opts: Options) -> bool:
     return opts.defense.partition(":")[0] in OURS
 
 
+def gradients(opts: Options) -> tuple[str, ...]:
+    """Those that there are for this defence."""
+    return GRADIENTS["diffender" if is_ours(opts) else "others"]
+
+
 def kinds(opts: Options) -> list[str]:
+    """The gradients asked for."""
     return opts.grad.split(",")
 
 

@@ -89,8 +89,7 @@ class Experiment(NamedTuple):
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
-    attacks(opts)  # what does not exist shows before anything is loaded
-    open_items(opts.target)
+    open_items(opts.target)  # what does not exist shows before anything is loaded
     target = build_target(opts, model)
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = shard_of(opts.shard)
