@@ -30,6 +30,7 @@ from diffender.config import (
 )
 from diffender.utils.errors import InputError
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
+from diffender.utils.provenance import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,7 +196,6 @@ def tune_and_save(
 ) -> None:
     """Tune on photographs with these hashes. After each round the first process leaves a file beside --out with all
     that the next one needs, so that the same command goes on."""
-    from diffender.factory import command
     from diffender.tuning import tune
     from diffender.utils.files import save_state
     from diffender.utils.interruption import patient

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffender.factory import machine, pick_device
+from diffender.factory import pick_device
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.files import write_json, write_text
 from diffender.utils.markdown import table
 from diffender.utils.memory import keep_freed_memory
+from diffender.utils.provenance import machine
 from diffender.weights.layouts import unet_name, vae_name
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,13 +1,7 @@
-"""From options to objects: the model, the classifier, the images, the device; and how this process was started."""
+"""From options to objects: the model, the classifier, the images, the device."""
 
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.weights.loading import PACKAGE, RANDOM, WEIGHTS, load_model, settings_of
+from diffender.weights.loading import RANDOM, WEIGHTS, load_model, settings_of
 from diffender.weights.prompts import contexts_for
 from diffender.weights.reading import folder_files
 
@@ -98,51 +92,6 @@ def pick_dtype(opts: ModelOptions, device: torch.device) -> torch.dtype:
 def dtype_name(opts: ModelOptions, device: str) -> str:
     """The dtype of a run on this device, for its settings: float32, bfloat16 or float16."""
     return str(pick_dtype(opts, pick_device(device))).removeprefix("torch.")
-
-
-def command(from_here: bool = False) -> str:
-    """The command line of this process: as the documents have it, in the repository, or as it works `from_here`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if sys.argv[0].startswith("diffender "):
-        program = f"-m {sys.argv[0]}"
-    elif spec:
-        program = f"-m {spec.name.removesuffix('.__main__')}"
-    else:
-        program = sys.argv[0] if from_here else Path(sys.argv[0]).name
-    return f"python {program} {shlex.join(sys.argv[1:])}".rstrip()
-
-
-def machine(device: torch.device) -> str:
-    """What the results were computed on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
-
-
-def environment(device: torch.device) -> dict:
-    """What results were computed with: versions, the device, torch's threads, and the commit of a checkout."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "timm", "open_clip_torch", "numpy"):
-        with suppress(PackageNotFoundError):  # not every source of packages leaves a version to be read
-            versions[name] = version(name)
-    where = {"cuda": torch.version.cuda, "machine": machine(device), "threads": torch.get_num_threads()}
-    return {"commit": commit()} | versions | where
-
-
-def commit() -> str | None:
-    """The commit that this checkout is at, as git's own files say; None where there is no checkout."""
-    git = PACKAGE.parent / ".git"
-    try:
-        head = (git / "HEAD").read_text("utf-8").strip()
-        branch = head.removeprefix("ref: ")
-        if branch == head:
-            return head
-        if (git / branch).is_file():
-            return (git / branch).read_text("utf-8").strip()
-        packed = (git / "packed-refs").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
 
 
 def model_hashes(opts: ModelOptions) -> list[str]:

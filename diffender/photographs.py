@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffender.config import PAPER, DefenseOptions, ModelOptions, RunOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import check_options, flat, option, parse, part, run, settings
+from diffender.utils.provenance import command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -223,7 +224,6 @@ def main() -> None:
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
     from diffender.evaluation.records import append_records, open_run, read_records
-    from diffender.factory import command
     from diffender.report.page import photographs_page
     from diffender.utils.files import sha256, whole, write_text
     from diffender.utils.interruption import patient

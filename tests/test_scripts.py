@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from diffender import factory, photographs
+from diffender import photographs
 from diffender.evaluation import certify, plan
 from diffender.evaluation.records import open_run
 from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
+from diffender.utils import provenance
 from diffender.utils.images import STAGES, stage_files
 from tests.conftest import ROOT
 
@@ -97,16 +98,16 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_commit_is_known_without_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(factory, "PACKAGE", tmp_path / "diffender")
-    assert factory.commit() is None
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert provenance.commit() is None
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    assert factory.commit() is None, "nothing is committed yet"
+    assert provenance.commit() is None, "nothing is committed yet"
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
     for change in (["status"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
         subprocess.run(["git", *change], cwd=tmp_path, check=True, capture_output=True)
-        assert factory.commit() == asked
+        assert provenance.commit() == asked
 
 
 def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):

@@ -34,7 +34,7 @@ from diffender.evaluation.plan import (
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
-from diffender.factory import command, dtype_name, environment, hashes_of, machine, open_items
+from diffender.factory import dtype_name, hashes_of, open_items
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.energy import counters, watt_hours
@@ -43,6 +43,7 @@ from diffender.utils.files import read_header, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
 from diffender.utils.progress import TRACKERS, Progress, bar
+from diffender.utils.provenance import command, environment, machine
 from diffender.weights.prompts import SHIPPED
 
 NO_MATTER = (

@@ -19,16 +19,7 @@ from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import DIFFenderConfig
 from diffender.evaluation.metrics import map_auc, mask_scores, percent
-from diffender.factory import (
-    command,
-    config_of,
-    hashes_of,
-    machine,
-    open_classifier,
-    open_items,
-    open_model,
-    pick_device,
-)
+from diffender.factory import config_of, hashes_of, open_classifier, open_items, open_model, pick_device
 from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
@@ -38,6 +29,7 @@ from diffender.utils.images import save_figure, save_png, stretch
 from diffender.utils.markdown import table
 from diffender.utils.options import flat
 from diffender.utils.progress import bar
+from diffender.utils.provenance import command, machine
 from diffender.weights.prompts import SHIPPED, contexts_for
 
 

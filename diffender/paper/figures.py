@@ -22,7 +22,7 @@ from diffender.defenses import build
 from diffender.evaluation.plan import FIGURES, Options, attack_flags, backward_of, build_target, describe, fill, kinds
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
-from diffender.factory import command, machine, pick_device
+from diffender.factory import pick_device
 from diffender.localize import predict_pair
 from diffender.noise import Noise
 from diffender.paper.ablation import attack_all, map_columns, slices
@@ -34,6 +34,7 @@ from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_figure, stretch
 from diffender.utils.markdown import table
 from diffender.utils.options import change
+from diffender.utils.provenance import command, machine
 
 SHOWN = 6  # images of a figure
 RATIOS = (0.15, 0.5, 0.7, 0.9)  # of Fig. 3

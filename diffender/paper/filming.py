@@ -27,7 +27,6 @@ from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.run import Experiment
 from diffender.evaluation.verdicts import file_names
 from diffender.evaluation.workers import is_first, wait
-from diffender.factory import command, machine
 from diffender.noise import generator
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import QUOTED
@@ -36,6 +35,7 @@ from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_png
 from diffender.utils.markdown import table
 from diffender.utils.progress import bar
+from diffender.utils.provenance import command, machine
 
 JITTERS = {"smoke": 1, "laptop": 2, "paper": 8, "strong": 8}  # frames of each pose
 PATCHES = {"digital": "made for the file", "eot": "made over poses", "photographed": "as photographed"}

@@ -24,7 +24,7 @@ from diffender.evaluation.run import Experiment, finish, load_images, prepare, r
 from diffender.evaluation.verdicts import Certifying, Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
-from diffender.factory import command, machine, model_hashes, open_model, pick_device
+from diffender.factory import model_hashes, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
 from diffender.paper.knowledge import draw_knowledge
@@ -35,6 +35,7 @@ from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import write_text
 from diffender.utils.markdown import as_csv, as_latex, table
 from diffender.utils.options import change, with_hyphens
+from diffender.utils.provenance import command, machine
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",

@@ -19,6 +19,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import write_text
 from diffender.utils.markdown import table
 from diffender.utils.options import run
+from diffender.utils.provenance import command
 
 
 def filled(document: str, results: Path) -> str:
@@ -50,7 +51,6 @@ def compare(a: Path, b: Path) -> str:
     Raises InputError where they share no images, or images of one name are not the same.
     """
     from diffender.evaluation.metrics import mcnemar
-    from diffender.factory import command
 
     left, right = (read_records(folder) for folder in (a, b))
     ids = [i for i in left if i in right]

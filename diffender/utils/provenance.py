@@ -1,0 +1,69 @@
+"""How results came about: by what command, on what machine, with what versions, from what commit.
+
+Torch is imported inside the functions: what only names the command answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def command(from_here: bool = False) -> str:
+    """The command line of this process: as the documents have it, in the repository, or as it works `from_here`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if sys.argv[0].startswith("diffender "):
+        program = f"-m {sys.argv[0]}"
+    elif spec:
+        program = f"-m {spec.name.removesuffix('.__main__')}"
+    else:
+        program = sys.argv[0] if from_here else Path(sys.argv[0]).name
+    return f"python {program} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def machine(device: torch.device) -> str:
+    """What the results were computed on, in words."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} {platform.machine()} CPU cores" if device.type == "cpu" else str(device)
+
+
+def environment(device: torch.device) -> dict:
+    """What results were computed with: versions, the device, torch's threads, and the commit of a checkout."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "timm", "open_clip_torch", "numpy"):
+        with suppress(PackageNotFoundError):  # not every source of packages leaves a version to be read
+            versions[name] = version(name)
+    where = {"cuda": torch.version.cuda, "machine": machine(device), "threads": torch.get_num_threads()}
+    return {"commit": commit()} | versions | where
+
+
+def commit() -> str | None:
+    """The commit that this checkout is at, as git's own files say; None where there is no checkout."""
+    git = CHECKOUT / ".git"
+    try:
+        head = (git / "HEAD").read_text("utf-8").strip()
+        branch = head.removeprefix("ref: ")
+        if branch == head:
+            return head
+        if (git / branch).is_file():
+            return (git / branch).read_text("utf-8").strip()
+        packed = (git / "packed-refs").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
