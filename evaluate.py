@@ -20,6 +20,7 @@ once or one after the other.
 import json
 
 from diffender.evaluation.plan import Options, fill, names, refuse_conflicts, refuse_unread, sources
+from diffender.evaluation.records import read_records
 from diffender.utils.options import parse, run
 
 
@@ -32,7 +33,6 @@ def main() -> None:
     # Imported after the options are known to be good: torch and timm take seconds.
     refuse_unread(given)
     from diffender.evaluation.memory import GIB, most_held_bytes
-    from diffender.evaluation.records import read_records
     from diffender.evaluation.run import finish, load_images, prepare, work
     from diffender.evaluation.workers import is_first, join, wait
     from diffender.report.folder import write_report

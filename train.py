@@ -12,6 +12,7 @@ held-out photographs best. Ctrl-C stops after the round in hand; the same comman
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +30,10 @@ from diffender.config import (
     TuningConfig,
 )
 from diffender.utils.errors import InputError
+from diffender.utils.files import one_line, place_for, save_state
+from diffender.utils.interruption import patient
 from diffender.utils.options import change, flat, given, option, parse, part, run, settings
+from diffender.utils.progress import TRACKERS, bar
 from diffender.utils.provenance import command
 
 if TYPE_CHECKING:
@@ -97,7 +101,6 @@ def main() -> None:
     from diffender.pipeline import Defended, DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
     from diffender.tuning import Shots, Tuning, Work
-    from diffender.utils.files import place_for
     from diffender.weights.prompts import save_prompts
 
     started = time.monotonic()
@@ -149,7 +152,6 @@ def main() -> None:
 def attack_alone(opts: Options, task: Task, speaks: bool) -> Attacked:
     """The images of the task attacked on the undefended classifier."""
     from diffender.attacks import AdvP
-    from diffender.utils.progress import bar
 
     attack = AdvP(area=opts.area, iters=opts.iters, eot=1)
     with bar(attack.iters, "attacking the photographs", not speaks) as progress:
@@ -197,9 +199,6 @@ def tune_and_save(
     """Tune on photographs with these hashes. After each round the first process leaves a file beside --out with all
     that the next one needs, so that the same command goes on."""
     from diffender.tuning import tune
-    from diffender.utils.files import save_state
-    from diffender.utils.interruption import patient
-    from diffender.utils.progress import TRACKERS, bar
 
     if unfinished(opts).is_file():
         tuning.load_state_dict(read_unfinished(opts, hashes))
@@ -241,11 +240,7 @@ def resolved(opts: Options) -> dict:
 
 def read_unfinished(opts: Options, hashes: Sequence[str] | None = None) -> dict:
     """Raises InputError for a file that is damaged, or a tuning with other settings or on other photographs."""
-    import pickle
-
     import torch
-
-    from diffender.utils.files import one_line
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
     try:

@@ -21,8 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffender.config import PAPER, DefenseOptions, ModelOptions, RunOptions
-from diffender.utils.errors import InputError, nearest
+from diffender.evaluation.records import append_records, open_run, read_records
+from diffender.utils.errors import InputError, named_images, nearest
+from diffender.utils.files import sha256, whole, write_text
+from diffender.utils.interruption import patient
 from diffender.utils.options import check_options, flat, option, parse, part, run, settings
+from diffender.utils.progress import bar
 from diffender.utils.provenance import command
 
 if TYPE_CHECKING:
@@ -78,7 +82,6 @@ class Defender:
         from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
         from diffender.classifiers.dataset import as_rgb
-        from diffender.utils.errors import named_images
         from diffender.utils.images import stretch
 
         started = time.monotonic()
@@ -223,11 +226,7 @@ def main() -> None:
     images = find_images(opts.paths, Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
-    from diffender.evaluation.records import append_records, open_run, read_records
     from diffender.report.page import photographs_page
-    from diffender.utils.files import sha256, whole, write_text
-    from diffender.utils.interruption import patient
-    from diffender.utils.progress import bar
 
     defender, failed = Defender(opts), []
     own = Path(opts.out) / "per_image.jsonl"

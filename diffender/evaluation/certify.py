@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffender.config import RunOptions, TargetOptions
+from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError
+from diffender.utils.files import sha256, write_json, write_text
+from diffender.utils.markdown import table
 from diffender.utils.options import allowed, option, parse, part, run, within
+from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
 
 SETTINGS = {"area": (0.0005, 0.5, float), "masks": (1, None, int)}  # lowest, highest, type
@@ -60,11 +64,7 @@ def main() -> None:
     from diffender.classifiers.imagenet import load_classifier
     from diffender.defenses.patchcleanser import PatchCleanser
     from diffender.evaluation.metrics import bounded, proportion
-    from diffender.evaluation.records import append_records, open_run, read_records
     from diffender.factory import pick_device
-    from diffender.utils.files import sha256, write_json, write_text
-    from diffender.utils.markdown import table
-    from diffender.utils.progress import bar
 
     target, device = opts.target, pick_device(opts.run.device)
     classifier = load_classifier(target.classifier, target.classifier_weights, target.classes).to(device)
