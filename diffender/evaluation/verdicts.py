@@ -248,42 +248,31 @@ def summarize(records: Sequence[dict]) -> dict:
     The strongest takes the minimum over variants image by image, not the lowest row. For each verdict, an image counts
     as right only if it is right under every patch made for it. Of averages, the lowest counts.
     """
-    label = {r["id"]: r["label"] for r in records}
-    rows = [
-        row(
-            "none",
-            "",
-            [r["undefended"] == r["label"] for r in records],
-            [verdict(r["defended"], r["label"]) for r in records],
-        )
-    ]
-    masks = {}
+    clean = [verdict(r["defended"], r["label"]) for r in records]
+    rows = [row("none", "", [r["undefended"] == r["label"] for r in records], clean)]
     judged = by_variant(records)
-    variants = list(judged)
-    for variant in variants:
-        name, kind = variant.split("/")
-        found = {r["id"]: r["attacks"][variant] for r in records}
-        rows.append(row(name, kind, [f["undefended"] == label[i] for i, f in found.items()], judged[variant].values()))
-        base = judged[f"{name}/transfer"]
-        if kind != "transfer":
-            rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in judged[variant].items()])
+    names = list(dict.fromkeys(variant.split("/")[0] for variant in judged))
+    groups = {tuple(variant.split("/")): [variant] for variant in judged}  # of each row but the first
+    if len(names) > 1:
+        groups |= {(f"strongest {n} on each image", ""): [f"{n}/{kind}" for kind in by_kind(judged, n)] for n in names}
+    if judged:
+        groups["strongest on each image", ""] = list(judged)
+    for (name, kind), variants in groups.items():
+        made = [[r["attacks"][variant] for variant in variants] for r in records]
+        alone = [all(a["undefended"] == r["label"] for a in mine) for r, mine in zip(records, made, strict=True)]
+        rows.append(row(name, kind, alone, strongest_of([judged[v] for v in variants], [r["id"] for r in records])))
+        if kind not in ("", "transfer"):
+            base, found = judged[f"{name}/transfer"], judged[f"{name}/{kind}"]
+            rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in found.items()])
             rows[-1]["transfer"] = mean(v.average for v in base.values())
-        columns = next(iter(found.values()))["masks"]
-        if all("certified" in f for f in found.values()):
-            rows[-1]["certified"] = proportion([float(f["certified"]) for f in found.values()])
-        masks[variant] = {c: mean(f["masks"][c] for f in found.values()) for c in columns}
-        masks[variant] |= {c: mean(f[c] for f in found.values()) for c in ("area", "queries", "seconds")}
-    names = list(dict.fromkeys(v.split("/")[0] for v in variants))
-    groups = {f"strongest {name}": [f"{name}/{k}" for k in by_kind(judged, name)] for name in names[len(names) == 1 :]}
-    if variants:
-        groups["strongest"] = variants
-    for title, mine in groups.items():
-        worst = strongest_of([judged[v] for v in mine], list(label))
-        seen = [{r["attacks"][v]["undefended"] for v in mine} for r in records]
-        alone = [classes == {r["label"]} for classes, r in zip(seen, records, strict=True)]
-        rows.append(row(f"{title} on each image", "", alone, worst))
-        if all("certified" in a for r in records for a in r["attacks"].values()):
-            proven = [all(r["attacks"][v]["certified"] for v in mine) for r in records]
-            rows[-1]["certified"] = proportion(list(map(float, proven)))
+        if all("certified" in a for mine in made for a in mine):
+            rows[-1]["certified"] = proportion([float(all(a["certified"] for a in mine)) for mine in made])
     masked = [r["masked"] for r in records if r["masked"] is not None]
-    return {"rows": rows, "masks": masks, "masked_clean": mean(masked) if masked else None}
+    means = {variant: mask_means([r["attacks"][variant] for r in records]) for variant in judged}
+    return {"rows": rows, "masks": means, "masked_clean": mean(masked) if masked else None}
+
+
+def mask_means(attacks: Sequence[dict]) -> dict[str, float]:
+    """Of one variant over the images: scores of the masks, patched share, queries and seconds."""
+    scores = {name: mean(a["masks"][name] for a in attacks) for name in attacks[0]["masks"]}
+    return scores | {name: mean(a[name] for a in attacks) for name in ("area", "queries", "seconds")}
