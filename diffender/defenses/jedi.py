@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffender.defenses.fill import harmonic
 from diffender.defenses.smoothing import mirrored
 from diffender.ops import dilate
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header
+from diffender.utils.files import load_tensors, read_header
 from diffender.weights.loading import WEIGHTS
 
 WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for images up to 800 pixels; MATLAB's ranges include both ends
@@ -119,7 +118,7 @@ def without_small(mask: Tensor, min_area: float) -> Tensor:
 
 def load_autoencoder() -> Autoencoder:
     net = Autoencoder()
-    net.load_state_dict({k: v.float() for k, v in load_file(COMPLETION).items()})
+    net.load_state_dict({k: v.float() for k, v in load_tensors(COMPLETION).items()})
     return net.requires_grad_(False)
 
 

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_atomic
+from diffender.utils.files import load_tensors, read_header, save_atomic
 from diffender.utils.progress import bar
 
 
@@ -55,7 +54,7 @@ def load_photos(source: Path, short_side: int) -> Photos:
     images = []
     if source.is_file():
         captions = read_header(source)["captions"]
-        packed = load_file(source)
+        packed = load_tensors(source)
         parts = packed["photographs"].split(packed["lengths"].tolist())
         files = [io.BytesIO(part.numpy().tobytes()) for part in parts]
     else:

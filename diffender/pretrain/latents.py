@@ -5,14 +5,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from diffender.pretrain.corpus import Samples, batches, load_photos
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
-from diffender.utils.files import digest, read_header, save_atomic
+from diffender.utils.files import digest, load_tensors, read_header, save_atomic
 from diffender.utils.progress import bar
 
 STORED = 65_536  # samples that a store holds at most, in 25 KB each
@@ -43,7 +42,7 @@ def stored_batches(args: Namespace, model: LatentDiffusion, indices: range) -> I
     if path.is_file():
         if others := [k for k, v in told.items() if read_header(path).get(k) != v]:
             raise InputError(f"{path} holds samples of another kind ({', '.join(others)}); delete it to make new ones")
-        samples = load_file(path)
+        samples = load_tensors(path)
     else:
         with bar(args.samples // 16, "encoding") as progress:
             parts = []

@@ -9,7 +9,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -30,7 +29,7 @@ from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_atomic
+from diffender.utils.files import load_tensors, read_header, save_atomic
 from diffender.utils.images import save_png
 from diffender.weights.loading import load_model, save_model
 
@@ -96,7 +95,7 @@ def architecture(args: Namespace) -> ModelConfig:
 
 def early_layers(data: Path) -> Classifier:
     """EfficientNet-Lite0, of a packed file its first layers alone: the rest then has random weights."""
-    stored = load_file(data) if data.is_file() else {}
+    stored = load_tensors(data) if data.is_file() else {}
     state = {k.removeprefix(LAYERS): v.float() for k, v in stored.items() if k.startswith(LAYERS)}
     if not state:
         return load_classifier("efficientnet_lite0")
@@ -117,7 +116,7 @@ def first_stage(args: Namespace) -> tuple[dict[str, Tensor], dict]:
     """Weights of the trained VAE, from --out or else from --init, and how they came about."""
     path = args.out / "vae.safetensors"
     if path.is_file():
-        return load_file(path), read_header(path)
+        return load_tensors(path), read_header(path)
     if args.init:
         return load_model("tiny", args.init).vae.state_dict(), read_header(args.init)["training"]["vae"]
     raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")

@@ -107,8 +107,20 @@ def hashed(path: Path, _size: int, _time: int) -> str:
     return digest.hexdigest()
 
 
+def save_checked(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
+    """`save_atomic` with a checksum in the header, for `check_digest`."""
+    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
+
+
+def check_digest(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
+    """Raises InputError where a file's header states a checksum that its content has not."""
+    rest = {k: v for k, v in header.items() if k != "digest"}
+    if "digest" in header and header["digest"] != digest(tensors, rest):
+        raise InputError(f"{path} is damaged: its checksum is not the one it states; fetch or copy it again")
+
+
 def digest(tensors: dict[str, Tensor], header: dict) -> str:
-    """A checksum of a file's tensors and header, for `save_atomic` to store and a reader to compare."""
+    """A checksum of a file's tensors and header."""
     import torch
 
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())

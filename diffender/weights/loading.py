@@ -17,10 +17,10 @@ from diffender.stable_diffusion.text import TextConfig
 from diffender.stable_diffusion.unet import UNet, UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.files import digest, one_line, open_safetensors, read_header, save_atomic
+from diffender.utils.files import check_digest, load_tensors, one_line, read_header, save_checked
 from diffender.utils.memory import keep_freed_memory
 from diffender.weights.layouts import PREFIXES, Signature, signature
-from diffender.weights.reading import Checkpoint, check_match, list_tensors, match, read, scan, stranger
+from diffender.weights.reading import Checkpoint, check_match, match, read, scan, stranger
 
 PACKAGE = Path(__file__).parents[1]
 WEIGHTS = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
@@ -33,8 +33,7 @@ def save_model(model: LatentDiffusion, path: Path, header: dict) -> None:
     tensors = {
         prefix + k: v.half() for part, prefix in PREFIXES.items() for k, v in getattr(model, part).state_dict().items()
     }
-    header = json.loads(json.dumps({"config": asdict(model.cfg)} | header))
-    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
+    save_checked(tensors, path, {"config": asdict(model.cfg)} | header)
 
 
 def load_model(
@@ -74,7 +73,7 @@ def load_model(
     given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
     if "digest" in main.header:
-        check_digest(main)
+        check_digest(main.path, load_tensors(main.path), main.header)
     cfg = config_for(name, main, prediction)
     sources = {"unet": main, "vae": scan(given["vae"]) if "vae" in given else main, "text": main}
     with torch.device("meta"):
@@ -230,17 +229,6 @@ def config_from_json(config: dict, path: Path) -> ModelConfig:
     except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as e:
         raise InputError(f"{path} has a damaged configuration ({one_line(e)}); fetch or copy it again") from e
     return cfg
-
-
-def check_digest(checkpoint: Checkpoint) -> None:
-    """Raises InputError unless a file of ours is as it was written, to the bit."""
-    header = dict(checkpoint.header)
-    stated = header.pop("digest")
-    stored = list_tensors(checkpoint.path)
-    with open_safetensors(checkpoint.path) as f:
-        actual = digest({k: f.get_tensor(k) for k in stored}, header)
-    if actual != stated:
-        raise InputError(f"{checkpoint.path} is damaged: its checksum is not the one it states; fetch or copy it again")
 
 
 def describe(checkpoint: Checkpoint) -> str:

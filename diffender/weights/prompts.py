@@ -5,15 +5,14 @@ from pathlib import Path
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
-from diffender.utils.files import digest, load_tensors, read_header, save_atomic
+from diffender.utils.files import check_digest, load_tensors, read_header, save_checked
 from diffender.weights.loading import WEIGHTS
 
 SHIPPED = WEIGHTS / "prompts.safetensors"
 
 
 def save_prompts(prompts: PromptPair, path: Path, header: dict) -> None:
-    tensors = prompts.state_dict()
-    save_atomic(tensors, path, header | {"digest": digest(tensors, header)})
+    save_checked(prompts.state_dict(), path, header)
 
 
 def load_prompts(path: Path, dim: int) -> PromptPair:
@@ -28,8 +27,7 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
             f"{path} holds prompts of shapes {shapes[0]} and {shapes[1]}; this model's are {dim} wide: use --prompt "
             "manual, or tune new ones (train.py)"
         )
-    if "digest" in header and header.pop("digest") != digest(state, header):
-        raise InputError(f"{path} is damaged: its checksum is not the one it states; fetch it again, or tune anew")
+    check_digest(path, state, header)
     prompts = PromptPair(n_ctx, dim)
     prompts.load_state_dict(state)
     return prompts
