@@ -70,13 +70,19 @@ class Purifier(nn.Module):
 
 
 class Entry(NamedTuple):
-    options: Callable  # what takes the defence's settings, as keywords with defaults
-    build: Callable[..., Defended]  # (target, **settings)
+    build: Callable[..., Defended]  # (target, **settings), which are keywords with defaults
+    passed_to: Callable | None = None  # what has these keywords, where `build` passes them on
+
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """The defence's settings and their defaults."""
+        parameters = inspect.signature(self.passed_to or self.build).parameters.values()
+        return {p.name: p.default for p in parameters if isinstance(p.default, int | float | str)}
 
 
 def pure(purify: Callable) -> Entry:
     """The entry of a defence that needs only its settings."""
-    return Entry(purify, lambda target, **settings: Defended(Purifier(purify(**settings)), target.classifier))
+    return Entry(lambda target, **settings: Defended(Purifier(purify(**settings)), target.classifier), purify)
 
 
 def build_dw(target: Defended, **settings: Any) -> Defended:
@@ -122,17 +128,17 @@ def build_round_trip(target: Defended) -> Defended:
 
 
 DEFENSES = {
-    "diffender": Entry(lambda: None, lambda target: target),
-    "hardened": Entry(build_hardened, build_hardened),
-    "none": Entry(lambda: None, lambda target: Defended(Purifier(nn.Identity()), target.classifier)),
-    "resize": Entry(lambda: None, build_round_trip),
-    "vae": Entry(lambda: None, lambda target: build_diffpure(target, t_star=0.0, steps=0)),
+    "diffender": Entry(lambda target: target),
+    "hardened": Entry(build_hardened),
+    "none": Entry(lambda target: Defended(Purifier(nn.Identity()), target.classifier)),
+    "resize": Entry(build_round_trip),
+    "vae": Entry(lambda target: build_diffpure(target, t_star=0.0, steps=0)),
     "jpeg": pure(JPEG),
     "smoothing": pure(Smoothing),
-    "dw": Entry(DW, build_dw),
+    "dw": Entry(build_dw, DW),
     "lgs": pure(LGS),
-    "fnc": Entry(build_fnc, build_fnc),
-    "diffpure": Entry(DiffPure, build_diffpure),
+    "fnc": Entry(build_fnc),
+    "diffpure": Entry(build_diffpure, DiffPure),
     "jedi": pure(jedi),
 }
 
@@ -142,9 +148,7 @@ def parse_defense(text: str) -> tuple[str, dict[str, int | float | str]]:
     name, _, rest = text.partition(":")
     if name not in DEFENSES:
         raise InputError(f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}{nearest(name, DEFENSES)}")
-    parameters = inspect.signature(DEFENSES[name].options).parameters.values()
-    defaults = {p.name: p.default for p in parameters if isinstance(p.default, int | float | str)}
-    settings = {}
+    defaults, settings = DEFENSES[name].settings, {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         try:
