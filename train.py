@@ -116,22 +116,21 @@ def main() -> None:
     opts = change(opts, device=own_device(opts.run.device))
     device = pick_device(opts.run.device)
     classifier = load_classifier(opts.target.classifier, opts.target.classifier_weights).to(device)
-    batch = photographs(opts, classifier)
+    batch = photographs(opts, classifier).to(device)
     model, cfg = open_model(opts.model, device), config_of(opts)
-    x, y = batch.x.to(device), batch.y.to(device)
 
-    task = Task(Undefended(classifier), x, y, batch.ids, opts.tuning.seed)
+    task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.tuning.seed)
     attacked = attack_alone(opts, task, rank == 0 and not opts.run.quiet)
 
     prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.tuning.seed, "ctx")).to(device)
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
     if opts.model.keep is None:
-        one = footprint(model.cfg, pick_dtype(opts.model, device), classifier.net, x.shape[-1])
+        one = footprint(model.cfg, pick_dtype(opts.model, device), classifier.net, batch.x.shape[-1])
         model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, cfg.evaluations, device)
     defense = DIFFender(model, prompts(model), cfg)
-    posterior, features = defense.posterior(attacked.image), classifier.features(x)
-    every = Shots(batch.ids, x, attacked.image, attacked.mask, posterior, features)
+    posterior, features = defense.posterior(attacked.image), classifier.features(batch.x)
+    every = Shots(batch.ids, batch.x, attacked.image, attacked.mask, posterior, features)
     tuning = Tuning(prompts, opts.tuning, math.ceil(opts.shots / opts.tuning.batch_size))
     target = Defended(defense, classifier)
     attack_anew = partial(attack_through, opts, task._replace(victim=target.under(HIDING)), attacked.state)
@@ -169,9 +168,9 @@ def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
     from diffender.attacks import AdvP
 
     attack, images = AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), []
-    for i, image_id in enumerate(task.image_ids):  # one at a time, so that memory stays small
-        one = task._replace(x=task.x[i : i + 1], y=task.y[i : i + 1], image_ids=[image_id])
-        images.append(attack(one, init=starts[i : i + 1]).image)
+    for i in range(len(task.image_ids)):  # one at a time, so that memory stays small
+        one = slice(i, i + 1)
+        images.append(attack(task.part(one), init=starts[one]).image)
     return torch.cat(images)
 
 

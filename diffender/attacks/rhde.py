@@ -74,9 +74,8 @@ class RHDE(Attack):
         """One image after the other. `init` (B, N, 5) replaces the first population."""
         results = []
         for b, image_id in enumerate(task.image_ids):
-            x, y = task.x[b : b + 1], task.y[b : b + 1]
-            one = task._replace(x=x, y=y, image_ids=[image_id])
-            one, heard = one._replace(loss=self.loss(one)), within(callback, b, len(task.y))
+            one, heard = task.part(slice(b, b + 1)), within(callback, b, len(task.y))
+            one = one._replace(loss=self.loss(one))
             with named_images([image_id]):
                 results.append(Search(self, one).run(None if init is None else init[b], heard))
         yield Attacked(*map(torch.cat, zip(*results, strict=True)))

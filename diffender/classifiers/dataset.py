@@ -37,6 +37,10 @@ class Batch(NamedTuple):
     y: Tensor  # (B,)
     hashes: list[str]  # of the files, so that two uses of an image can be told
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return self._replace(x=self.x.to(device), y=self.y.to(device))
+
 
 def list_items(data: str, classes: int | None = None) -> list[Item]:
     """The images of `data`.

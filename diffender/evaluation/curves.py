@@ -40,7 +40,8 @@ def draw_curves(
     done = read_records(folder, path.name)
     for i, record in enumerate(records):
         if record["id"] not in done:
-            one = task._replace(x=to_8bit(task.x[i : i + 1]), y=task.y[i : i + 1], image_ids=[record["id"]])
+            one = task.part(slice(i, i + 1))
+            one = one._replace(x=to_8bit(one.x))
             found = {"id": record["id"], "theta": over_theta(one, record, folder)}
             if which == "all" and plans:
                 found["area"] = over_area(one, plans[0])

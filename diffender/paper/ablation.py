@@ -98,8 +98,7 @@ def ablate(opts: Options) -> None:
     model, base = open_model(asked.model, device), config_of(asked.model, asked.method)
     prompts = Path(asked.prompts or SHIPPED)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
-    batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on)
-    batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
+    batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on).to(device)
     attack = ATTACKS[opts.attack].from_flags(vars(opts) | {"eot": 1})
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
     attacked = attack_all(attack, task, opts.batch_size, opts.run.quiet)
@@ -136,7 +135,7 @@ def ablate(opts: Options) -> None:
 def attack_all(attack: Attack, task: Task, size: int, quiet: bool) -> Attacked:
     """A task's images attacked, `size` at a time."""
     parts = bar(slices(size, task.image_ids), "attacking", quiet)
-    done = [attack(task._replace(x=task.x[s], y=task.y[s], image_ids=task.image_ids[s])) for s in parts]
+    done = [attack(task.part(rows)) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 

@@ -75,8 +75,7 @@ def scene(opts: Options, most: int | None = SHOWN) -> Scene:
     opts = fill(opts)
     target = build_target(opts)
     batch = load_images(opts if most is None else change(opts, images=min(most, opts.images)), target)
-    device = target.classifier.mean.device
-    batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
+    batch = batch.to(target.classifier.mean.device)
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     task = Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)
     return Scene(opts, target, batch, attack_all(attack, task, opts.batch_size, opts.run.quiet))

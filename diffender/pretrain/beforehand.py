@@ -97,9 +97,8 @@ def make(kind: str, opts: "Beforehand") -> None:
     """`kind`, universal or gdpa, to the file opts.out."""
     path = place_for(Path(opts.out))
     target = open_target(opts.attacked, pick_device(opts.run.device))
-    device = target.classifier.mean.device
     data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
-    data = data._replace(x=data.x.to(device), y=data.y.to(device))
+    data = data.to(target.classifier.mean.device)
     classes = target.classifier(data.x[:1]).shape[1]
     if kind == "universal" and opts.target >= classes:
         raise InputError(f"--target is {opts.target}; {opts.attacked.classifier} knows 0 to {classes - 1}")
