@@ -220,7 +220,8 @@ def test_the_home_folder(models, tmp_path, monkeypatch):
 def test_pickled_folders_are_named_and_converted(models, tmp_path):
     root = folder(models["sd15-inpainting"], tmp_path / "m")
     for path in sorted(root.glob("*/*.safetensors")):  # text_encoder, unet, vae
-        torch.save(load_file(path), path.with_name(f"{path.stem.replace('model', 'pytorch_model')}.bin"))
+        published = path.stem if path.parent.name != "text_encoder" else "pytorch_model"
+        torch.save(load_file(path), path.with_name(f"{published}.bin"))
         if path.parent.name != "text_encoder":
             path.unlink()
     assert f"{root} has its unet as a pickle alone (.bin); python -m diffender weights convert {root}" in refused(root)
@@ -228,7 +229,11 @@ def test_pickled_folders_are_named_and_converted(models, tmp_path):
     assert f"its .bin files are pickles; python -m diffender weights convert {root}" in refused(root)
     variant = root / "text_encoder" / "pytorch_model.fp16.bin"
     variant.with_name("pytorch_model.bin").rename(variant)
-    assert len(convert_folder(root)) == 3
+    assert [f"{path.parent.name}/{path.name}" for path in convert_folder(root)] == [
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
     assert convert_folder(root) == []
     assert_same(load_model("auto", root), models["sd15-inpainting"])
 

@@ -91,8 +91,8 @@ def convert_folder(folder: Path) -> list[Path]:
         raise InputError(
             f"no .bin files in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
         )
-    # The text encoder's file has another name in each format; the other parts keep theirs.
-    named = {file: file.with_name(f"{file.stem.replace('pytorch_model', 'model')}.safetensors") for file in files}
+    # The text encoder's pytorch_model.bin is model.safetensors; diffusion_pytorch_model has one name in both formats.
+    named = {file: file.with_name(f"{file.stem.removeprefix('pytorch_')}.safetensors") for file in files}
     return [convert(file, out) for file, out in named.items() if not out.exists()]
 
 
