@@ -96,6 +96,7 @@ def bad(tmp_path_factory):
     (folder / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:-100])
     (folder / "text.safetensors").write_text("weights")
     torch.save({"a": ones}, folder / "pickle.ckpt")
+    torch.save({"state": {}}, folder / "optimizer.bin")
     (folder / "pairs.txt").write_text("10 300\nA 1 2\n")
     (folder / "pairs.csv").write_text("a,b\nx,y\n")
     (folder / "file").write_text("in the way")
@@ -324,6 +325,7 @@ FILES = [
     ("weights inspect gone.safetensors", "no file gone.safetensors"),
     ("weights convert gone.ckpt", "no file gone.ckpt"),
     ("weights convert {bad}/text.jpg --out a.safetensors", "cannot be read safely as a checkpoint"),
+    ("weights convert {bad}", "no *pytorch_model*.bin file in"),
     ("pretrain vae --data {bad}/nothing", "training wants a folder with captions.csv"),
     ("pretrain unet --data {bad}/nothing --out o", "run the vae stage first"),
     ("pretrain all --data {bad}/nothing", "all needs --minutes"),

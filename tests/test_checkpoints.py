@@ -229,6 +229,7 @@ def test_pickled_folders_are_named_and_converted(models, tmp_path):
     assert f"its .bin files are pickles; python -m diffender weights convert {root}" in refused(root)
     variant = root / "text_encoder" / "pytorch_model.fp16.bin"
     variant.with_name("pytorch_model.bin").rename(variant)
+    torch.save({"state": {}}, root / "unet" / "optimizer.bin")  # left by a training, and no part of the model
     assert [f"{path.parent.name}/{path.name}" for path in convert_folder(root)] == [
         "text_encoder/model.fp16.safetensors",
         "unet/diffusion_pytorch_model.safetensors",

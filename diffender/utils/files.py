@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLES = {".ckpt", ".bin", ".pt", ".pth"}
+PICKLED_PART = "*pytorch_model*.bin"  # of a Hugging Face folder; what is beside it, as optimizer.bin, is no model's
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 python -m diffender weights fetch sd2-inpainting     download an official file and check its hash
 python -m diffender weights fetch inception_v3       the same for a classifier of the paper
 python -m diffender weights convert FILE.ckpt        a pickled official file to safetensors, running nothing in it
-python -m diffender weights convert FOLDER           the same for every .bin file of a Hugging Face folder
+python -m diffender weights convert FOLDER           the same for the .bin files of a Hugging Face folder's model
 python -m diffender weights inspect PATH             what a file or folder holds
 """
 
@@ -23,7 +23,7 @@ def main() -> None:
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")
     fetch.add_argument("name", choices=NAMES)
     convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
-    convert.add_argument("file", type=Path, help="a .ckpt or .bin file, or a folder of .bin files")
+    convert.add_argument("file", type=Path, help="a .ckpt or .bin file, or a Hugging Face folder")
     convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")
     inspect = commands.add_parser("inspect", help="what a file or folder holds")
     inspect.add_argument("path", type=Path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import PICKLES, one_line, save_atomic, sha256
+from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256
 
 
 class Published(NamedTuple):
@@ -85,11 +85,11 @@ class Inert:
 
 
 def convert_folder(folder: Path) -> list[Path]:
-    """Every .bin file of a Hugging Face folder, as `convert` does it, that has no .safetensors file beside it yet."""
-    files = sorted([*folder.glob("*.bin"), *folder.glob("*/*.bin")])
+    """The model's .bin files of a Hugging Face folder, as `convert` does it, that have no .safetensors files yet."""
+    files = sorted([*folder.glob(PICKLED_PART), *folder.glob(f"*/{PICKLED_PART}")])
     if not files:
         raise InputError(
-            f"no .bin files in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
+            f"no {PICKLED_PART} file in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
         )
     # The text encoder's pytorch_model.bin is model.safetensors; diffusion_pytorch_model has one name in both formats.
     named = {file: file.with_name(f"{file.stem.removeprefix('pytorch_')}.safetensors") for file in files}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffender.stable_diffusion.unet import UNet
 from diffender.stable_diffusion.vae import AutoencoderKL
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line, open_safetensors, read_header
+from diffender.utils.files import PICKLED_PART, one_line, open_safetensors, read_header
 from diffender.weights.layouts import (
     EMA,
     IGNORED,
@@ -147,12 +147,12 @@ def folder_files(folder: Path) -> dict[str, list[Path]]:
             elif indices:
                 found.setdefault(part, shards(indices[0]))
     missing = {part: folder / Path(stem).parent for part, stem in FOLDERS.items() if part not in found}
-    if pickled := [part for part, place in missing.items() if found and any(place.glob("*.bin"))]:
+    if pickled := [part for part, place in missing.items() if found and any(place.glob(PICKLED_PART))]:
         convert = f"python -m diffender weights convert {folder}"
         raise InputError(f"{folder} has its {pickled[0]} as a pickle alone (.bin); {convert} converts it safely")
     if not found:
         wanted = ", ".join(f"{stem}.safetensors" for stem in FOLDERS.values())
-        if any(folder.glob("*.bin")) or any(folder.glob("*/*.bin")):
+        if any(folder.glob(PICKLED_PART)) or any(folder.glob(f"*/{PICKLED_PART}")):
             advice = f"its .bin files are pickles; python -m diffender weights convert {folder} converts them safely"
         else:
             advice = f"a model's folder has {wanted}, or variants of these as .fp16.safetensors"
