@@ -325,6 +325,7 @@ FILES = [
     ("weights inspect gone.safetensors", "no file gone.safetensors"),
     ("weights convert gone.ckpt", "no file gone.ckpt"),
     ("weights convert {bad}/text.jpg --out a.safetensors", "cannot be read safely as a checkpoint"),
+    ("weights convert {bad} --out a.safetensors", "--out a.safetensors is for one file; those of a folder stay in it"),
     ("weights convert {bad}", "no *pytorch_model*.bin file in"),
     ("pretrain vae --data {bad}/nothing", "training wants a folder with captions.csv"),
     ("pretrain unet --data {bad}/nothing --out o", "run the vae stage first"),

@@ -10,6 +10,7 @@ python -m diffender weights inspect PATH             what a file or folder holds
 import argparse
 from pathlib import Path
 
+from diffender.utils.errors import InputError
 from diffender.utils.options import Parser, run
 
 NAMES = ("sd15-inpainting", "sd2-inpainting", "inception_v3", "swin_s", "resnet50", "vit_b_16")
@@ -37,6 +38,8 @@ def main() -> None:
         print(official.fetch(args.name))
     elif args.command == "convert":
         file = args.file.expanduser()
+        if file.is_dir() and args.out:
+            raise InputError(f"--out {args.out} is for one file; those of a folder stay in it: leave it out")
         if file.is_dir():
             print("\n".join(map(str, official.convert_folder(file))))
         else:
