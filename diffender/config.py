@@ -136,7 +136,7 @@ class ModelOptions:
     vae: str | None = option(None, "Another VAE, from a file of its own or from a whole checkpoint.")
     locate_unet: str | None = option(None, "A separate 4-channel UNet for localisation, as in the authors' demo.")
     prediction: str = option(
-        "auto", "What the UNet predicts if its file does not say (auto: epsilon).", choices=("auto", "epsilon", "v")
+        "auto", "What a UNet predicts if its file does not say (auto: epsilon).", choices=("auto", "epsilon", "v")
     )
     dtype: str = option(
         "auto",

@@ -396,6 +396,17 @@ def test_a_folder_says_what_its_unet_predicts(models, tmp_path):
         load_model("auto", root)
 
 
+def test_a_locator_predicts_what_its_folder_says(models, tmp_path):
+    """However the locator is given, and whatever the inpainting UNet predicts."""
+    main = write(single_file(models["sd2-inpainting"], openclip=True), tmp_path / "main.safetensors")
+    root = folder(text_to_image(models["sd2-inpainting"]), tmp_path / "m")
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "v_prediction"}))
+    for path in (root, root / "unet", root / "unet" / "diffusion_pytorch_model.safetensors"):
+        loaded = load_model("auto", main, parts={"locator": path})
+        assert (loaded.locator.cfg.prediction, loaded.unet.cfg.prediction) == ("v", "epsilon"), path
+
+
 def test_open_clip_text_tower_computes_the_same():
     """Our transformer with open_clip's weights gives open_clip's hidden states (one block fewer, as SD2 reads them)."""
     from open_clip.transformer import TextTransformer as Theirs

@@ -196,9 +196,13 @@ def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
 
 
 def stated_prediction(path: Path) -> str | None:
-    """What a Hugging Face folder's scheduler says that its UNet predicts; None where nothing is said."""
-    file = path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    """What a Hugging Face folder's scheduler says that its UNet predicts; None where nothing is said.
+
+    The path is that folder, its `unet`, or a file in either.
+    """
+    places = (folder / "scheduler" / "scheduler_config.json" for folder in (path, *path.absolute().parents[:2]))
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         return None
     try:
         stated = json.loads(file.read_text(encoding="utf-8")).get("prediction_type")
