@@ -105,6 +105,8 @@ def benchmark(
     with left_as_it_was(model):
         victim = as_victim(model, images)
         classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
+        if classes < 2:
+            raise InputError(f"the model has logits (B, {classes}); classes are 2 or more: return a logit for each")
         y = as_labels(labels, len(images), classes)
         names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):

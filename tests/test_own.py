@@ -200,6 +200,11 @@ def test_runs_on_other_images_are_not_compared(images):
         compare(Path("runs/a"), Path("runs/b"))
 
 
+class Column(nn.Module):
+    def forward(self, logits):
+        return logits[:, :1]
+
+
 def test_wrong_input_is_one_clear_line(images, classifier):
     y, own = [0, 1, 2], diffender.Defended(diffender.Purifier(nn.Identity()), Bright())
     for model, given, says in (
@@ -217,6 +222,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (Bright(), {"iters": -1}, "iters is -1; allowed is at least 1"),
         (Bright(), {"area": 2}, "area is 2; allowed is from 0.0005 to 0.9"),
         (nn.Flatten(0), {}, "the model returns a Tensor .12288,."),
+        (nn.Sequential(Bright(), Column()), {}, "has logits .B, 1.; classes are 2 or more: return a logit"),
         (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
         (lambda x: x, {}, "the model is a function; give a torch.nn.Module"),
         (own, {}, "wrap it so that its size and normalisation are known"),
