@@ -27,7 +27,6 @@ from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
-from diffender.stable_diffusion.layers import Upsample
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, check_options, flat, leaves, settings
 
@@ -207,9 +206,7 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= asdict(victim.defense.cfg)
     if isinstance(victim.defense, Hardened):
         found |= {"patch": victim.defense.cleanser.patch, "masks": victim.defense.cleanser.masks}
-    derived = {id(m.kernel) for m in victim.modules() if isinstance(m, Upsample)}  # made of weights, when first used
-    buffers = [b for b in victim.buffers() if id(b) not in derived]
-    tensors = {"model": [*victim.parameters(), *buffers], "images": [images, labels]}
+    tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     return found | {"torch": torch.__version__, "sha256": {what: digest(found) for what, found in tensors.items()}}
 
 

@@ -36,30 +36,16 @@ class Upsample(nn.Module):
     """Nearest doubling, then a 3x3 convolution, computed as the one transposed convolution that they make.
 
     A 4x4 kernel of stride 2 has 16 products for an input pixel where doubling and convolution have 36. The parameters
-    are those of the 3x3 convolution, under their published names.
+    are those of the 3x3 convolution, under their published names. The kernel is made of them anew in every call: no
+    version of a tensor tells of what is written through `.data`, as merged adapters are.
     """
-
-    kernel: Tensor | None
 
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
-        self.register_buffer("kernel", None, persistent=False)
-        self.folded: tuple[Tensor, int] | None = None  # the weight that `kernel` was made of, and its version
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, self.folded_kernel(), self.conv.bias, stride=2, padding=1)
-
-    def folded_kernel(self) -> Tensor:
-        """Of a frozen weight made once, of one in training each time; in inference mode too, whose tensors are of no
-        use to a later backward pass."""
-        weight = self.conv.weight
-        if weight.requires_grad or weight.is_inference() or torch.is_inference_mode_enabled():
-            return fold_doubling(weight)
-        if self.folded is None or self.folded[0] is not weight or self.folded[1] != weight._version:
-            self.kernel, self.folded = fold_doubling(weight), (weight, weight._version)
-        assert self.kernel is not None  # made where `folded` was
-        return self.kernel
+        return F.conv_transpose2d(x, fold_doubling(self.conv.weight), self.conv.bias, stride=2, padding=1)
 
 
 def fold_doubling(weight: Tensor) -> Tensor:
@@ -67,6 +53,9 @@ def fold_doubling(weight: Tensor) -> Tensor:
 
     Summed in float32 at least.
     """
-    w = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1).flip(2, 3)
-    total = sum((F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)), w.new_zeros(()))
-    return total.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    w = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1)
+    w = w.contiguous(memory_format=torch.channels_last).flip(2, 3)  # one slow copy; all else follows the memory
+    total = F.pad(w, (0, 1, 0, 1))
+    for i, j in ((0, 1), (1, 0), (1, 1)):
+        total[..., j : j + 3, i : i + 3] += w
+    return total.to(weight.dtype)
