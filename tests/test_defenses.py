@@ -32,6 +32,7 @@ from diffender.defenses.lgs import LGS, gradient_magnitude
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.smoothing import Smoothing
 from diffender.noise import generator
+from diffender.ops import resize
 from diffender.pipeline import Defended, DIFFender
 from diffender.pretrain.jedi import draw_mask
 from diffender.utils.errors import InputError
@@ -507,6 +508,18 @@ def test_diffpure_without_noise_is_the_round_trip(target, photos):
     once, twice = (strong.defense(photos[:1], noise).image for _ in range(2))
     assert torch.equal(once, twice)
     assert (once - pure.defense(photos[:1], noise).image).abs().mean() > 0.01
+
+
+def test_borrowed_models_work_at_the_size_of_diffender(model, classifier, photos):
+    size, x = (64, 96), photos[:1]
+    ours = Defended(DIFFender(model, contexts_for("manual", model), size=size), classifier)
+    small, back = resize(x, size), lambda y: resize(y, x.shape[-2:])
+    assert torch.equal(build("resize", ours).defense(x).image, back(small))
+    vae, pure = build("vae", ours).defense, build("diffpure:steps=1", ours).defense
+    noise = pure.sample_noise(["a"], 0, "test")
+    assert noise.shape == (1, 3, 4, 8, 12)
+    assert torch.equal(vae(x, noise).image, back(model.decode(model.encode(small, noise[:, 0])).clamp(0, 1)))
+    assert pure(x, noise).image.shape == x.shape
 
 
 def test_settings_in_the_name():

@@ -120,11 +120,10 @@ def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defe
 
 
 def build_round_trip(target: Defended) -> Defended:
-    """Control: to the diffusion model's size and back, nothing else."""
-    model = target.defense.model
-    assert model is not None  # DIFFender's
-    size = (model.cfg.image_size,) * 2
-    return Defended(Purifier(lambda x: resize(resize(x, size), x.shape[-2:])), target.classifier)
+    """Control: to the size that DIFFender works at and back, nothing else."""
+    d = target.defense
+    assert isinstance(d, DIFFender)  # as `build` asks
+    return Defended(Purifier(lambda x: resize(resize(x, d.size), x.shape[-2:])), target.classifier)
 
 
 DEFENSES = {
@@ -162,7 +161,8 @@ def parse_defense(text: str) -> tuple[str, dict[str, int | float | str]]:
 def build(text: str, target: Defended) -> Defended:
     """The defence that a name, or a name with settings as "jpeg:quality=50", stands for, around target's classifier.
 
-    target is DIFFender: it lends its diffusion model to the defences that need one.
+    target is DIFFender: it lends its diffusion model, at its size, to the defences that need one. Move it to its device
+    before: what they take of it does not follow.
     """
     name, settings = parse_defense(text)
     return DEFENSES[name].build(target, **settings)

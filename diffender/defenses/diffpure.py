@@ -23,7 +23,7 @@ from diffender.utils.options import check_options, option
 class DiffPure:
     model: LatentDiffusion
     empty: Tensor  # (1, 77, D): the context of the empty prompt
-    blank: Tensor  # (1, 5, h, w): "everything is masked", which makes an inpainting UNet unconditional
+    blank: Tensor  # (1, 5, h, w): "everything is masked", which makes an inpainting UNet unconditional at this size
     t_star: float = option(0.15, "Noise ratio t*. 0: the round trip through the VAE alone.", low=0, high=0.999)
     steps: int = option(15, "Steps of DDIM from t* down.", low=0, high=TRAIN_STEPS)
     eta: float = option(1.0, "1: stochastic as the original's SDE; 0: deterministic.", low=0, high=1)
@@ -35,13 +35,13 @@ class DiffPure:
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor:
         """(B, 2 + steps, 4, h, w): of the posterior, of the way up, of the steps down."""
-        shape = (2 + self.steps, *self.model.cfg.latent_shape)
+        shape = (2 + self.steps, *self.blank[0, 1:].shape)
         drawn = [torch.randn(shape, generator=generator(seed, i, purpose, k)) for i in image_ids]
         return torch.stack(drawn).to(self.model.alphas_cumprod)
 
     def __call__(self, x: Tensor, noise: Tensor) -> Tensor:
         """x (B, 3, H, W) in [0, 1]; the same noise gives the same image."""
-        size = (self.model.cfg.image_size,) * 2
+        size = [n * self.model.cfg.vae.factor for n in self.blank.shape[-2:]]
         z = self.model.encode(resize(x, size), noise[:, 0])
         if self.t_star > 0:
             grid = self.grid()
