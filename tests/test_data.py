@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffender.classifiers.dataset import correct_subset, list_items, load_image, sample_items
-from diffender.classifiers.imagenet import CLASSIFIERS, HALF, Classifier, ClassifierConfig, load_classifier
+from diffender.classifiers.imagenet import CLASSIFIERS, HALF, Classifier, ClassifierConfig, as_map, load_classifier
 from diffender.utils.errors import InputError
 from tests.conftest import SHARED
 
@@ -152,6 +152,14 @@ def test_taps_and_preprocessing_equal_timms(name):
         assert feature.ndim == 4
         assert feature.shape[2] == feature.shape[3]
         assert feature.shape[1] >= 16
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 5])
+def test_tokens_of_no_place_are_left_out_of_maps(others):
+    """None, ViT's class token, DeiT's with distillation, DINOv2's with registers."""
+    places = torch.arange(14 * 14.0).view(1, -1, 1)
+    found = as_map(torch.cat([torch.full((1, others, 1), -1.0), places], dim=1))
+    assert torch.equal(found, places.view(1, 1, 14, 14))
 
 
 def test_a_network_of_ones_own_stays_as_it_is_and_its_copy_in_evaluation_mode():

@@ -112,10 +112,10 @@ class Classifier(nn.Module):
 
 
 def as_map(y: Tensor) -> Tensor:
-    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT keeps tokens behind a class token."""
-    if y.ndim == 3:
-        side = int((y.shape[1] - 1) ** 0.5)
-        return rearrange(y[:, 1:], "b (h w) c -> b c h w", h=side)
+    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT keeps tokens behind those of no place."""
+    if y.ndim == 3:  # none, or those of class, distillation and registers: fewer than another row and column
+        side = math.isqrt(y.shape[1])
+        return rearrange(y[:, -side * side :], "b (h w) c -> b c h w", h=side)
     return rearrange(y, "b h w c -> b c h w") if channels_last(y) else y
 
 
