@@ -205,7 +205,8 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
     if isinstance(victim.defense, DIFFender):
         found |= asdict(victim.defense.cfg)
     if isinstance(victim.defense, Hardened):
-        found |= {"patch": victim.defense.cleanser.patch, "masks": victim.defense.cleanser.masks}
+        cleanser = victim.defense.cleanser
+        found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     return found | {"torch": torch.__version__, "sha256": {what: digest(found) for what, found in tensors.items()}}
 

@@ -357,6 +357,20 @@ def test_patchcleanser_decides_and_certifies():
     assert cleanser(x) == 2
 
 
+def test_a_share_of_the_image_is_one_at_every_size(classifier):
+    """At the classifier's it is as if the side were given."""
+    share, given = PatchCleanser.against(classifier, 0.05, 4), PatchCleanser(classifier, 50, 4)
+    assert share.windows(224) == given.windows(224)
+    assert share.windows(448) == PatchCleanser(classifier, 100, 4).windows(448) != given.windows(448)
+    assert share.windows(4) == PatchCleanser(classifier, 1, 4).windows(4)
+    x = torch.full((3, 60, 60), 0.5)
+    x[:, 4, 4] = 1
+    places = [
+        toy.certified_places(x, 0) for toy in (PatchCleanser(Bright(), 5, 3, area=0.04), PatchCleanser(Bright(), 12, 3))
+    ]
+    assert 0 < places[0] == places[1] < 1
+
+
 def test_what_is_certified_holds(classifier, photos):
     """Whatever the pixels of a patch at a place with a certificate, and of a wild one, the answer is the label."""
     cleanser = PatchCleanser(classifier, 50, masks=3)

@@ -26,6 +26,7 @@ class PatchCleanser:
     patch: int  # side in pixels of the largest patch that it must withstand
     masks: int = 6  # an axis
     batch_size: int = 64
+    area: float | None = None  # share of an image of any size that the patch covers; None: so many pixels in all
 
     def __post_init__(self) -> None:
         for name, value in (("patch", self.patch), ("masks", self.masks)):
@@ -37,18 +38,23 @@ class PatchCleanser:
 
     @classmethod
     def against(cls, classifier: Classifier, area: float, masks: int) -> "PatchCleanser":
-        """Against square patches that cover a share `area` of the classifier's images."""
-        return cls(classifier, round(classifier.cfg.size * math.sqrt(area)), masks)
+        """Against square patches that cover a share `area` of an image of any size."""
+        return cls(classifier, round(classifier.cfg.size * math.sqrt(area)), masks, area=area)
+
+    def largest(self, size: int) -> int:
+        """Side in pixels of the largest patch that it must withstand in images of this size."""
+        return self.patch if self.area is None else max(1, round(size * math.sqrt(self.area)))
 
     def windows(self, size: int) -> list[tuple[int, int, int]]:
         """Masks as (top, left, side) such that every patch x patch square lies inside one.
 
         Raises InputError where such a square leaves nothing of an image of this size.
         """
-        if self.patch >= size:
-            raise InputError(f"patch is {self.patch}; in images of {size} pixels it is at most {size - 1}")
-        stride = math.ceil((size - self.patch + 1) / self.masks)
-        side = min(self.patch + stride - 1, size)
+        patch = self.largest(size)
+        if patch >= size:
+            raise InputError(f"patch is {patch}; in images of {size} pixels it is at most {size - 1}")
+        stride = math.ceil((size - patch + 1) / self.masks)
+        side = min(patch + stride - 1, size)
         starts = [*range(0, size - side, stride), size - side]
         return [(top, left, side) for top in starts for left in starts]
 
@@ -131,9 +137,10 @@ class PatchCleanser:
 
     def certified_places(self, x: Tensor, label: int) -> float:
         """The share of all places of a patch at which it cannot change the answer from the true label."""
-        size = x.shape[-1] - self.patch + 1
+        patch = self.largest(x.shape[-1])
+        size = x.shape[-1] - patch + 1
         places = torch.zeros(size, size, dtype=torch.bool)
         for (top, left, side), right in zip(self.windows(x.shape[-1]), self.right_rows(x, label), strict=True):
-            room = side - self.patch + 1
+            room = side - patch + 1
             places[top : top + room, left : left + room] |= right
         return places.float().mean().item()
