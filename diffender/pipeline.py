@@ -53,7 +53,7 @@ class DIFFender(nn.Module):
     """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise.
 
     Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
-    Without `cfg` the settings are those that suit the model.
+    Without `cfg` the settings are those that suit the model. Raises InputError for sides that are no such multiples.
     """
 
     blank: Tensor
@@ -71,6 +71,8 @@ class DIFFender(nn.Module):
             self.register_buffer(f"context_{name}", context, persistent=False)
         self.cfg = cfg or model.settings or DIFFenderConfig()
         self.size = size or (model.cfg.image_size,) * 2
+        if any(side < 1 or side % model.cfg.multiple for side in self.size):
+            raise InputError(f"size is {self.size}; both sides are multiples of {model.cfg.multiple} for this model")
         self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
         self.eval()
 

@@ -421,6 +421,12 @@ def test_images_out_of_range_are_refused(defense, x, says):
         defense(x, noise_for(defense, 1))
 
 
+@pytest.mark.parametrize("size", [(40, 40), (224, 232), (0, 32)])  # the VAE takes the first two
+def test_sizes_that_the_unet_cannot_halve_are_refused(model, contexts, size):
+    with pytest.raises(InputError, match=re.escape(f"size is {size}; both sides are multiples of 32")):
+        DIFFender(model, contexts, FAST, size)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
 def test_every_tensor_follows_its_device(model, classifier, monkeypatch, sampler):
     """On the meta device, which holds no values: a tensor made on another one, or a number asked of one, raises.
