@@ -91,6 +91,7 @@ def bad(tmp_path_factory):
     save_file({"a": ones}, folder / "header.safetensors", metadata={"diffender": "{"})
     save_file({"patches": torch.ones(1, 3, 8, 8), "targets": torch.tensor([[1]])}, folder / "targets.safetensors")
     save_file({"patches": torch.ones(1, 8), "targets": torch.tensor([1])}, folder / "flat.safetensors")
+    save_file({"patches": torch.ones(1, 3, 8, 9), "targets": torch.tensor([1])}, folder / "oblong.safetensors")
     save_file({"patches": 2 * torch.ones(1, 3, 8, 8), "targets": torch.tensor([1])}, folder / "bright.safetensors")
     save_file({"patches": torch.ones(0, 3, 8, 8), "targets": torch.ones(0).long()}, folder / "few.safetensors")
     (folder / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:-100])
@@ -318,6 +319,7 @@ FILES = [
     ("evaluate --attack ready --patch-file gone.safetensors", "no file gone.safetensors"),
     *((f"evaluate --attack ready --patch-file {{bad}}/{name}.safetensors", says) for name, says in (
         ("other", "wanted are patches and targets"), ("targets", "targets"), ("flat", "patches"),
+        ("oblong", "patches (1, 3, 8, 9) and targets (1,); wanted are patches (N, 3, s, s)"),
         ("bright", "[0, 1]"), ("few", "patches"),
     )),
     ("evaluate --attack gdpa --gdpa-mode amortised --generator gone.safetensors", "no file gone.safetensors"),

@@ -83,7 +83,8 @@ class Ready(Fixed):
         if {"patches", "targets"} - set(state):
             raise InputError(f"{self.file} holds {', '.join(state)}; wanted are patches and targets")
         patches, targets = state["patches"].float(), state["targets"]
-        if not (patches.ndim == 4 and patches.shape[1] == 3 and len(patches) and targets.shape == patches.shape[:1]):
+        square = patches.ndim == 4 and patches.shape[1] == 3 and patches.shape[2] == patches.shape[3]
+        if not (square and len(patches) and targets.shape == patches.shape[:1]):
             raise InputError(
                 f"{self.file} has patches {tuple(patches.shape)} and targets {tuple(targets.shape)}; wanted are "
                 "patches (N, 3, s, s) and targets (N,), at least one"
