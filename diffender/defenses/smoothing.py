@@ -28,6 +28,9 @@ class Smoothing:
 
 
 def mirrored(n: int, k: int) -> Tensor:
-    """Indices of a line of n with the border that a window of k needs, (n + k - 1,): c b a | a b c d | d c b."""
-    i = torch.arange(-(k // 2), n + (k - 1) // 2)
-    return torch.where(i < 0, -1 - i, torch.where(i >= n, 2 * n - 1 - i, i))
+    """Indices of a line of n with the border that a window of k needs, (n + k - 1,): c b a | a b c d | d c b.
+
+    Beyond that the line comes again.
+    """
+    i = torch.arange(-(k // 2), n + (k - 1) // 2) % (2 * n)
+    return torch.where(i < n, i, 2 * n - 1 - i)
