@@ -106,6 +106,13 @@ def test_lgs_by_hand():
     assert torch.allclose(LGS()(line.expand(1, 3, 45, 45)), darkened.expand(1, 3, 45, 45), atol=1e-4)
 
 
+def test_lgs_takes_blocks_up_to_the_size_of_the_image(photos):
+    x = photos[:1, :, :30, :20]
+    assert LGS(block=20, overlap=0)(x).shape == x.shape
+    with pytest.raises(InputError, match="block is 50; in images of 30 x 20 pixels it is at most 20"):
+        LGS(block=50)(x)
+
+
 def test_lgs_of_a_flat_picture_and_of_a_batch(photos):
     flat = torch.full((1, 3, 224, 224), 0.3, requires_grad=True)
     y = LGS()(flat)

@@ -33,9 +33,11 @@ class LGS:
         """The union of the blocks whose mean of g (B, 1, H, W) exceeds the threshold, (B, 1, H, W) in {0, 1}.
 
         Mirrored at the lower right, so that blocks cover every pixel: 15 by 10 misses the last 9 of 224, and a patch
-        there would never be seen.
+        there would never be seen. Raises InputError for images smaller than a block.
         """
         height, width = g.shape[-2:]
+        if self.block > (most := min(height, width)):
+            raise InputError(f"block is {self.block}; in images of {height} x {width} pixels it is at most {most}")
         stride = self.block - self.overlap
         below, right = ((-(n - self.block)) % stride for n in (height, width))
         keep = F.avg_pool2d(F.pad(g, (0, right, 0, below), mode="reflect"), self.block, stride) > self.threshold
