@@ -68,10 +68,12 @@ def seeds(image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tens
     return torch.tensor([generator(seed, i, purpose, k).initial_seed() for i in image_ids])
 
 
-def seeded(module: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> Tensor:
+def seeded(module: Callable[[Tensor], Made], x: Tensor, seeds: Tensor) -> Made:
     """module(x) for x (B, 3, H, W), each image alone with torch's global generator seeded; it is put back afterwards.
 
-    So other people's random modules know no batch and no order either.
+    So other people's random modules know no batch and no order either. They give a tensor or a tuple of them.
     """
-    rows = zip(seeds.tolist(), x.split(1), strict=True)
-    return torch.cat([from_seed(one, partial(module, row)) for one, row in rows])
+    rows = [from_seed(one, partial(module, row)) for one, row in zip(seeds.tolist(), x.split(1), strict=True)]
+    if isinstance(rows[0], tuple):
+        return tuple(map(torch.cat, zip(*rows, strict=True)))  # type: ignore[return-value]  # a tuple, as each row is
+    return torch.cat(rows)  # type: ignore[return-value, arg-type]  # a tensor, as each row is

@@ -178,6 +178,18 @@ def test_a_random_purifier(classifier, photos):
         diffender.benchmark(hidden, photos[:1], y, gradient="bpda", **FAST)
 
 
+def test_a_random_purifier_with_masks(photos):
+    def purify(x):
+        mask = (torch.rand_like(x[:, :1]) > 0.9).float()
+        return x * (1 - mask), mask
+
+    defense = diffender.Purifier(purify, random=True)
+    noise = defense.sample_noise(["a", "b"], 0, "test")
+    out = defense(photos[:2], noise)
+    assert torch.equal(out.image, photos[:2] * (1 - out.mask))
+    assert torch.equal(defense(photos[1:2], noise[1:]).mask, out.mask[1:])
+
+
 def test_attacks_without_gradients_take_any_module(images):
     y = Bright()(images).argmax(dim=1)
     model = Bright().train()

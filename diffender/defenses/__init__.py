@@ -62,9 +62,7 @@ class Purifier(nn.Module):
             return out._replace(image=straight_through(out.image, x))
         if isinstance(self.purify, Diffusing):
             return Purified(self.purify(x, drawn(noise)), None, None, None)
-        if self.random:
-            return Purified(seeded(self.purify, x, drawn(noise)), None, None, None)  # type: ignore[arg-type]  # gives images
-        out = self.purify(x)
+        out = seeded(self.purify, x, drawn(noise)) if self.random else self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
         return Purified(image, mask, None, None)
 
