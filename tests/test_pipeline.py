@@ -8,15 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffender import pipeline
-from diffender.attacks import ATTACKS, expectation
 from diffender.attacks.expectation import Task, samples
-from diffender.classifiers import imagenet
 from diffender.config import Backward, DIFFenderConfig
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
-from diffender.pipeline import Defended, DIFFender, passes
+from diffender.pipeline import DIFFender, passes
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.restore import composite
 from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
@@ -425,57 +422,6 @@ def test_images_out_of_range_are_refused(defense, x, says):
 def test_sizes_that_the_unet_cannot_halve_are_refused(model, contexts, size):
     with pytest.raises(InputError, match=re.escape(f"size is {size}; both sides are multiples of 32")):
         DIFFender(model, contexts, FAST, size)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
-def test_every_tensor_follows_its_device(model, classifier, monkeypatch, sampler):
-    """On the meta device, which holds no values: a tensor made on another one, or a number asked of one, raises.
-
-    Stands in for a GPU as far as values allow; the checks of values are left out.
-    """
-    for module in (pipeline, imagenet, expectation):
-        monkeypatch.setattr(module, "check_finite", lambda *_: None)
-    monkeypatch.setattr(pipeline, "check_images", lambda _: None)
-    monkeypatch.setattr(DIFFender, "restore_masked", DIFFender.restore)  # which images have a mask is a value
-    cfg = DIFFenderConfig(
-        noise_ratio=0.2, steps=2, sampler=sampler, guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0
-    )
-    victim = Defended(DIFFender(model, contexts_for("tuned", model), cfg), classifier)
-    victim = copy.deepcopy(victim).to("meta")
-    x, patch = torch.rand(2, 3, 224, 224, device="meta"), torch.ones(2, 1, 224, 224, device="meta")
-    noise = victim.sample_noise(["a", "b"], 0, "test")
-    for mode in ("bpda", "surrogate", "full+loc", "evade"):  # between them, every line of the pass
-        leaf = x.clone().requires_grad_()
-        logits, penalty = victim.under(Backward(mode)).with_penalty(leaf, noise, patch)
-        (gradient,) = torch.autograd.grad(logits.sum() + penalty.sum(), leaf)
-        assert gradient.shape == x.shape
-
-
-class Colour(torch.nn.Module):
-    """As cheap a victim as there is: the mean colour and some noise, on the noise's device."""
-
-    def __init__(self, sample_noise):
-        super().__init__()
-        self.sample_noise = sample_noise
-
-    def forward(self, x, noise):
-        return x.mean(dim=(2, 3)) + noise.image[:, :3].mean(dim=(2, 3))
-
-
-def test_every_tensor_of_an_attack_follows_its_device(defense, monkeypatch):
-    monkeypatch.setattr(expectation, "check_finite", lambda *_: None)
-    victim = Colour(copy.deepcopy(defense).to("meta").sample_noise)
-    x = torch.rand(2, 3, 224, 224, device="meta")
-    task = Task(victim, x, torch.zeros(2, dtype=torch.long, device="meta"), ["a", "b"], 0)
-    for name in ("advp", "lavan"):
-        made = ATTACKS[name](iters=2, eot=2, restarts=2)(task)
-        assert {t.device.type for t in made} == {"meta"}
-
-
-@pytest.mark.parametrize("kind", ["empty", "manual", "tuned"])
-def test_contexts_are_made_where_the_model_is(model, kind):
-    contexts = contexts_for(kind, copy.deepcopy(model).to("meta"))
-    assert {c.device.type for c in contexts if c is not None} == {"meta"}
 
 
 def test_the_package_leaves_gradients_and_seeds_to_the_caller():
