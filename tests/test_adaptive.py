@@ -620,11 +620,23 @@ def test_peak_memory_grows_with_images_and_is_bounded_by_micro_batches(model, cl
     assert peak_bytes(one, 8, 3, None) == pytest.approx(8 * peak_bytes(one, 1, 3, None), rel=0.01)
     ours = one._replace(classifier=0)  # which no micro-batch divides
     assert peak_bytes(ours, 8, 3, 1) < 0.6 * peak_bytes(ours, 8, 3, None)
-    allowed = peak_bytes(one, 8, 3, 4)
-    assert fit_micro_batch(one, 8, 3, 0, allowed) >= 4
-    assert fit_micro_batch(one, 8, 3, 0, 10 * allowed) is None
+    allowed = peak_bytes(ours, 8, 3, 4)
+    assert fit_micro_batch(ours, 8, 3, 0, allowed) >= 4
+    assert fit_micro_batch(ours, 8, 3, 0, 10 * allowed) is None
     with pytest.raises(InputError, match="is too little for 8 images side by side"):
         fit_micro_batch(one, 8, 3, 0, 10**6)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.zeros(64, 48), "dropout_p": 0.0}])
+def test_attention_is_counted_as_its_fused_kernel_keeps_it(options):
+    from diffender.evaluation.memory import saved_bytes
+
+    def kept(device):
+        q, k, v = (torch.rand(1, 2, n, 16, device=device, requires_grad=True) for n in (64, 48, 48))
+        given = {name: o.to(device) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+        return saved_bytes(torch.nn.Identity(), lambda *a: F.scaled_dot_product_attention(*a, **given), q, k, v)
+
+    assert kept("meta") == kept("cpu")
 
 
 def test_what_autograd_keeps_does_not_grow_with_sampler_steps(model, classifier, photos, monkeypatch):

@@ -6,16 +6,18 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
 from diffender.utils.errors import InputError
 
 GIB = 2**30
-WORKING = 1.6  # gradients in flight and the largest layer's buffers, as a multiple of the stored activations; measured
+WORKING = 1.7  # gradients in flight and the largest layer's buffers, as a multiple of the stored activations; measured
 
 
 class Footprint(NamedTuple):
@@ -25,6 +27,19 @@ class Footprint(NamedTuple):
     encoder: int
     decoder: int
     classifier: int
+
+
+class Fused(TorchFunctionMode):
+    """Attention on meta tensors keeps what its fused kernels keep on CPUs and GPUs. Of itself torch takes another path
+    there, which keeps the whole matrix of every head."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention or not (args and args[0].is_meta):
+            return function(*args, **kwargs)
+        asked = dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False)) | kwargs
+        asked.pop("enable_gqa", None)  # heads that share keys: their shapes say so
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], **asked)[0]
 
 
 def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) -> int:
@@ -38,7 +53,7 @@ def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) 
         kept.setdefault(storage._cdata, (t, storage.nbytes()))  # the tensor is held, so its address stays unique
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Fused():
         function(*args)
     return sum(nbytes for _, nbytes in kept.values())
 
