@@ -73,6 +73,20 @@ def test_ten_classes(images, tmp_path):
         diffender.benchmark(model, 0.9 * images, y, name="ten", area=0.4, **FAST)
 
 
+def test_rounding_is_not_randomness(images):
+    """As on a GPU, where the same sum may end in another last bit."""
+
+    class Rounds(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return Bright()(x) * (1 + 2**-22 * self.calls)
+
+    assert not AnyModel(Rounds(), images).random
+    assert AnyModel(Bright(spread=2.0), images).random
+
+
 def test_a_random_model_knows_no_batch(images):
     victim = AnyModel(Bright(spread=2.0), images)
     ids = ["a", "b", "c"]
