@@ -23,17 +23,21 @@ from diffender.weights.reading import folder_files
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises InputError for a device that is not there.
 
-    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32.
+    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32, and a GPU that was picked
+    is its current one: what pins memory or waits for a GPU asks for no other.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # a map is a difference of two near numbers
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes the best") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:

@@ -3,6 +3,7 @@ and what mixes devices in one operation raises, as on a GPU."""
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from diffender import factory
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
 from diffender.config import Backward
 from diffender.defenses import DEFENSES, build
+from diffender.evaluation.workers import own_device
 from diffender.pipeline import Defended, DIFFender
+from diffender.pretrain import making
+from diffender.pretrain.__main__ import Training, train
 from diffender.weights.prompts import contexts_for
 
 FEW = {"hardened": ":masks=2", "diffpure": ":steps=1", "rhde": {"queries": 24, "population": 4, "iters": 1}}
@@ -108,3 +113,26 @@ def test_every_attack(moved, photos, name):
     task = Task(Colour(moved.sample_noise), photos[:2].to("lazy"), y, ["a", "b"], 0)
     again = attack(task, init=attack(task).state)
     assert {again.image.device.type, again.mask.device.type} == {"lazy"}
+
+
+def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cpu"):
+        assert factory.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
+def test_training_keeps_the_number_of_its_gpu(monkeypatch):
+    monkeypatch.setattr(factory, "pick_device", torch.device)
+    monkeypatch.setattr(making, "pack_all", lambda args: pytest.fail(str(args.device)))
+    with pytest.raises(pytest.fail.Exception, match="cuda:1"):
+        train("pack", Training(data="photographs", device="cuda:1"))
+
+
+def test_processes_share_gpus_where_there_are_fewer(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert [own_device(name) for name in ("auto", "cpu")] == ["cuda:1", "cpu"]

@@ -30,9 +30,11 @@ def start() -> tuple[int, int]:
 
 
 def own_device(name: str) -> str:
-    """`auto` is this process's GPU, where there is one for each."""
+    """`auto` is this process's GPU; processes share them where there are fewer."""
     local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if name == "auto" and local is not None and torch.cuda.is_available() else name
+    if name != "auto" or local is None or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def join(opts: Options) -> Options:

@@ -121,7 +121,7 @@ def train(stage: str, opts: Training) -> None:
 
     places = {name: None if value is None else Path(value) for name, value in vars(opts).items() if name in PLACES}
     args = Namespace(**vars(opts) | places | vars(Sizes(**opts.sizes)) | {"stage": stage})
-    args.device = pick_device(opts.device).type
+    args.device = pick_device(opts.device)
     stages = {"pack": pack_all, "join": join, "vae": train_vae, "decoder": train_vae, "unet": train_unet}
     if stage not in ("pack", "join"):
         args.out.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def train_vae(args: Namespace) -> None:
     crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
     for g, x in zip(trainer.steps(), crops, strict=False):
         x = x.to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             posterior = vae.posterior(x)
             noise = torch.randn(posterior.mean.shape, generator=g, device=args.device)
             recon = vae.decode(posterior.sample(noise)).float()
@@ -198,7 +198,7 @@ def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> N
         noise = torch.randn(z0.shape, generator=g, device=args.device)
         a_t = model.alphas_cumprod[t][:, None, None, None]
         z_t = q_sample(z0, noise, a_t)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device.type, torch.bfloat16):
             context = model.text(model.text.embed(tokens))
             eps = model.predict_noise(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
@@ -226,7 +226,7 @@ def save_tiny(args: Namespace, trainer: Trainer, model: LatentDiffusion, vae_car
         "seconds": round(trainer.seconds),
         "samples": args.samples or trainer.step * args.batch // args.reuse,
         "mse": sum(losses) / len(losses),
-        "device": args.device,
+        "device": args.device.type,
         "vae": vae_card,
     }
     if args.init:

@@ -35,7 +35,7 @@ def train_all(args: Namespace) -> None:
     work = args.out.with_name(f"{args.out.name}-work")
     work.mkdir(parents=True, exist_ok=True)
     left = dict(SHARES)
-    recipe = ON_A_GPU if torch.device(args.device).type == "cuda" else ON_A_CPU
+    recipe = ON_A_GPU if args.device.type == "cuda" else ON_A_CPU
     for stage in SHARES:
         done = work / f"{stage}.done"
         if not done.is_file():
