@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from diffender import factory
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
+from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward
 from diffender.defenses import DEFENSES, build
 from diffender.evaluation.workers import own_device
@@ -111,8 +112,13 @@ class Colour(torch.nn.Module):
 def test_every_attack(moved, photos, name):
     attack, y = ATTACKS[name](**FEW[name]), torch.zeros(2, dtype=torch.long, device="lazy")
     task = Task(Colour(moved.sample_noise), photos[:2].to("lazy"), y, ["a", "b"], 0)
-    again = attack(task, init=attack(task).state)
+    again = attack(task, init=attack(task).state.to("lazy"))
     assert {again.image.device.type, again.mask.device.type} == {"lazy"}
+
+
+def test_a_classifier_is_where_its_network_is(moved, pasted):
+    made = Classifier(moved.classifier.net, moved.classifier.cfg)
+    assert made(pasted.to("lazy")).tolist() == moved.classifier(pasted.to("lazy")).tolist()
 
 
 def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):

@@ -77,7 +77,7 @@ class RHDE(Attack):
             one, heard = task.part(slice(b, b + 1)), within(callback, b, len(task.y))
             one = one._replace(loss=self.loss(one))
             with named_images([image_id]):
-                results.append(Search(self, one).run(None if init is None else init[b], heard))
+                results.append(Search(self, one).run(None if init is None else init[b].cpu(), heard))
         yield Attacked(*map(torch.cat, zip(*results, strict=True)))
 
 
@@ -156,7 +156,7 @@ class Search:
         crowd = crowd.take(self.energies(crowd).argsort(stable=True))
         state = torch.cat([crowd.genes, crowd.sticker[:, None].float()], dim=1)
         if self.limit < self.cfg.queries:
-            start = state[:0] if init is None else init[:1].cpu()
+            start = state[:0] if init is None else init[:1]
             state = self.final(torch.cat([state[: FINALISTS - 1], start]), state)
         image, mask = self.paste(state[:1, :4], state[:1, 4].long())
         curves = (torch.stack(curve)[None] for curve in (trace, missed))

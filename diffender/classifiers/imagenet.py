@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ class Classifier(nn.Module):
         self.names = names  # of the classes; none: ImageNet's
         self.net = deepcopy(net).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.cfg = cfg
-        self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
+        device = next((p.device for p in chain(net.parameters(), net.buffers())), None)
+        for name, values in (("mean", cfg.mean), ("std", cfg.std)):
+            self.register_buffer(name, torch.tensor(values, device=device)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> "Classifier":
         return super().train(False)
