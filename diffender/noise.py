@@ -7,6 +7,7 @@ in the order of `Noise`: another number of draws changes all that follow.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 Made = TypeVar("Made")
+CPU = torch.device("cpu")
 
 
 class Noise(NamedTuple):
@@ -33,10 +35,25 @@ def generator(*key: int | str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def from_seed(seed: int, make: Callable[[], Made]) -> Made:
-    """make(), which draws from torch's global generator, after seeding it; it is put back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def put_back(device: torch.device) -> AbstractContextManager[None]:
+    """torch's global generators are afterwards as they were: the CPU's, and that of this device if it is a GPU.
+
+    Without a device, torch asks every GPU of the machine for its generator.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def from_seed(seed: int, make: Callable[[], Made], device: torch.device = CPU) -> Made:
+    """make(), which draws from torch's global generators of the CPU and of this device, after seeding them.
+
+    They are put back afterwards.
+    """
+    with put_back(device):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         return make()
 
 
@@ -73,7 +90,8 @@ def seeded(module: Callable[[Tensor], Made], x: Tensor, seeds: Tensor) -> Made:
 
     So other people's random modules know no batch and no order either. They give a tensor or a tuple of them.
     """
-    rows = [from_seed(one, partial(module, row)) for one, row in zip(seeds.tolist(), x.split(1), strict=True)]
+    pairs = zip(seeds.tolist(), x.split(1), strict=True)
+    rows = [from_seed(one, partial(module, row), x.device) for one, row in pairs]
     if isinstance(rows[0], tuple):
         return tuple(map(torch.cat, zip(*rows, strict=True)))  # type: ignore[return-value]  # a tuple, as each row is
     return torch.cat(rows)  # type: ignore[return-value, arg-type]  # a tensor, as each row is

@@ -24,7 +24,7 @@ from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import PRESETS, Options, build_plans, default_name, fill, refuse_conflicts, refuse_unread
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
-from diffender.noise import seeded, seeds
+from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
 from diffender.utils.errors import InputError, nearest
@@ -47,7 +47,7 @@ class AnyModel(Defended):
         # What there is of a defence is within the model.
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
-        with torch.random.fork_rng():  # the caller's numbers stay as they are
+        with put_back(one.device):  # the caller's numbers stay as they are
             first, second = model(one), model(one)
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"

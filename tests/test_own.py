@@ -17,6 +17,7 @@ from diffender.classifiers.dataset import Batch
 from diffender.evaluation import certify
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
+from diffender.noise import from_seed
 from diffender.own import AnyModel, digest
 from diffender.report.__main__ import compare
 from diffender.utils import options as cli
@@ -71,6 +72,25 @@ def test_ten_classes(images, tmp_path):
     assert (folder / "per_image.jsonl").read_bytes() == before, "nothing is done twice"
     with pytest.raises(InputError, match="runs/ten holds a run with other settings"):
         diffender.benchmark(model, 0.9 * images, y, name="ten", area=0.4, **FAST)
+
+
+def test_a_model_on_the_cpu_asks_no_gpu(images, monkeypatch):
+    for name, answer in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("asked a GPU"))
+    victim = AnyModel(Bright(spread=2.0), images)
+    victim(images, victim.sample_noise(["a", "b", "c"], 0, "test"))
+
+
+def test_a_model_on_a_gpu_draws_from_its_generator(monkeypatch):
+    gpus = (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: gpus[device.index].get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: gpus[device.index].set_state(state))
+    drawn = from_seed(5, lambda: torch.rand(3, generator=gpus[1]), torch.device("cuda:1"))
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    for gpu, seed in zip(gpus, (1, 2), strict=True):
+        assert torch.equal(gpu.get_state(), torch.Generator().manual_seed(seed).get_state()), "put back"
 
 
 def test_rounding_is_not_randomness(images):

@@ -35,6 +35,7 @@ from diffender.evaluation.records import append_records, open_run, read_config, 
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
 from diffender.factory import dtype_name, hashes_of, open_items
+from diffender.noise import put_back
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.energy import counters, watt_hours
@@ -175,7 +176,7 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     if isinstance(target.defense, DIFFender):
         return  # all its noise is an argument
     noise = target.sample_noise(["a"], 0, "a")
-    with torch.random.fork_rng():  # the caller's numbers stay as they are
+    with put_back(x.device):  # the caller's numbers stay as they are
         first, second = target(x, noise), target(x, noise)
     if torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         return
