@@ -15,7 +15,7 @@ from diffender.classifiers.dataset import sample_items
 from diffender.config import EMBEDDED
 from diffender.losses import evasion
 from diffender.pretrain import __main__ as pretrain
-from diffender.pretrain import trainer, whole
+from diffender.pretrain import corpus, trainer, whole
 from diffender.pretrain.corpus import (
     STATES,
     Crops,
@@ -106,6 +106,13 @@ def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, ph
     assert (evasion(seen, region, 1.0) < evasion(before, region, 1.0)).all()
     assert torch.equal(hidden * (1 - region), z_0 * (1 - region))
     assert loss(region, steps=3) > loss(region), "a region that hides is harder to find"
+
+
+def test_memory_is_pinned_for_a_training_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, pinned in (("cpu", False), ("cuda:1", True)):
+        args = Namespace(device=torch.device(device), workers=0)
+        assert corpus.batches([0, 1], range(2), 1, args).pin_memory == pinned
 
 
 @pytest.fixture

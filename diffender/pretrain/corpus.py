@@ -8,6 +8,7 @@ that they are clean. No patch that was optimised against a classifier ever enter
 import csv
 import io
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -274,6 +275,10 @@ class Samples(Dataset):
         return sample.image, sample.mask, self.tokenize([sample.caption])[0], sample.region
 
 
-def batches(dataset: Dataset, indices: range, batch: int, workers: int) -> DataLoader:
-    """Batches of the dataset's items at `indices`, made by `workers` processes beside the training."""
-    return DataLoader(dataset, batch, sampler=indices, num_workers=workers, pin_memory=torch.cuda.is_available())
+def batches(dataset: Dataset, indices: range, batch: int, args: Namespace) -> DataLoader:
+    """Batches of the dataset's items at `indices`, made by --workers processes beside the training.
+
+    For a training on a GPU they lie in memory that it copies from by itself.
+    """
+    pinned = args.device.type == "cuda"
+    return DataLoader(dataset, batch, sampler=indices, num_workers=args.workers, pin_memory=pinned)

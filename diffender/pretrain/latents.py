@@ -30,8 +30,8 @@ def encode(model: LatentDiffusion, x: Tensor, mask: Tensor, tokens: Tensor, regi
 def fresh_batches(args: Namespace, model: LatentDiffusion, indices: range, batch: int) -> Iterator[Encoded]:
     """Encoded samples, each seen once."""
     dataset = Samples(load_photos(args.data, short_side=256), model.cfg.image_size, model.text.tokenize, args.seed)
-    for parts in batches(dataset, indices, batch, args.workers):
-        yield encode(model, *(part.to(args.device) for part in parts))
+    for parts in batches(dataset, indices, batch, args):
+        yield encode(model, *(part.to(args.device, non_blocking=True) for part in parts))
 
 
 def stored_batches(args: Namespace, model: LatentDiffusion, indices: range) -> Iterator[Encoded]:

@@ -53,9 +53,9 @@ def train_vae(args: Namespace) -> None:
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     trainer = Trainer(args.stage, vae, args)
     scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole image at 224 px
-    crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args.workers)
+    crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args)
     for g, x in zip(trainer.steps(), crops, strict=False):
-        x = x.to(args.device)
+        x = x.to(args.device, non_blocking=True)
         with torch.autocast(x.device.type, torch.bfloat16):
             posterior = vae.posterior(x)
             noise = torch.randn(posterior.mean.shape, generator=g, device=args.device)
