@@ -56,7 +56,7 @@ def foolbox(model: Pasted, x: Tensor, y: Tensor, steps: int) -> Tensor:
     import foolbox
 
     attack = foolbox.attacks.LinfPGD(steps=steps, abs_stepsize=LR, random_start=False)
-    return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=1.0)[1]
+    return attack(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=1.0)[1]
 
 
 def torchattacks(model: Pasted, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -69,7 +69,8 @@ def art(model: Pasted, x: Tensor, y: Tensor, steps: int) -> Tensor:
     from art.attacks.evasion import ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
-    wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], model(x).shape[1], clip_values=(0, 1))
+    where = {"clip_values": (0, 1), "device_type": "gpu" if x.is_cuda else "cpu"}  # gpu: the current one
+    wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], model(x).shape[1], **where)
     attack = ProjectedGradientDescent(wrapped, eps=1.0, eps_step=LR, max_iter=steps, verbose=False)
     return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x)
 

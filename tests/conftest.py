@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the numbers that tests expect are a CPU's
+
 import torch
 
 from diffender.classifiers.dataset import load_image, sample_items

@@ -103,7 +103,7 @@ def test_foolbox(known):
     import foolbox
 
     victim, x, y = known
-    fmodel = foolbox.PyTorchModel(victim, bounds=(0, 1))
+    fmodel = foolbox.PyTorchModel(victim, bounds=(0, 1), device=x.device)
     attacked(known, foolbox.attacks.LinfPGD(steps=3)(fmodel, x, y, epsilons=EPS)[1])
 
 
@@ -119,7 +119,8 @@ def test_art(known):
     from art.estimators.classification import PyTorchClassifier
 
     victim, x, y = known
-    wrapped = PyTorchClassifier(victim, torch.nn.CrossEntropyLoss(), (3, 224, 224), 1000, clip_values=(0, 1))
+    where = {"clip_values": (0, 1), "device_type": "cpu"}  # it would move the victim of all tests
+    wrapped = PyTorchClassifier(victim, torch.nn.CrossEntropyLoss(), (3, 224, 224), 1000, **where)
     attack = ProjectedGradientDescent(wrapped, eps=EPS, max_iter=3, verbose=False)
     attacked(known, torch.from_numpy(attack.generate(x.numpy(), y.numpy())))
 
