@@ -1,7 +1,7 @@
 """Tune the two prompts of DIFFender on a few attacked photographs (Sec. 3.3).
 
     python train.py --shots 8                          embedded model, sample photographs; about 2 minutes on 2 cores
-    torchrun --nproc-per-node 4 train.py --shots 8     each batch split between processes, a GPU each; same prompts
+    torchrun --nproc-per-node 4 train.py --shots 8     batches split between processes, a GPU each; same to rounding
 
 Attacks the images with AdvP, keeping the true masks, then descends Eq. 7 over the 16 context vectors of each prompt:
 cross-entropy of the mask (Eq. 4) + l1 to the clean image (Eq. 5) + distance of classifier features (Eq. 6).

@@ -4,8 +4,8 @@
     python benchmarks/attack_step.py --model sd15-inpainting --dtype bfloat16 --images 1 --steps 20 --sampler ddim
                                      --guidance 7.5                   full size, for a GPU
 
-`full` recomputes activations in the backward pass, `full, kept` keeps them; their gradients must be equal to the bit.
-Peak memory is that of a process of its own for each setting: more sampler steps, more samples of EOT.
+`full` recomputes activations in the backward pass, `full, kept` keeps them; on a CPU their gradients must be equal to
+the bit. Peak memory is that of a process of its own for each setting: more sampler steps, more samples of EOT.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main() -> None:
     )
     report(head, rows, figures, args)
     if args.kept:
-        print(f"gradients with and without recomputation equal to the bit: {figures['gradients equal']}")
+        print(f"gradients with and without recomputation equal to the bit, as on a CPU: {figures['gradients equal']}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from diffender.weights.reading import folder_files
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises InputError for a device that is not there.
 
-    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32, and a GPU that was picked
-    is its current one: what pins memory or waits for a GPU asks for no other.
+    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32, by algorithms of cuDNN's
+    that always add in the same order. A GPU that was picked is its current one: what pins memory or waits for a GPU
+    asks for no other.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # a map is a difference of two near numbers
+    torch.backends.cudnn.deterministic = True
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:

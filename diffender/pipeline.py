@@ -50,7 +50,8 @@ class Defense(Protocol):
 
 
 class DIFFender(nn.Module):
-    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise.
+    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise, to the bit
+    on a CPU.
 
     Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
     Without `cfg` the settings are those that suit the model. Raises InputError for sides that are no such multiples.

@@ -15,12 +15,14 @@ from diffender import factory
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
 from diffender.classifiers.imagenet import Classifier
-from diffender.config import Backward
+from diffender.config import EMBEDDED, Backward
 from diffender.defenses import DEFENSES, build
 from diffender.evaluation.workers import own_device
 from diffender.pipeline import Defended, DIFFender
 from diffender.pretrain import making
 from diffender.pretrain.__main__ import Training, train
+from diffender.stable_diffusion.model import MODELS, LatentDiffusion
+from diffender.weights.loading import ready
 from diffender.weights.prompts import contexts_for
 
 FEW = {"hardened": ":masks=2", "diffpure": ":steps=1", "rhde": {"queries": 24, "population": 4, "iters": 1}}
@@ -128,6 +130,16 @@ def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):
     for name in ("cuda:1", "cpu"):
         assert factory.pick_device(name) == torch.device(name)
     assert current == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("do", [lambda _: factory.pick_device("cpu"), lambda model: ready(model, EMBEDDED)])
+def test_cudnn_is_exact_and_repeatable(monkeypatch, do):
+    with torch.device("meta"):
+        model = LatentDiffusion(MODELS["tiny"])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    do(model)
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (False, True)
 
 
 def test_training_keeps_the_number_of_its_gpu(monkeypatch):
