@@ -96,7 +96,7 @@ def main() -> None:
     from diffender.classifiers.imagenet import load_classifier
     from diffender.evaluation.memory import footprint, keep_or_recompute
     from diffender.evaluation.workers import add_up, own_device, start
-    from diffender.factory import open_model, pick_device, pick_dtype
+    from diffender.factory import open_model, pick_device
     from diffender.noise import generator
     from diffender.pipeline import Defended, DIFFender, Undefended
     from diffender.prompts import MANUAL, PromptPair
@@ -126,7 +126,7 @@ def main() -> None:
     if opts.ctx_init == "words":
         prompts.initialize_from(model.text, MANUAL)
     if opts.model.keep is None:
-        one = footprint(model.cfg, pick_dtype(opts.model, device), classifier.net, batch.x.shape[-1])
+        one = footprint(model, classifier.net, batch.x.shape[-1])
         model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, cfg.evaluations, device)
     defense = DIFFender(model, prompts(model), cfg)
     posterior, features = defense.posterior(attacked.image), classifier.features(batch.x)

@@ -79,8 +79,7 @@ def memory(args: argparse.Namespace, steps: int, eot: int) -> None:
     """Print the peak of one full gradient in this process, and what was predicted, as JSON."""
     target = build(args, steps)
     task = task_for(target, args.images)
-    cfg, dtype = target.defense.model.cfg, getattr(torch, args.dtype)
-    one = footprint(cfg, dtype, target.classifier.net, task.x.shape[-1])
+    one = footprint(target.defense.model, target.classifier.net, task.x.shape[-1])
     held = held_bytes(task.x.device)
     step(task, "full", eot)
     peak = most_held_bytes(task.x.device)

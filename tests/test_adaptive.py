@@ -615,7 +615,7 @@ def test_every_check_runs(target, photos, tmp_path):
 
 
 def test_peak_memory_grows_with_images_and_is_bounded_by_micro_batches(model, classifier):
-    one = footprint(model.cfg, torch.float32, classifier.net, 224)
+    one = footprint(model, classifier.net, 224)
     assert all(v > 1e6 for v in one)
     assert peak_bytes(one, 8, 3, None) == pytest.approx(8 * peak_bytes(one, 1, 3, None), rel=0.01)
     ours = one._replace(classifier=0)  # which no micro-batch divides

@@ -25,7 +25,6 @@ from diffender.evaluation.plan import (
     kinds,
     recorded_steps,
 )
-from diffender.factory import pick_dtype
 from diffender.noise import generator
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[list[i
     model = target.defense.model
     if model is None:
         return 0, ""
-    one = footprint(model.cfg, pick_dtype(opts.target.defense.model, x.device), target.classifier.net, x.shape[-1])
+    one = footprint(model, target.classifier.net, x.shape[-1])
     draws = config_of(opts).draws
     side_by_side = min(opts.batch_size, max((len(part) for part in parts), default=1))
     above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # as wide as verdicts

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffender.stable_diffusion.model import LatentDiffusion, ModelConfig
+from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 
 GIB = 2**30
@@ -58,8 +58,9 @@ def saved_bytes(net: nn.Module, function: Callable[..., Tensor], *args: Tensor) 
     return sum(nbytes for _, nbytes in kept.values())
 
 
-def footprint(cfg: ModelConfig, dtype: torch.dtype, classifier: nn.Module, size: int) -> Footprint:
+def footprint(model: LatentDiffusion, classifier: nn.Module, size: int) -> Footprint:
     """The footprint of a model and a classifier network at this image size, counted on meta tensors."""
+    cfg, dtype = model.cfg, model.unet.dtype
     with torch.device("meta"):
         model = LatentDiffusion(cfg).requires_grad_(False)
         z = torch.empty(1, *cfg.latent_shape, requires_grad=True)

@@ -345,17 +345,16 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     fit the memory free."""
     from diffender.defenses import build
     from diffender.evaluation.memory import GIB, fit_micro_batch, footprint, held_bytes, keep_or_recompute
-    from diffender.factory import open_target, pick_device, pick_dtype
+    from diffender.factory import open_target, pick_device
 
     target = open_target(change(opts.target, **method_of(opts)), pick_device(opts.run.device), model)
     model, classifier = target.defense.model, target.classifier
-    device = classifier.mean.device
-    asked, draws = opts.target.defense.model, config_of(opts).draws
-    one = footprint(model.cfg, pick_dtype(asked, device), classifier.net, classifier.cfg.size)
+    device, draws = classifier.mean.device, config_of(opts).draws
+    one = footprint(model, classifier.net, classifier.cfg.size)
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
         model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
-    elif asked.keep is None:  # the footprint is of DIFFender's passes; what others would keep is not known
+    elif opts.target.defense.model.keep is None:  # what other defences than DIFFender would keep is not known
         model.keep = is_ours(opts) and keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 

@@ -89,8 +89,7 @@ class LatentDiffusion(nn.Module):
         contexts (B, n, L, D) -> (B, n, 4, h, w): n answers for each row, which share what comes before the text.
         """
         x = z_t if conditioning is None else torch.cat([z_t, conditioning], dim=1)
-        dtype = unet.get_parameter("out.2.weight").dtype
-        out = unet(x.to(dtype), t, rearrange(contexts, "b n l d -> (n b) l d").to(dtype)).to(z_t.dtype)
+        out = unet(x.to(unet.dtype), t, rearrange(contexts, "b n l d -> (n b) l d").to(unet.dtype)).to(z_t.dtype)
         out = rearrange(out, "(n b) c h w -> b n c h w", b=len(x))
         if unet.cfg.prediction == "v":
             return eps_from_v(z_t[:, None], out, self.alphas_cumprod[t].view(-1, 1, 1, 1, 1))

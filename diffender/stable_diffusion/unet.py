@@ -209,6 +209,10 @@ class UNet(nn.Module):
         last_layer = nn.Conv2d(c, cfg.patch**2 * cfg.out_channels, 3, padding=1)
         self.out = nn.Sequential(GroupNorm(cfg.norm_groups, c), nn.SiLU(), last_layer)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_parameter("out.2.weight").dtype
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> out (B, out_channels, h, w).
 
