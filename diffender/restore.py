@@ -8,7 +8,6 @@ from diffender.noise import Noise
 from diffender.prompts import Contexts
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.samplers import SAMPLERS
-from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD
 
 
 def inpaint(
@@ -28,7 +27,7 @@ def inpaint(
         return eps_empty + cfg.guidance * (eps - eps_empty)
 
     sampler = SAMPLERS[cfg.sampler]
-    grid = sampler.grid(ALPHAS_CUMPROD, cfg.steps)
+    grid = sampler.grid(cfg.steps)
     z_0 = sampler.run(guided_eps, noise.start, grid, cfg.eta, noise.steps)
     return model.decode(z_0)
 

@@ -184,7 +184,7 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
     for name, (sampler, steps, eta, prediction) in RUNS.items():
         method = SAMPLERS[sampler]
         model.unet.cfg = replace(model.cfg.unet, prediction=prediction)
-        grid = method.grid(ALPHAS_CUMPROD, steps)
+        grid = method.grid(steps)
         noise = normal("steps", 1, steps, 4, 8, 8, dtype=dtype)
         eps = partial(guided, model, contexts=contexts, conditioning=conditioning)
         out[f"trajectory {name}"] = method.run(eps, start, grid, eta, noise)

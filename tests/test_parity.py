@@ -134,10 +134,11 @@ def later(patch) -> None:
 
 def grid(patch, name: str, change) -> None:
     real = samplers.SAMPLERS[name]
-    patch.setitem(samplers.SAMPLERS, name, real._replace(grid=lambda a, *args: change(a, real.grid(a, *args))))
+    patch.setitem(samplers.SAMPLERS, name, real._replace(grid=lambda steps: change(real.grid(steps))))
 
 
-def no_offset(a, steps):
+def no_offset(steps):
+    a = samplers.ALPHAS_CUMPROD
     return [s._replace(t=s.t - 1, a_t=a[s.t - 1], a_prev=a[max(s.t - 2, 0)]) for s in steps]
 
 
@@ -213,7 +214,7 @@ MISTAKES = {  # name: (group where it must show, what goes wrong)
     "no final norm": ("text/sd15", lambda p: edit(p, without_final_norm)),
     "no causal mask": ("text/sd15", lambda p: p.setattr(text.SelfAttention, "forward", attend_everywhere)),
     "DDIM without offset": ("sampler/sd15", lambda p: grid(p, "ddim", no_offset)),
-    "final alpha 1": ("sampler/sd2", lambda p: grid(p, "ddim", lambda _a, g: [*g[:-1], g[-1]._replace(a_prev=1.0)])),
+    "final alpha 1": ("sampler/sd2", lambda p: grid(p, "ddim", lambda g: [*g[:-1], g[-1]._replace(a_prev=1.0)])),
     "guidance from the prompt's side": (
         "sampler/sd15",
         lambda p: p.setattr(cases, "GUIDANCE", cases.GUIDANCE - 1),

@@ -5,12 +5,12 @@ differentiable.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from diffender.stable_diffusion.schedule import TRAIN_STEPS, predict_x0
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, TRAIN_STEPS, predict_x0
 from diffender.utils.errors import InputError
 
 Eps = Callable[[Tensor, int], Tensor]  # noise in z_t (B, 4, h, w) at timestep t
@@ -22,7 +22,7 @@ class Step(NamedTuple):
     a_prev: float  # and where it ends
 
 
-def ddim_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
+def ddim_grid(steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
     The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Beware of
@@ -31,14 +31,14 @@ def ddim_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
     check_steps(steps)
     stride = TRAIN_STEPS // steps
     timesteps = [min(k * stride + 1, TRAIN_STEPS - 1) for k in reversed(range(steps))]
-    return [Step(t, alphas_cumprod[t], alphas_cumprod[max(t - stride, 0)]) for t in timesteps]
+    return [Step(t, ALPHAS_CUMPROD[t], ALPHAS_CUMPROD[max(t - stride, 0)]) for t in timesteps]
 
 
-def dpmpp_grid(alphas_cumprod: Sequence[float], steps: int) -> list[Step]:
+def dpmpp_grid(steps: int) -> list[Step]:
     """Evenly spaced from t = 999 to, but without, 0; the last step ends free of noise (a_prev = 1)."""
     check_steps(steps)
     timesteps = [round(k * (TRAIN_STEPS - 1) / steps) for k in reversed(range(1, steps + 1))]
-    a = [alphas_cumprod[t] for t in timesteps]
+    a = [ALPHAS_CUMPROD[t] for t in timesteps]
     return list(map(Step, timesteps, a, [*a[1:], 1.0]))
 
 
