@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffender.config import EXACT, PAPER, THROUGH_MASK, Backward, DIFFenderConfig, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import change, option, part, with_hyphens
+from diffender.utils.options import change, flagged, option, part
 
 if TYPE_CHECKING:
     from diffender.evaluation.verdicts import Plan
@@ -312,10 +312,6 @@ def sources(opts: Options) -> dict[str, str]:
     suits = f"suits {'the embedded model' if model.embedded else model.weights or model.model}"
     usual = "--preset paper" if opts.preset == "paper" else suits
     return {name: flagged(name) if name in given else usual for name in asdict(PAPER)}
-
-
-def flagged(name: str) -> str:
-    return with_hyphens(f"--{name}")
 
 
 def shard_of(shard: str) -> tuple[int, int]:

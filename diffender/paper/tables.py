@@ -34,7 +34,7 @@ from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import write_text
 from diffender.utils.markdown import as_csv, as_latex, table
-from diffender.utils.options import change, with_hyphens
+from diffender.utils.options import change, flagged
 from diffender.utils.provenance import command, machine
 
 NAMES = {
@@ -124,8 +124,8 @@ def flag(name: str, value: object) -> list[str]:
     if value is None:
         return []
     if isinstance(value, bool):
-        return [with_hyphens(f"--{name}" if value else f"--no-{name}")]
-    return [with_hyphens(f"--{name}"), str(value)]
+        return [flagged(name if value else f"no_{name}")]
+    return [flagged(name), str(value)]
 
 
 def columns(number: int) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        flag = with_hyphens(f"--{f.name}")
+        flag = flagged(f.name)
         text = f.metadata["help"] + ("" if f.shown is None else f" (default: {f.shown})")
         kind = f.kind
         if f.hint == tuple[str, ...]:
@@ -199,7 +199,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
-        known = [with_hyphens(f"--{f.name}") for f in flags]
+        known = [flagged(f.name) for f in flags]
         flag = rest[0].split("=")[0]
         ours = [words for words in HABITS.get(flag, ()) if words.split(",")[0] in known]
         hint = f" (here: {ours[0]})" if ours else nearest(flag, known)
@@ -207,7 +207,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
     for f in flags:
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, int | float) and not within(value, low, high):
-            parser.error(f"{with_hyphens(f'--{f.name}')} is {value}; allowed is {allowed(low, high)}")
+            parser.error(f"{flagged(f.name)} is {value}; allowed is {allowed(low, high)}")
     return change(start, **vars(args))
 
 
@@ -219,6 +219,11 @@ def in_unit(unit: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     read.__name__ = kind.__name__  # for messages
     return read if unit else kind
+
+
+def flagged(name: str) -> str:
+    """An option as a flag: --noise-ratio for noise_ratio."""
+    return with_hyphens(f"--{name}")
 
 
 def with_hyphens(word: str) -> str:
@@ -276,7 +281,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        sparing = [with_hyphens(f"--{name}") for name in SPARING if name in parsed]
+        sparing = [flagged(name) for name in SPARING if name in parsed]
         advice = f"give a lower {' or '.join(sparing)}: " if sparing else ""
         told, code = f"out of memory; {advice}{KEPT}", 2
     finally:
