@@ -47,25 +47,10 @@ from diffender.utils.progress import TRACKERS, Progress, bar
 from diffender.utils.provenance import command, environment, machine
 from diffender.weights.prompts import SHIPPED
 
-NO_MATTER = (
-    "name",
-    "images",
-    "batch_size",
-    "eot_batch",
-    "max_memory",
-    "trust",
-    "trust_images",
-    "shard",
-    "table",
-    "rows",
-    "figure",
-    "tuning_data",
-    "folds",
-    "frames",
-    "dry_run",
-    "list",
-    "curves",
-)
+NO_MATTER = (  # to an image's result
+    "name", "images", "batch_size", "eot_batch", "max_memory", "trust", "trust_images", "shard", "table", "rows",
+    "figure", "tuning_data", "folds", "frames", "dry_run", "list", "curves",
+)  # fmt: skip
 
 
 class Experiment(NamedTuple):

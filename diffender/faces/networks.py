@@ -101,20 +101,9 @@ class InceptionResnetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (
-            self.conv2d_1a,
-            self.conv2d_2a,
-            self.conv2d_2b,
-            self.maxpool_3a,
-            self.conv2d_3b,
-            self.conv2d_4a,
-            self.conv2d_4b,
-            self.repeat_1,
-            self.mixed_6a,
-            self.repeat_2,
-            self.mixed_7a,
-            self.repeat_3,
-            self.block8,
-        ):
+            self.conv2d_1a, self.conv2d_2a, self.conv2d_2b, self.maxpool_3a, self.conv2d_3b, self.conv2d_4a,
+            self.conv2d_4b, self.repeat_1, self.mixed_6a, self.repeat_2, self.mixed_7a, self.repeat_3, self.block8,
+        ):  # fmt: skip
             x = layer(x)
         x = self.last_bn(self.last_linear(x.mean(dim=(2, 3))))
         return F.normalize(x, dim=1)
