@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,23 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the numbers that tests expe
 
 import torch
 
+import evaluate
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import Classifier, load_classifier
 from diffender.config import DIFFenderConfig
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils import options as cli
 from diffender.utils.memory import keep_freed_memory
 from diffender.weights.loading import load_model
 from diffender.weights.prompts import contexts_for
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+SMALL = [  # flags of an evaluation that is soon done
+    "--images", "2", "--iters", "1", "--iters-undefended", "3", "--steps", "2", "--draws", "1", "--verdicts", "1",
+    "--trust", "off", "--curves", "off", "--no-keep",
+]  # fmt: skip
 keep_freed_memory()  # as the scripts do
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # share the cores, and so do the scripts they start
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -33,6 +41,27 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # share the 
 def same_numbers() -> None:
     """Inputs drawn without a generator of their own are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """call(main, program, *args) in this process, which spares its imports, as from a shell in an empty folder: exit
+    code, stdout, stderr."""
+
+    def run(main, program, *args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            cli.run(main)
+        return e.value.code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def here(call):
+    """here(*args): evaluate.py, as `call` has it."""
+    return partial(call, evaluate.main, "evaluate.py")
 
 
 @pytest.fixture(scope="session")

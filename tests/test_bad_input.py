@@ -3,7 +3,6 @@
 import importlib
 import json
 import struct
-import sys
 import zlib
 
 import pytest
@@ -14,9 +13,9 @@ from safetensors.torch import save_file
 from diffender.__main__ import COMMANDS
 from diffender.classifiers.dataset import as_rgb, load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
-from diffender.utils import options as cli
 from diffender.weights.loading import WEIGHTS
 from diffender.weights.prompts import SHIPPED
+from tests.conftest import SMALL
 
 TINY = WEIGHTS / "tiny.safetensors"
 PROGRAMS = {"evaluate": "evaluate", "train": "train"} | {name: module for name, (module, _) in COMMANDS.items()}
@@ -371,29 +370,22 @@ def test_no_line_stands_twice():
 
 
 @pytest.mark.parametrize(("line", "says"), TABLE, ids=[line.replace("/", "|") for line, _ in TABLE])
-def test_one_line_and_exit_code_2(bad, tmp_path, monkeypatch, capfd, line, says):
+def test_one_line_and_exit_code_2(bad, tmp_path, call, line, says):
     program, *args = line.format(bad=bad).split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program, *args])
     before = {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}
-    with pytest.raises(SystemExit) as e:
-        cli.run(importlib.import_module(PROGRAMS[program]).main)
-    error = capfd.readouterr().err
-    assert e.value.code == 2
+    code, _, error = call(importlib.import_module(PROGRAMS[program]).main, program, *args)
+    assert code == 2
     assert says in error
     assert len(error.strip().splitlines()) == 1, error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing half-made is left behind"
     assert before == {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}, "nothing is lost"
 
 
-def test_a_place_in_the_way_of_runs(tmp_path, monkeypatch, capfd):
+def test_a_place_in_the_way_of_runs(tmp_path, here):
     (tmp_path / "runs").write_text("a file")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--attack", "none", "--images", "1"])
-    with pytest.raises(SystemExit) as e:
-        cli.run(importlib.import_module("evaluate").main)
-    assert e.value.code == 2
-    assert "choose another place" in capfd.readouterr().err
+    code, _, error = here("--attack", "none", "--images", "1")
+    assert code == 2
+    assert "choose another place" in error
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 3), (31, 17), (4000, 250)])
@@ -413,19 +405,17 @@ def test_images_of_every_mode_and_size_are_taken(tmp_path, mode, size):
     assert mode == "1" or 0.3 < x.mean() < 0.6, "the colour is what it was"
 
 
-def test_a_damaged_record_is_named_and_nothing_else_is_lost(tmp_path, monkeypatch, capfd):
-    from tests.test_scripts import SMALL, here
-
+def test_a_damaged_record_is_named_and_nothing_else_is_lost(tmp_path, here):
     args = [*SMALL, "--attack", "none", "--quiet", "--name", "a"]
-    assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
+    assert here(*args)[0] == 0
     path = tmp_path / "runs/a/per_image.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(f"{first[:50]}\n{second}\n")
-    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    code, _, error = here(*args)
     assert code == 2
     assert "per_image.jsonl, line 1 is damaged" in error
     path.write_text(f"{second}\n")  # as the message says
-    assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
+    assert here(*args)[0] == 0
     assert {json.loads(line)["id"] for line in path.read_text().splitlines()} == {
         json.loads(line)["id"] for line in (first, second)
     }

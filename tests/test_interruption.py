@@ -19,8 +19,7 @@ import train
 from diffender import tuning
 from diffender.utils import options as cli
 from diffender.utils.interruption import Interrupted, patient
-from tests.conftest import ROOT
-from tests.test_scripts import SMALL, here
+from tests.conftest import ROOT, SMALL
 
 # A process that has imported everything and forks a child for each command line that it reads: the child runs
 # evaluate.py, the parent kills it after so many seconds (none: waits) and answers with its exit status.
@@ -97,13 +96,13 @@ def interrupt_after(monkeypatch, module, name, times):
     monkeypatch.setattr(module, name, interrupted)
 
 
-def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, monkeypatch, here):
     from diffender.evaluation import run as experiment
 
     args = [*SMALL, "--images", "3", "--attack", "none"]
     interrupt_after(monkeypatch, experiment, "evaluate_batch", 2)
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in a shell's background
-    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    code, _, error = here(*args)
     assert code == 130
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(told(folder)) == 2
@@ -153,15 +152,12 @@ def test_a_second_ctrl_c_does_not_wait():
 
 
 @pytest.mark.parametrize("more", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
-def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd, more):
+def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, more):
     small = ["--shots", "2", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1", *more]
-    monkeypatch.chdir(tmp_path)
 
     def tune(name, *more):
-        monkeypatch.setattr(sys, "argv", ["train.py", *small, "--out", f"{name}.safetensors", *more])
-        with pytest.raises(SystemExit) as e:
-            cli.run(train.main)
-        return e.value.code, capfd.readouterr().err
+        code, _, error = call(train.main, "train.py", *small, "--out", f"{name}.safetensors", *more)
+        return code, error
 
     assert tune("whole")[0] == 0
     with monkeypatch.context() as patch:
@@ -187,19 +183,19 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, capfd, more
     assert not (tmp_path / "stopped.safetensors.unfinished").exists()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, here):
     """A limit on the size of files stands for the end of the disk; an image of 224 pixels is the first to meet it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "full"], tmp_path, monkeypatch, capfd)
+        code, _, error = here(*SMALL, "--attack", "none", "--quiet", "--name", "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
     assert "File too large; free some space" in error
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.partial"))
-    code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "full"], tmp_path, monkeypatch, capfd)
+    code, _, error = here(*SMALL, "--attack", "none", "--quiet", "--name", "full")
     assert code == 0, error
 
 
@@ -212,11 +208,11 @@ def no_memory(e):
     [lambda: no_memory(MemoryError()), lambda: no_memory(torch.OutOfMemoryError("a\nb")), lambda: torch.empty(1 << 50)],
     ids=["python", "gpu", "cpu"],
 )
-def test_out_of_memory_is_one_line_with_the_flags_that_help(tmp_path, monkeypatch, capfd, fail):
+def test_out_of_memory_is_one_line_with_the_flags_that_help(monkeypatch, fail, here):
     from diffender.evaluation import run as experiment
 
     monkeypatch.setattr(experiment, "evaluate_batch", lambda *args: fail())
-    code, _, error = here([*SMALL, "--attack", "none", "--quiet", "--name", "m"], tmp_path, monkeypatch, capfd)
+    code, _, error = here(*SMALL, "--attack", "none", "--quiet", "--name", "m")
     assert code == 2
     flags = "--max-memory or --micro-batch or --batch-size or --eot-batch"
     assert f"out of memory; give a lower {flags}: what is written stays, and the same command" in error
@@ -228,14 +224,14 @@ def test_other_errors_of_torch_keep_their_traceback():
         cli.run(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
 
 
-def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, monkeypatch, capfd):
+def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, here):
     args = [*SMALL, "--attack", "none", "--name"]
-    code, _, error = here([*args, "a"], tmp_path, monkeypatch, capfd)
+    code, _, error = here(*args, "a")
     assert code == 0
     assert "\r" not in error
     assert "left" in error
     assert "100 %" in error, "the forecast work has all been done"
-    code, out, error = here([*args, "b", "--quiet"], tmp_path, monkeypatch, capfd)
+    code, out, error = here(*args, "b", "--quiet")
     assert (code, error) == (0, "")
     assert out.strip() == (tmp_path / "runs" / "b" / "table.md").read_text().strip()
 

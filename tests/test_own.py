@@ -1,7 +1,6 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
 from diffender.own import AnyModel, digest
 from diffender.report.__main__ import compare
-from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
 
@@ -297,7 +295,7 @@ def test_a_digest_tells_values_apart():
     assert digest([a]) == digest([a.clone()]) != digest([a + 1])
 
 
-def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
+def test_folders_of_ones_own_classes(tmp_path, call, photos):
     """A folder for each class, a network with so many outputs: attacked from the command line, with their names."""
     net = timm.create_model("efficientnet_lite0", num_classes=2)
     net.classifier.bias.data[0] = 100.0  # it sees cats everywhere
@@ -308,10 +306,8 @@ def test_folders_of_ones_own_classes(tmp_path, monkeypatch, capfd, photos):
     weights = ["--classifier-weights", "net.safetensors"]
 
     def run(*args, main=evaluate.main):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
-        with pytest.raises(SystemExit) as e:
-            cli.run(main)
-        return e.value.code, capfd.readouterr().err
+        code, _, error = call(main, "evaluate.py", *args)
+        return code, error
 
     code, error = run(*common, *weights, "--preset", "smoke", "--attack", "none", "--trust", "off", "--name", "own")
     assert code == 0, error

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from diffender.classifiers.dataset import open_image, sample_items
 from diffender.photographs import Defender, find_images, main, working_size
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
-from diffender.utils import options as cli
 from diffender.utils.errors import InputError
 
 
@@ -89,17 +87,13 @@ def test_names_of_images(tmp_path):
         find_images((str(tmp_path / "empty"),), tmp_path / "out")
 
 
-def test_the_command(tmp_path, photo, monkeypatch, capfd):
+def test_the_command(tmp_path, photo, call):
     (tmp_path / "in").mkdir()
     photo.save(tmp_path / "in/photo.jpg")
     (tmp_path / "in/broken.png").write_bytes(b"no image")
 
     def run(*paths, classifier="efficientnet_lite0"):
-        args = [*map(str, paths), "--out", str(tmp_path / "out"), "--classifier", classifier]
-        monkeypatch.setattr(sys, "argv", ["defend", *args])
-        with pytest.raises(SystemExit) as e:
-            cli.run(main)
-        return e.value.code, *capfd.readouterr()
+        return call(main, "defend", *paths, "--out", "out", "--classifier", classifier)
 
     code, out, error = run(tmp_path / "in", tmp_path / "gone.jpg")
     assert (code, len(error.splitlines())) == (2, 1)

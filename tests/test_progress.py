@@ -15,13 +15,13 @@ from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
 from diffender.utils.options import change
 from diffender.utils.progress import TRACKERS
-from tests.test_scripts import SMALL, here
+from tests.conftest import SMALL
 
 
-def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, capfd):
+def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, here):
     monkeypatch.setattr(curves, "AREAS", (0.01, 0.1))
     args = [*SMALL, "--images", "1", "--curves", "all", "--theta", "2.5", "--quiet", "--name", "c"]
-    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    code, _, error = here(*args)
     assert code == 0, error
     folder = tmp_path / "runs/c"
     results = json.loads((folder / "results.json").read_text())
@@ -35,7 +35,7 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, c
     assert len(charts(results, records)) == 4
     assert len((folder / "curves-all.jsonl").read_text().splitlines()) == 1
     monkeypatch.setattr(curves, "over_theta", None)  # what is there is not done again
-    assert here(args, tmp_path, monkeypatch, capfd)[0] == 0
+    assert here(*args)[0] == 0
     assert json.loads((folder / "results.json").read_text())["curves"] == results["curves"]
 
 
@@ -95,12 +95,12 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
         TRACKERS["wandb"](tmp_path, {})
 
 
-def test_accuracies_reach_tensorboard(tmp_path, monkeypatch, capfd):
+def test_accuracies_reach_tensorboard(tmp_path, here):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = [*SMALL, "--attack", "none", "--track", "tensorboard", "--name", "t"]
-    code, _, error = here(args, tmp_path, monkeypatch, capfd)
+    code, _, error = here(*args)
     assert code == 0, error
     found = EventAccumulator(str(tmp_path / "runs/t/tensorboard"))
     found.Reload()

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate
 import train
 from diffender import photographs
 from diffender.evaluation import certify, plan
@@ -22,28 +21,14 @@ from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
 from diffender.utils.images import STAGES, stage_files
-from tests.conftest import ROOT
-
-SMALL = [
-    "--images", "2", "--iters", "1", "--iters-undefended", "3", "--steps", "2", "--draws", "1", "--verdicts", "1",
-    "--trust", "off", "--curves", "off", "--no-keep",
-]  # fmt: skip
+from tests.conftest import ROOT, SMALL
 
 
 def script(name, *args, cwd):
     return subprocess.run([sys.executable, ROOT / name, *args], cwd=cwd, capture_output=True, text=True, timeout=1200)
 
 
-def here(args, folder, monkeypatch, capfd):
-    """evaluate.py in this process, which spares its imports: exit code, stdout, stderr."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
-    with pytest.raises(SystemExit) as e:
-        cli.run(evaluate.main)
-    return e.value.code, *capfd.readouterr()
-
-
-def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
+def test_tune_then_evaluate(tmp_path, here):
     """train.py on one photograph, evaluate.py with its prompts: files, counts, images, resumption."""
     small = "--shots 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
     tuned = script("train.py", *small.split(), cwd=tmp_path)
@@ -54,7 +39,7 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     assert prompts.is_file()
 
     args = [*SMALL, "--prompts", str(prompts), "--name", "a"]
-    code, out, err = here(args, tmp_path, monkeypatch, capfd)
+    code, out, err = here(*args)
     assert code == 0, err
     folder = tmp_path / "runs" / "a"
     records = [json.loads(line) for line in (folder / "per_image.jsonl").read_text().splitlines()]
@@ -85,13 +70,13 @@ def test_tune_then_evaluate(tmp_path, monkeypatch, capfd):
     # Killed in the middle of a line; another process goes on with a share of the images that happens to be the rest.
     lines = (folder / "per_image.jsonl").read_text().splitlines(keepends=True)
     (folder / "per_image.jsonl").write_text(lines[0] + lines[1][:20])
-    code, out, err = here([*args, "--batch-size", "1", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
+    code, out, err = here(*args, "--batch-size", "1", "--shard", "1/2")
     assert code == 0, err
     assert "1 images done before" in out
     resumed = json.loads((folder / "results.json").read_text())
     assert resumed["rows"] == results["rows"]
     assert (folder / "env.json").read_text() == "{}", "it tells of who began"
-    code, out, err = here([*args, "--seed", "5"], tmp_path, monkeypatch, capfd)
+    code, out, err = here(*args, "--seed", "5")
     assert code == 2
     assert "other settings (seed" in err
 
@@ -110,13 +95,13 @@ def test_the_commit_is_known_without_git(tmp_path, monkeypatch):
         assert provenance.commit() == asked
 
 
-def test_a_shard_does_its_share(tmp_path, monkeypatch, capfd):
-    code, out, err = here([*SMALL, "--attack", "none", "--name", "s", "--shard", "1/2"], tmp_path, monkeypatch, capfd)
+def test_a_shard_does_its_share(tmp_path, here):
+    code, out, err = here(*SMALL, "--attack", "none", "--name", "s", "--shard", "1/2")
     assert code == 0, err
     assert "1 of 2 images are done" in out
     assert not (tmp_path / "runs" / "s" / "results.json").exists()
     # The other shard is lost: any number of processes goes on with the same command.
-    code, out, err = here([*SMALL, "--attack", "none", "--name", "s"], tmp_path, monkeypatch, capfd)
+    code, out, err = here(*SMALL, "--attack", "none", "--name", "s")
     assert code == 0, err
     assert "1 images done before" in out
     assert json.loads((tmp_path / "runs" / "s" / "results.json").read_text())["rows"][0]["single"]["n"] == 2
@@ -164,8 +149,8 @@ def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     assert other.read_text().endswith('{"id": "d')
 
 
-def test_a_dry_run_tells_and_does_nothing(tmp_path, monkeypatch, capfd):
-    code, out, err = here([*SMALL, "--dry-run", "--name", "d"], tmp_path, monkeypatch, capfd)
+def test_a_dry_run_tells_and_does_nothing(tmp_path, here):
+    code, out, err = here(*SMALL, "--dry-run", "--name", "d")
     assert code == 0, err
     assert "pass 0." in out
     assert '"theta": 2.0' in out
@@ -197,16 +182,16 @@ def test_a_unit_may_stand_behind_the_memory(text):
     assert cli.parse(plan.Options, "", ["--max-memory", text]).max_memory == 8
 
 
-def test_names_are_listed(tmp_path, monkeypatch, capfd):
-    code, out, err = here(["--list"], tmp_path, monkeypatch, capfd)
+def test_names_are_listed(here):
+    code, out, err = here("--list")
     assert code == 0, err
     assert all(name in out for name in ("sd2-inpainting", "resnet50", "gdpa", "bpda-mask", "diffpure"))
 
 
-def test_without_attack_and_with_the_empty_prompt(tmp_path, monkeypatch, capfd):
+def test_without_attack_and_with_the_empty_prompt(here):
     fast = ["--sampler", "ddim", "--guidance", "3", "--dtype", "bfloat16", "--micro-batch", "3"]
     args = [*SMALL, *fast, "--attack", "none", "--prompt", "empty", "--name", "e"]
-    code, out, err = here(args, tmp_path, monkeypatch, capfd)
+    code, out, err = here(*args)
     assert code == 0, err
     assert "empty prompts" in out
     assert "| none |  | 100.0 % (2/2;" in out
