@@ -35,9 +35,9 @@ def test_subset_is_seeded_correct_and_passes_over_what_was_tuned_on(classifier):
         correct_subset(tuned_on, classifier, 4, seed=0, exclude=frozenset(first.hashes))
 
 
-def picture(path, mode="RGB", size=(40, 30)):
+def picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size).save(path)
+    Image.new("RGB", (40, 30)).save(path)
 
 
 def test_folders_by_wnid_number_classes_globally(tmp_path):
@@ -59,12 +59,6 @@ def test_csv(tmp_path):
     table.write_text("file,label\nimages/a.png,7\n")
     (item,) = list_items(str(table))
     assert (item.id, item.label, item.path) == ("images/a", 7, tmp_path / "images/a.png")
-    table.write_text("file,label\na.png,1000\n")
-    with pytest.raises(InputError, match="line 2: label '1000'; labels are class indices from 0 to 999"):
-        list_items(str(table))
-    table.write_text("name,class\n")
-    with pytest.raises(InputError, match="wanted are file, label"):
-        list_items(str(table))
 
 
 def test_labels_may_be_wnids(tmp_path):
@@ -113,22 +107,11 @@ def test_imagenets_development_kit(tmp_path):
             list_items(str(tmp_path / "val"))
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
-def test_images_of_every_mode_load(tmp_path, mode, classifier):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    picture(path, mode)
-    x = load_image(path, classifier.cfg)
-    assert x.shape == (3, 224, 224)
-    assert 0 <= x.min() <= x.max() <= 1
-
-
 def test_classifiers_without_weights_name_the_file_wanted():
     for name, cfg in CLASSIFIERS.items():
         if not cfg.package:
             with pytest.raises(InputError, match=cfg.tag.replace(".", r"\.")):
                 load_classifier(name)
-    with pytest.raises(InputError, match="unknown classifier 'vgg'"):
-        load_classifier("vgg")
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -555,5 +555,3 @@ def test_settings_in_the_name():
     ):
         with pytest.raises(InputError, match=said):
             parse_defense(text)
-    with pytest.raises(InputError, match="from 1 to 100"):
-        JPEG(0)

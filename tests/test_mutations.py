@@ -68,6 +68,13 @@ def prompts_file(folder: Path) -> Path:
     return folder / "prompts.safetensors"
 
 
+def read_weights(path: Path) -> None:
+    describe(scan(path))
+    found, sound = (load_model("auto", p).state_dict() for p in (path, path.with_name("small.safetensors")))
+    assert found.keys() == sound.keys()
+    assert all(torch.equal(found[k], sound[k]) for k in sound), "other weights, in silence"
+
+
 def read_prompts(path: Path) -> None:
     found, shipped = load_prompts(path, 64).state_dict(), load_prompts(SHIPPED, 64).state_dict()
     assert all(torch.equal(found[k], shipped[k]) for k in shipped), "another prompt, in silence"
@@ -111,7 +118,7 @@ def read_run(path: Path) -> None:
 
 
 KINDS = {
-    "weights": (small_model_file, lambda path: (describe(scan(path)), load_model("auto", path))),
+    "weights": (small_model_file, read_weights),
     "prompts": (prompts_file, read_prompts),
     "csv": (csv_file, lambda path: list_items(str(path))),
     "records": (lambda folder: run_folder(folder / "run"), read_run),

@@ -64,7 +64,7 @@ def test_tune_then_evaluate(tmp_path, here):
             assert set(files) == set(STAGES)
             assert all(Image.open(file).size == (224, 224) for file in files.values())
         assert set(stage_files(folder / "images", record)) == set(STAGES) - {"attacked"}
-    for line in ("pass 0.", "evade 0.", "GiB", "left out against --preset strong", "peak memory"):
+    for line in ("pass ", "evade ", "GiB", "left out against --preset strong", "peak memory"):
         assert line in out
 
     # Killed in the middle of a line; another process goes on with a share of the images that happens to be the rest.
@@ -152,7 +152,7 @@ def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
 def test_a_dry_run_tells_and_does_nothing(tmp_path, here):
     code, out, err = here(*SMALL, "--dry-run", "--name", "d")
     assert code == 0, err
-    assert "pass 0." in out
+    assert "pass " in out
     assert '"theta": 2.0' in out
     assert not (tmp_path / "runs").exists()
 

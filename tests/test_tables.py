@@ -14,7 +14,7 @@ from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.evaluation.plan import Options, fill, refuse_conflicts
+from diffender.evaluation.plan import Options, fill
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
@@ -221,13 +221,6 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
     (tmp_path / "frames.csv").write_text(f"file,label\n{a.path},{a.label}\n")
     with pytest.raises(InputError, match="wanted are file, label, configuration"):
         run_table(7, opts)
-
-
-def test_mistakes():
-    with pytest.raises(InputError, match="--table 6 is of faces"):
-        run_table(6, Options(preset="smoke"))
-    with pytest.raises(InputError, match="--figure is 6; choose from 1, 2, 3, 4, 5, 8, 9"):
-        refuse_conflicts(Options(figure=6))
 
 
 def evaluate(cwd, *args):
