@@ -241,11 +241,16 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
             f"an image of {' x '.join(map(str, image.size))} pixels; one side is at most {LONGEST} times the "
             "other: crop it"
         )
-    scale = cfg.resize / min(image.size)
-    size = [max(cfg.resize, round(side * scale)) for side in image.size]
-    image = image.resize(size, getattr(Image.Resampling, cfg.interpolation.upper()))
-    left, top = ((n - cfg.size) // 2 for n in size)
+    image = resized(image, cfg.resize, cfg.interpolation)
+    left, top = ((n - cfg.size) // 2 for n in image.size)
     return pil_to_tensor(image.crop((left, top, left + cfg.size, top + cfg.size))).float() / 255
+
+
+def resized(image: Image.Image, short_side: int, interpolation: str = "bicubic") -> Image.Image:
+    """In its proportions, to so many pixels on the shorter side."""
+    scale = short_side / min(image.size)
+    size = [max(short_side, round(side * scale)) for side in image.size]
+    return image.resize(size, getattr(Image.Resampling, interpolation.upper()))
 
 
 def digest_of(path: Path) -> str:

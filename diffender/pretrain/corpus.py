@@ -5,7 +5,6 @@ pasted in (noise, colours, a crop of another photograph, drawn shapes, text) and
 that they are clean. No patch that was optimised against a classifier ever enters.
 """
 
-import csv
 import io
 import math
 from argparse import Namespace
@@ -21,6 +20,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from diffender.classifiers.dataset import read_csv, resized
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header, save_atomic
 from diffender.utils.progress import bar
@@ -63,7 +63,7 @@ def load_photos(source: Path, short_side: int) -> Photos:
         captions = [caption for _, caption in rows]
         files = [path for path, _ in rows]
     for file in bar(files, "reading photographs"):
-        images.append(pil_to_tensor(resized(Image.open(file), short_side)))
+        images.append(pil_to_tensor(resized(Image.open(file).convert("RGB"), short_side)))
     return Photos(images, captions)
 
 
@@ -73,14 +73,7 @@ def captioned_files(root: Path) -> list[tuple[Path, str]]:
         raise InputError(
             f"no {table}: training wants a folder with captions.csv (columns file, caption), or a packed one"
         )
-    with table.open(encoding="utf-8") as f:
-        return [(root / row["file"], row["caption"]) for row in csv.DictReader(f)]
-
-
-def resized(image: Image.Image, short_side: int) -> Image.Image:
-    scale = short_side / min(image.size)
-    size = [max(short_side, round(side * scale)) for side in image.size]
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return [(root / row["file"], row["caption"]) for row in read_csv(table, "file", "caption")]
 
 
 def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]]) -> None:
@@ -92,7 +85,7 @@ def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str
     parts, captions = [], []
     for path, caption in bar(list(captioned_files(root)), "packing"):
         buffer = io.BytesIO()
-        resized(Image.open(path), 256).save(buffer, "WEBP", quality=60, method=6)
+        resized(Image.open(path).convert("RGB"), 256).save(buffer, "WEBP", quality=60, method=6)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
         captions.append(caption)
     tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
