@@ -79,10 +79,10 @@ class Defender:
     def __call__(self, image: "Image.Image", name: str = "image") -> Found:
         """An image of any size and mode; noise follows from its name."""
         import PIL.Image
-        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+        from torchvision.transforms.functional import pil_to_tensor
 
         from diffender.classifiers.dataset import as_rgb
-        from diffender.utils.images import stretch
+        from diffender.utils.images import stretch, to_image
 
         started = time.monotonic()
         if not isinstance(image, PIL.Image.Image):
@@ -92,10 +92,7 @@ class Defender:
         defense = self.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):
             out = defense(x, defense.sample_noise([name], self.opts.run.seed, "defend"))
-        heatmap = stretch(out.heatmap, x.shape[-2:])[0]
-        restored, mask, heatmap = (
-            to_pil_image((t.cpu().clamp(0, 1) * 255).round().byte()) for t in (out.image[0], out.mask[0], heatmap)
-        )
+        restored, mask, heatmap = map(to_image, (out.image[0], out.mask[0], stretch(out.heatmap, x.shape[-2:])[0]))
         record = {"size": list(image.size), "masked": round(out.mask.mean().item(), 5)}
         record["largest_z_score"] = round(out.z_score.max().item(), 2)
         if self.classifier is not None:

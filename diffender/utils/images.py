@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """(C, H, W) in [0, 1] as an 8-bit PNG, which keeps multiples of 1/255 to the bit."""
+def to_image(image: Tensor) -> Image.Image:
+    """(C, H, W) in [0, 1] with 8 bits, which keep multiples of 1/255."""
     from torchvision.transforms.functional import to_pil_image
 
+    return to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte())
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """`to_image` as a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
-        to_pil_image((image.detach().cpu().clamp(0, 1) * 255).round().byte()).save(partial, format="PNG")
+        to_image(image).save(partial, format="PNG")
 
 
 def load_png(path: Path) -> Tensor:
