@@ -1,4 +1,4 @@
-"""Images in and out: 8-bit PNG files, difference maps stretched to be seen, a grid of stages.
+"""Images in and out: 8-bit PNG files, difference maps stretched to be seen, figures.
 
 Torch is imported inside the functions: what only reads files answers at once.
 """
@@ -62,33 +62,6 @@ def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
     low, high = (f(heatmap, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
     scaled = (heatmap - low) / (high - low).clamp_min(1e-8)
     return torch.nn.functional.interpolate(scaled, size, mode="nearest")
-
-
-def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence[str], rows: int = 8) -> None:
-    """A row an image, under its last attack: clean, attacked, difference map, mask, restored, with what the classifier
-    sees in each. Nothing where no images are there."""
-    from matplotlib.figure import Figure
-
-    saved = [(r, stage_files(folder, r, list(r["attacks"] or [""])[-1])) for r in records]
-    saved = [(r, files) for r, files in saved if files][:rows]
-    if not saved:
-        return
-    stages = list(saved[0][1])
-    figure = Figure(figsize=(2.1 * len(stages), 2.35 * len(saved)), layout="constrained")
-    axes = figure.subplots(len(saved), len(stages), squeeze=False)
-    for row, (record, files) in zip(axes, saved, strict=True):
-        for axis, (stage, file) in zip(row, files.items(), strict=False):
-            image = Image.open(file)
-            axis.imshow(image, cmap="inferno" if stage == "heatmap" else "gray", vmin=0, vmax=255)
-            axis.set_axis_off()
-            axis.set_title(stage, fontsize=8)
-            last = list(record["attacks"].values() or [record])[-1]
-            seen = {"clean": record["undefended"], "attacked": last["undefended"], "restored": last["defended"][0]}
-            if stage in seen:
-                answer = seen[stage]
-                colour = "green" if answer == record["label"] else "firebrick"
-                axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
-    save_figure(figure, path, dpi=100)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
