@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
-from diffender.attacks.expectation import Task, rank
+from diffender.attacks.expectation import Task, judgements, kept_back, rank
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, relocated, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
@@ -291,6 +292,15 @@ def test_a_patch_that_moves_is_one_patch(batch):
     again = attack.draw(task, stepped, home, 1, "")(0)[0]  # the next step's samples
     assert again.shape == x.shape
     assert torch.equal(out.image[out.mask.expand_as(x) == 1], out.state[home.expand_as(x) == 1])
+
+
+def test_whether_a_victim_is_random_is_asked_of_one_image(batch):
+    asked = []
+    for noise, passes, finals in ((None, 1, 0), (torch.zeros(1), 5, 6)):
+        victim = SimpleNamespace(sample_noise=lambda ids, *_, noise=noise: asked.append(len(ids)) or noise)
+        task = Task(victim, *batch, IDS, 0)
+        assert (judgements(task, 5), kept_back(task, 2, 100)) == (passes, finals)
+    assert set(asked) == {1}
 
 
 def test_a_patch_that_moves_is_judged_where_no_restart_was_tried(batch):

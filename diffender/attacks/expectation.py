@@ -162,13 +162,18 @@ def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1, le
 
 def judgements(task: Task, eot: int, least: int = 3) -> int:
     """How many passes `judge` takes."""
-    return 1 if task.noise("judge") is None else max(least, eot)
+    return max(least, eot) if is_random(task) else 1
+
+
+def is_random(task: Task) -> bool:
+    """Whether the victim takes noise: that of one image tells."""
+    return task.victim.sample_noise(task.image_ids[:1], task.seed, "judge") is not None
 
 
 def kept_back(task: Task, candidates: int, queries: int) -> int:
     """How many of an attack's queries are kept for judging so many candidates in the end, lest a lucky draw wins: none
     without noise, and none if they would take more than half of the budget."""
-    wanted = 0 if task.noise("judge") is None else candidates * judgements(task, 1)
+    wanted = candidates * judgements(task, 1) if is_random(task) else 0
     return wanted if queries >= 2 * wanted else 0
 
 
@@ -194,5 +199,5 @@ def best_attempt(
     winner = torch.stack([judge(task, image, "restarts", eot, batch) for image in shown]).argmax(dim=0)
     rows = torch.arange(len(winner), device=winner.device)
     fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
-    queries = torch.stack([a.queries + judgements(task, eot) for a in attempts]).sum(dim=0)
+    queries = torch.stack([a.queries for a in attempts]).sum(dim=0) + len(attempts) * judgements(task, eot)
     return Attacked(*fields)._replace(queries=queries)
