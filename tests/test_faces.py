@@ -10,7 +10,7 @@ from PIL import Image
 from diffender import factory as runs
 from diffender.classifiers.dataset import correct_subset, load_image
 from diffender.config import TargetOptions
-from diffender.faces.identification import RECOGNIZERS, identify, list_faces, load_recognizer, split_faces
+from diffender.faces.identification import RECOGNIZERS, identify, list_faces, load_recognizer, natural, split_faces
 from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.faces.verification import read_pairs, verify
 from diffender.utils.errors import InputError
@@ -91,6 +91,12 @@ def test_probes_are_not_in_the_gallery(tmp_path):
         split_faces(faces, 3)
     with pytest.raises(InputError, match="no faces at"):
         list_faces(str(tmp_path / "nobody"))
+
+
+def test_images_are_counted_by_their_decimals_alone():
+    """A superscript is a digit to Python, and no number."""
+    names = ["img10.jpg", "img2.jpg", "x²1.jpg", "²1.jpg"]
+    assert sorted(names, key=natural) == ["img2.jpg", "img10.jpg", "x²1.jpg", "²1.jpg"]
 
 
 @pytest.mark.parametrize(("name", "size", "left"), [("facenet", 160, 45), ("mobilefacenet", 224, 56)])

@@ -75,7 +75,7 @@ def split_faces(faces: Sequence[tuple[str, Path]], fold: int = 0) -> Faces:
 
 def natural(name: str) -> list:
     """So that img2 comes before img10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def load_recognizer(name: str, weights: str | None) -> nn.Module:
