@@ -146,15 +146,8 @@ class Line(NamedTuple):
 
 def run_table(number: int, opts: Options) -> str:
     """Run what is missing of a table; returns it as Markdown and writes it to runs/, with csv and LaTeX."""
-    folder = Path("runs") / f"table{number}-{opts.preset}"
     if number == 7:
-        if opts.frames and not Path(opts.frames).is_file():
-            raise InputError(f"--frames {opts.frames}: no such file; give a csv of file, label, configuration")
-        own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
-        experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
-        batch = None if opts.frames else load_images(own, experiment.target)
-        open_run(experiment.folder, experiment.config, experiment.own)
-        return run_film(experiment, batch) if batch else run_photographs(experiment)
+        return run_table_7(opts)
     if number == 6 and opts.target.classifier not in RECOGNIZERS:
         raise InputError(
             f"--table 6 is of faces; give --classifier {' or '.join(RECOGNIZERS)} with its --classifier-weights, and "
@@ -168,6 +161,7 @@ def run_table(number: int, opts: Options) -> str:
     every = [line for block in blocks for line in block]
     lines = pool(every)
     text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
+    folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", csv_table(lines))
@@ -178,6 +172,17 @@ def run_table(number: int, opts: Options) -> str:
     runs = {f"{line.classifier}, {NAMES[line.key]} ({line.run.name})": line.run for line in every if line.run}
     write_text(folder / "report.html", table_page(f"Table {number} of the paper", text, runs, folder))
     return text
+
+
+def run_table_7(opts: Options) -> str:
+    """The same of the table of filmed patches: from the photographs that --frames names, or by simulation."""
+    if opts.frames and not Path(opts.frames).is_file():
+        raise InputError(f"--frames {opts.frames}: no such file; give a csv of file, label, configuration")
+    own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
+    experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
+    batch = None if opts.frames else load_images(own, experiment.target)
+    open_run(experiment.folder, experiment.config, experiment.own)
+    return run_film(experiment, batch) if batch else run_photographs(experiment)
 
 
 def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
