@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -493,11 +494,11 @@ def black_box(bench):
 ACCURACIES = [  # in the order in which a check asks for them: red, green
     (controls, [0.6, 0.4, 0.6], [0.6, 0.5, 0.6]),
     (masks, [0.5, 0.9], [0.6, 0.1]),
-    (trust.EOT, [0.3, 0.2, 0.5], [0.3, 0.9, 0.3]),
-    (trust.STEPS, [0.9, 0.5, 0.3], [0.9, 0.3, 0.25]),
+    (partial(trust.sweep, "eot"), [0.3, 0.2, 0.5], [0.3, 0.9, 0.3]),
+    (partial(trust.sweep, "iters"), [0.9, 0.5, 0.3], [0.9, 0.3, 0.25]),
     (trust.size_sweep, [0.9] * 6 + [0.2], [0.9] * 6 + [0.1]),
     (trust.size_sweep, [0.0] * 6 + [0.1], [0.1] * 7),
-    (trust.RESTARTS, [0.2, 0.4], [0.2, 0.25]),
+    (partial(trust.sweep, "restarts"), [0.2, 0.4], [0.2, 0.25]),
     (trust.ste_sweep, [0.3, 0.9, 0.9, 0.4], [0.4, 0.9, 0.9, 0.4]),
     (trust.transfer_matrix, [0.5, 0.9, 0.3], [0.5, 0.9, 0.45]),
     (black_box, [0.3, 0.4], [0.4, 0.4]),

@@ -14,10 +14,11 @@ from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.plan import FIGURES, Options, fill
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
+from diffender.paper.figures import DRAWN
 from diffender.paper.knowledge import draw_knowledge, known
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import (
@@ -101,6 +102,10 @@ def test_bold_is_first_by_a_paired_test(right, told):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
     assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
     assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_every_figure_has_a_function():
+    assert tuple(DRAWN) == FIGURES
 
 
 def test_rows_by_name():

@@ -344,6 +344,8 @@ def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     )
 
 
-EOT, STEPS, STEP_SIZE, RESTARTS = (partial(sweep, field) for field in SWEPT)
-FULL_OF_ANY = (EOT, STEPS, size_sweep, STEP_SIZE, RESTARTS, black_box)
+FULL_OF_ANY = (
+    partial(sweep, "eot"), partial(sweep, "iters"), size_sweep, partial(sweep, "lr"), partial(sweep, "restarts"),
+    black_box,
+)  # fmt: skip
 FULL = (*FULL_OF_ANY, fixed_noise, ste_sweep, transfer_matrix)
