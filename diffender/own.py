@@ -63,7 +63,7 @@ class AnyModel(Defended):
 
     def looks(self, x: Tensor, noises: Sequence[Any], batch: int = 1) -> Iterator[tuple[Purified, Tensor]]:
         for noise in noises:
-            yield Purified(x, None, None, None), self(x, noise)
+            yield Purified(x), self(x, noise)
 
     def under(self, backward: Backward) -> "AnyModel":
         """Itself: it has one backward pass."""

@@ -33,9 +33,9 @@ class Localized(NamedTuple):
 
 class Purified(NamedTuple):
     image: Tensor  # (B, 3, H, W) in [0, 1] (unclamped without composite)
-    mask: Tensor | None  # this and the rest as in Localized; None where another defence has no such thing
-    heatmap: Tensor | None
-    z_score: Tensor | None
+    mask: Tensor | None = None  # this and the rest as in Localized; None where another defence has no such thing
+    heatmap: Tensor | None = None
+    z_score: Tensor | None = None
 
 
 class Defense(Protocol):

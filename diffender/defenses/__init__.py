@@ -61,10 +61,10 @@ class Purifier(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         if isinstance(self.purify, Diffusing):
-            return Purified(self.purify(x, drawn(noise)), None, None, None)
+            return Purified(self.purify(x, drawn(noise)))
         out = seeded(self.purify, x, drawn(noise)) if self.random else self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
-        return Purified(image, mask, None, None)
+        return Purified(image, mask)
 
 
 class Entry(NamedTuple):
