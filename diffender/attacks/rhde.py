@@ -198,10 +198,8 @@ class Search:
         trials = [asked.take((owner == e).nonzero()[:, 0]) for e in range(n_elite)]
         trials = [t.take(self.energies(t).argmin()[None]) for t in trials if len(t.genes)]
         parents = list(range(len(trials)))
-        mates = (
-            torch.stack([torch.randperm(n, generator=self.g)[:2] for _ in range(n_elite, n)]) if n > n_elite else None
-        )
-        if mates is not None:
+        if n > n_elite:
+            mates = torch.stack([torch.randperm(n, generator=self.g)[:2] for _ in range(n_elite, n)])
             factor = 0.5 + 0.5 * self.uniform(1)
             genes = crowd.genes[0] + factor * (crowd.genes[mates[:, 0]] - crowd.genes[mates[:, 1]])
             genes = torch.where((genes < 0) | (genes > 1), self.uniform(*genes.shape), genes)
