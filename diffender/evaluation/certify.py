@@ -63,7 +63,6 @@ def main() -> None:
     from diffender.classifiers.dataset import correct_subset, list_items
     from diffender.classifiers.imagenet import load_classifier
     from diffender.defenses.patchcleanser import PatchCleanser
-    from diffender.evaluation.metrics import bounded, proportion
     from diffender.factory import pick_device
 
     target, device = opts.target, pick_device(opts.run.device)
@@ -89,10 +88,16 @@ def main() -> None:
                 append_records(own, [{"id": key(image_id, area, masks), "hash": hashed} | found | seconds])
 
     records = read_records(folder)
-    rows, results, seconds = [], [], 0.0
-    for area, masks in asked:
-        mine = [records[key(image_id, area, masks)] for image_id in batch.ids]
-        seconds += sum(r["seconds"] for r in mine)
+    parts = [(area, masks, [records[key(i, area, masks)] for i in batch.ids]) for area, masks in asked]
+    print(write_table(opts, parts, folder, machine(device)))
+
+
+def write_table(opts: Options, parts: list[tuple[float, float, list[dict]]], folder: Path, where: str) -> str:
+    """A row for each area and number of masks, from the records of all images; beside it results.json."""
+    from diffender.evaluation.metrics import bounded, proportion
+
+    rows, results = [], []
+    for area, masks, mine in parts:
         columns = {
             "right, without a patch": [float(r["right"]) for r in mine],
             "certified wherever it is": [float(r["places"] == 1) for r in mine],
@@ -100,13 +105,14 @@ def main() -> None:
         }
         rows.append((f"{100 * area:g} %", f"{masks}²", *(bounded(proportion(values)) for values in columns.values())))
         results.append({"area": area, "masks": masks, "n": len(mine)} | {k: sum(v) for k, v in columns.items()})
+    seconds = sum(sum(r["seconds"] for r in mine) for *_, mine in parts)
     text = table(("patches of", "masks", *columns), rows) + (
-        f"\n`{command()}`: PatchCleanser, {len(batch.ids)} clean images, {target.classifier}, seed {opts.run.seed}, "
-        f"{seconds:.0f} s on {machine(device)}, {time.strftime('%Y-%m-%d')}.\n"
+        f"\n`{command()}`: PatchCleanser, {results[0]['n']} clean images, {opts.target.classifier}, seed "
+        f"{opts.run.seed}, {seconds:.0f} s on {where}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(folder / "results.json", {"command": command(), "rows": results})
     write_text(folder / "table.md", text)
-    print(text)
+    return text
 
 
 if __name__ == "__main__":
