@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from diffender.classifiers.dataset import Batch
     from diffender.classifiers.imagenet import Classifier
     from diffender.pipeline import Defended
+    from diffender.prompts import PromptPair
+    from diffender.stable_diffusion.model import LatentDiffusion
     from diffender.tuning import Tuning, Work
 
 
@@ -95,11 +97,9 @@ def main() -> None:
     from diffender.attacks.expectation import Task
     from diffender.classifiers.imagenet import load_classifier
     from diffender.evaluation.memory import footprint, keep_or_recompute
-    from diffender.evaluation.workers import add_up, own_device, start
+    from diffender.evaluation.workers import add_up, own_device
     from diffender.factory import open_model, pick_device
-    from diffender.noise import generator
     from diffender.pipeline import Defended, DIFFender, Undefended
-    from diffender.prompts import MANUAL, PromptPair
     from diffender.tuning import Shots, Tuning, Work
     from diffender.weights.prompts import save_prompts
 
@@ -107,12 +107,7 @@ def main() -> None:
     path = place_for(Path(opts.out))
     if unfinished(opts).is_file():
         read_unfinished(opts)  # one that cannot go on shows before any work
-    rank, workers = start()
-    smallest = opts.shots % opts.tuning.batch_size or opts.tuning.batch_size  # batch
-    if workers > smallest:
-        raise InputError(
-            f"{workers} processes share a batch of {smallest}: start at most {smallest}, or change --shots"
-        )
+    rank, workers = join(opts)
     opts = change(opts, device=own_device(opts.run.device))
     device = pick_device(opts.run.device)
     classifier = load_classifier(opts.target.classifier, opts.target.classifier_weights).to(device)
@@ -122,9 +117,7 @@ def main() -> None:
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.tuning.seed)
     attacked = attack_alone(opts, task, rank == 0 and not opts.run.quiet)
 
-    prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.tuning.seed, "ctx")).to(device)
-    if opts.ctx_init == "words":
-        prompts.initialize_from(model.text, MANUAL)
+    prompts = first_prompts(opts, model)
     if opts.model.keep is None:
         one = footprint(model, classifier.net, batch.x.shape[-1])
         model.keep = keep_or_recompute(one, opts.tuning.batch_size, cfg.draws, cfg.evaluations, device)
@@ -136,7 +129,7 @@ def main() -> None:
     attack_anew = partial(attack_through, opts, task._replace(victim=target.under(HIDING)), attacked.state)
     shots, held_out = torch.arange(len(batch.ids)).tensor_split([opts.shots])
     mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
-    batches = [(rows, len(rows) / n) for rows, n in mine]
+    batches = [(rows, len(rows) / whole) for rows, whole in mine]
     work = Work(every, batches, held_out, attack_anew, add_up)
     tune_and_save(opts, target, tuning, work, batch.hashes, rank == 0)
     if rank > 0:
@@ -146,6 +139,31 @@ def main() -> None:
     save_prompts(prompts, path, flat(opts) | asdict(cfg) | told)
     unfinished(opts).unlink(missing_ok=True)
     print(f"saved {path} after {time.monotonic() - started:.0f} s; use it with python evaluate.py --prompts {path}")
+
+
+def join(opts: Options) -> tuple[int, int]:
+    """The rank of this process and how many there are. Raises InputError where a batch has too few images for all."""
+    from diffender.evaluation.workers import start
+
+    rank, workers = start()
+    smallest = opts.shots % opts.tuning.batch_size or opts.tuning.batch_size  # batch
+    if workers > smallest:
+        raise InputError(
+            f"{workers} processes share a batch of {smallest}: start at most {smallest}, or change --shots"
+        )
+    return rank, workers
+
+
+def first_prompts(opts: Options, model: LatentDiffusion) -> PromptPair:
+    """The prompts before any tuning, on the model's device."""
+    from diffender.noise import generator
+    from diffender.prompts import MANUAL, PromptPair
+
+    prompts = PromptPair(opts.n_ctx, model.cfg.text.width, generator(opts.tuning.seed, "ctx"))
+    prompts.to(model.alphas_cumprod.device)
+    if opts.ctx_init == "words":
+        prompts.initialize_from(model.text, MANUAL)
+    return prompts
 
 
 def attack_alone(opts: Options, task: Task, speaks: bool) -> Attacked:
