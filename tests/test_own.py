@@ -124,8 +124,10 @@ def test_a_random_model_knows_no_batch(images):
 
 def test_noise_that_no_seed_repeats_is_refused(images):
     class ByNumpy(Bright):
+        numbers = np.random.default_rng(0)
+
         def forward(self, x):
-            return super().forward(x) + float(np.random.rand())  # noqa: NPY002  (what is refused)
+            return super().forward(x) + 100 * self.numbers.random()
 
     with pytest.raises(InputError, match="the same image and the same noise in different ways; let it draw from torch"):
         diffender.benchmark(ByNumpy(), images, [0] * len(images), name="numpy", **FAST)
