@@ -15,7 +15,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
-from diffender.weights.loading import RANDOM, WEIGHTS, load_model, settings_of
+from diffender.weights.loading import RANDOM, WEIGHTS, exact_convolutions, load_model, settings_of
 from diffender.weights.prompts import contexts_for
 from diffender.weights.reading import folder_files
 
@@ -23,14 +23,12 @@ from diffender.weights.reading import folder_files
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises InputError for a device that is not there.
 
-    From here on this process computes float32 convolutions in float32 on a GPU, not in TF32, by algorithms of cuDNN's
-    that always add in the same order. A GPU that was picked is its current one: what pins memory or waits for a GPU
-    asks for no other.
+    From here on `exact_convolutions` holds. A GPU that was picked is this process's current one: what pins memory or
+    waits for a GPU asks for no other.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # a map is a difference of two near numbers
-    torch.backends.cudnn.deterministic = True
+    exact_convolutions()
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -89,8 +87,8 @@ def open_items(opts: TargetOptions) -> list[Item]:
 
 
 def pick_dtype(opts: ModelOptions, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 for an official model on a GPU, and float32 elsewhere. float16 rounds less:
-    the map, a difference of two near numbers, is more exact in it."""
+    """`auto` is bfloat16 for an official model on a GPU, and float32 elsewhere. float16 rounds less: the
+    map, a difference of two near numbers, is more exact in it."""
     auto = "bfloat16" if device.type == "cuda" and not opts.embedded else "float32"
     return getattr(torch, auto if opts.dtype == "auto" else opts.dtype)
 

@@ -21,8 +21,8 @@ class AdvP(GradientAttack):
     """Momentum-sign steps on the mean gradient over fresh noise; pixels projected to [0, 1].
 
     At equal budget, the best patch by its own EOT samples, the last one and the `init` that it was given, if any,
-    compete on noise that none has seen, so that a lucky draw cannot win. Restarts take other places and
-    other first pixels.
+    compete on noise that none has seen, so that a lucky draw cannot win. Restarts take other places and other
+    first pixels.
     """
 
     shape: str = option("square", "A circle has the same area.", choices=("square", "circle"))

@@ -94,15 +94,20 @@ def load_model(
 
 
 def ready(model: LatentDiffusion, settings: DIFFenderConfig) -> LatentDiffusion:
-    """The model as users get it: frozen, in eval mode, with its settings, and as fast as memory allows. For the
-    whole process, turns cuDNN's TF32 off, and its algorithms that add in any order."""
+    """The model as users get it: frozen, in eval mode, with its settings, and as fast as memory allows. From here on
+    `exact_convolutions` holds."""
     model.alphas_cumprod = make_alphas_cumprod()  # the only buffer, not in any file
     model.settings = settings
     model.keep = model.cfg.unet.model_channels <= SMALL
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # as `pick_device` has it: a map is a difference of two near numbers
-    torch.backends.cudnn.deterministic = True
+    exact_convolutions()
     return model.requires_grad_(False).eval()
+
+
+def exact_convolutions() -> None:
+    """For the whole process: cuDNN convolves float32 in float32, not in TF32, and always adds in the same order."""
+    torch.backends.cudnn.allow_tf32 = False  # a map is a difference of two near numbers
+    torch.backends.cudnn.deterministic = True
 
 
 def settings_of(weights: str | Path | None, name: str = "auto") -> DIFFenderConfig:
