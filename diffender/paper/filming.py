@@ -71,19 +71,20 @@ def film(e: Experiment, batch: Batch) -> None:
         if image_id in done:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
-        noise = e.target.sample_noise([image_id], opts.run.seed, "verdict")
         task = Task(e.target.undefended(), x, y, [image_id], opts.run.seed)
         record = {"id": image_id, "label": int(y), "frames": {}}
         made_by = {"digital": digital(task), "eot": over_poses(task._replace(victim=Filmed(classifier, x)))}
         for patch, made in made_by.items():
             for name, poses in CONFIGURATIONS.items():
-                frames = list(shots(task, made, poses, JITTERS[opts.preset]))
-                purified = [e.target.defense(shot.attacked, noise) for shot in frames]
-                record["frames"][f"{patch}/{name}"] = [
-                    grade(classifier, shot, out.image, int(y)) for shot, out in zip(frames, purified, strict=True)
-                ]
-                file = "_".join([*file_names([image_id]), patch, re.sub(r"\W", "", name)])
-                save_example(frames[0], purified[0], e.folder / "frames" / f"{file}.png")
+                graded = []
+                for k, shot in enumerate(shots(task, made, poses, JITTERS[opts.preset])):
+                    noise = e.target.sample_noise([image_id], opts.run.seed, f"frame/{name}", k)
+                    out = e.target.defense(shot.attacked, noise)
+                    graded.append(grade(classifier, shot, out.image, int(y)))
+                    if k == 0:
+                        file = "_".join([*file_names([image_id]), patch, re.sub(r"\W", "", name)])
+                        save_example(shot, out, e.folder / "frames" / f"{file}.png")
+                record["frames"][f"{patch}/{name}"] = graded
         append_records(e.own, [record])
 
 
