@@ -215,10 +215,14 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
     head, rows = accuracies(results)
     return render(
         title=f"{results['defense']} under attack",
-        headline=headline(results),
+        headline=formatted(headline(results)),
         told=f"{results['setting']}, seed {results['seed']}, {cost(results)}.",
         command=results["command"],
-        accuracy={"head": head, "rows": rows, "note": "In per cent, with counts and Wilson intervals of 95 %."},
+        accuracy={
+            "head": head,
+            "rows": [[formatted(c) for c in row] for row in rows],
+            "note": "In per cent, with counts and Wilson intervals of 95 %.",
+        },
         trust=results.get("trust"),
         charts=charts(results, records),
         filters=counted_filters(FILTERS, [states(r) for r in records]),
@@ -241,7 +245,7 @@ def table_page(title: str, text: str, runs: Mapping[str, Path], folder: Path) ->
 
 
 def formatted(cell: str) -> Markup:
-    """A cell of Markdown as a cell of the page: bold is kept, and no line breaks within brackets."""
+    """Text of Markdown for the page: bold is kept, and no line breaks within brackets."""
     text = Markup(re.sub(r"\([^)]*\)( =)?", r'<span class="whole">\g<0></span>', str(escape(cell.strip("*")))))
     return Markup("<b>{}</b>").format(text) if cell.startswith("**") else text
 
