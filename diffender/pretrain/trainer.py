@@ -54,12 +54,13 @@ class Trainer:
         """
         start, mark = self.seconds, time.monotonic()
         saved = mark
-        progress = bar(self.args.steps, "training", initial=self.step)
+        progress = bar(1.0, "training", initial=self.share_done())
         while self.step < self.args.steps and self.share_done() < 1:
             yield Generator(self.args.device).manual_seed(self.args.seed * 10_000_000 + self.step)
             self.step += 1
             self.seconds = start + time.monotonic() - mark
-            progress.update()
+            progress.set_description_str(f"training, {self.step} steps", refresh=False)
+            progress.update(min(1.0, self.share_done()) - progress.n)
             if time.monotonic() - saved > 60 * self.args.save_minutes:
                 self.save()
                 saved = time.monotonic()

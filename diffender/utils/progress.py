@@ -36,9 +36,9 @@ class Lines:
         pass
 
 
-def bar(what: Collection | float, description: str, quiet: bool = False, unit: str = "it", initial: int = 0) -> tqdm:
-    """Progress over a collection, over a count that `update` is told of, or over seconds of work (a float): rate and
-    time left, on stderr."""
+def bar(what: Collection | float, description: str, quiet: bool = False, unit: str = "it", initial: float = 0) -> tqdm:
+    """Progress on stderr over a collection, over a count that `update` is told of, or over a float, such as seconds of
+    work: rate and time left, and of a float the time alone."""
     given: dict[str, object] = {"total": what} if isinstance(what, (int, float)) else {"iterable": what}
     given |= {"desc": description, "unit": unit, "initial": initial, "disable": quiet}
     terminal, file = (TIMED_BAR, TIMED) if isinstance(what, float) else (None, LINE)
