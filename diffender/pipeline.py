@@ -136,7 +136,7 @@ class DIFFender(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         found = self.localize(x, noise, backward, posterior)
-        needed = found.mask.requires_grad or not self.cfg.composite  # everywhere: an empty mask has a gradient too
+        needed = found.mask.requires_grad or not self.cfg.composite  # of all images: an empty mask has a gradient too
         restore = self.restore if needed else self.restore_masked
         if backward.mode in ("bpda-mask", "surrogate", "evade"):
             x_hat = restore(x.detach(), found.mask.detach(), noise)
