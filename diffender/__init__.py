@@ -1,7 +1,7 @@
 """DIFFender (Kang et al., ECCV 2024) in pure PyTorch: find adversarial patches, paint them over.
 
 The files here follow the paper: localize and restore (Sec. 3.2), prompts and losses (3.3), pipeline (the whole).
-The networks are in stable_diffusion/, all else in folders of their own. Names load when they are first used.
+The networks are in stable_diffusion/, most tools in folders of their own. Names load when they are first used.
 """
 
 from importlib import import_module

@@ -69,7 +69,7 @@ EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.0, steps=2, guidance=1.0, sa
 
 @dataclass(frozen=True)
 class Backward:
-    """How gradients pass back through the defence. The value never depends on it, but for ste="soft".
+    """How gradients pass back through the defence. The output depends on it with ste="soft" alone.
 
     mode       bpda       the identity for the whole defence (Athalye et al. 2018)
                bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
@@ -170,7 +170,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """The model, its prompts, and the settings of the method. `method` holds those that are not to be the model's."""
+    """The model, its prompts, and the settings of the method. `method` holds those given instead of the model's."""
 
     model: ModelOptions = part(ModelOptions())
     prompt: str | None = option(

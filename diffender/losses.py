@@ -32,7 +32,7 @@ def mask_cross_entropy(logits: Tensor, mask: Tensor, printed: bool = False) -> T
 
 
 def restoration_l1(restored: Tensor, clean: Tensor) -> Tensor:
-    """Eq. 5 as a mean over pixels: |x_r - x|."""
+    """Eq. 5, |x_r - x|, as a mean over all values of images (B, 3, H, W)."""
     return (restored - clean).abs().mean()
 
 

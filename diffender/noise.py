@@ -1,7 +1,7 @@
 """Every random tensor of one pass of the defence, as an argument.
 
-Noise is derived from (seed, image id, purpose, k) alone. So it knows no batch size, order, resume or number
-of processes, two purposes never share noise, and EOT draws k = 0, 1, 2, ... The tensors of a pass come from one stream,
+Noise is derived from (seed, image id, purpose, k) alone. So it does not depend on batch size, order, stops or number of
+processes. Two purposes never share noise, and EOT draws k = 0, 1, 2, ... The tensors of a pass come from one stream,
 in the order of `Noise`: another number of draws changes all that follow.
 """
 
@@ -88,7 +88,7 @@ def seeds(image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tens
 def seeded(module: Callable[[Tensor], Made], x: Tensor, seeds: Tensor) -> Made:
     """module(x) for x (B, 3, H, W), each image alone with torch's global generator seeded; it is put back afterwards.
 
-    So other people's random modules know no batch and no order either. They give a tensor or a tuple of them.
+    So results of random modules do not depend on batch or order either. They are a tensor or a tuple of tensors.
     """
     pairs = zip(seeds.tolist(), x.split(1), strict=True)
     rows = [from_seed(one, partial(module, row), x.device) for one, row in pairs]

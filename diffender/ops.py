@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, to the bit, with the gradient of `soft` (Bengio et al. 2013): one place for STE and BPDA."""
+    """The value of `hard`, to the bit, with the gradient of `soft` (Bengio et al. 2013): for thresholds and BPDA."""
     return hard.detach() + (soft - soft.detach())
 
 

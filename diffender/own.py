@@ -75,7 +75,7 @@ class Alone(nn.Module):
 
     def __init__(self, whole: AnyModel, like: Tensor):
         super().__init__()
-        self.whole = [whole]  # in a list: a module that holds its holder would have no end
+        self.whole = [whole]  # in a list: a module may not hold the one that holds it
         self.names: list[str] | None = None
         self.mean = like.new_zeros(())  # says where images belong, as a Classifier's does
 
@@ -179,7 +179,7 @@ def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tens
 
 
 def refuse_foreign(options: dict[str, Any]) -> None:
-    """Raises InputError for options that evaluate.py does not have or keeps, or that say what the arguments say."""
+    """Raises InputError for options that evaluate.py does not have or keeps, or that repeat an argument."""
     kept = {"device", "table", "rows", "figure", "folds", "frames", "tuning_data", "shard", "list", "dry_run"}
     told = {"grad", "preset", "images", "defense", *(leaf.name for leaf in leaves(TargetOptions()))}
     known = {leaf.name for leaf in leaves(Options())} - kept - told

@@ -165,8 +165,8 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
 
 
 def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
-    """(name, file) of every image given or in a folder given, but not in `out`; a name is the file's path, unlike any
-    other."""
+    """(name, file) of every image given or in a folder given, but not in `out`; names are the files' paths, made
+    unique."""
     from diffender.classifiers.dataset import KINDS, SUFFIXES
 
     if web := next((p for p in paths if "://" in p), None):
@@ -208,7 +208,7 @@ def readable(path: Path) -> bool:
 
 
 def resolved(opts: Options) -> dict:
-    """What all images of an --out share."""
+    """The settings that all images in one --out share."""
     from diffender.factory import dtype_name, hashes_of
     from diffender.weights.prompts import SHIPPED
 

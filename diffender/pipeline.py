@@ -28,7 +28,7 @@ TOUCHED = 1e-3  # a pixel of a resized mask counts as masked if more than this s
 class Localized(NamedTuple):
     mask: Tensor  # (B, 1, H, W) in {0, 1}, 1 = patch
     heatmap: Tensor  # (B, 1, h, w), not negative: the difference map of Eq. 2 on the latent grid
-    z_score: Tensor  # (B, 1, h, w): the heat map standardised; `refine_mask` makes the mask of it
+    z_score: Tensor  # (B, 1, h, w): the difference map standardised; `refine_mask` makes the mask of it
 
 
 class Purified(NamedTuple):
@@ -104,7 +104,7 @@ class DIFFender(nn.Module):
     def localize(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Localized:
-        """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1], and of their `posterior` if known."""
+        """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1]; `posterior` is theirs, if known."""
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
@@ -113,7 +113,7 @@ class DIFFender(nn.Module):
         return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
-        """A whole new image (B, 3, H, W). What lies inside the mask is painted without a look at what was there."""
+        """x in [0, 1] to a whole new image (B, 3, H, W), without a look at x inside mask (B, 1, H, W), 1 = repaint."""
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), TOUCHED)
@@ -157,7 +157,7 @@ class DIFFender(nn.Module):
 def passes(
     defense: Callable[..., Purified], x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
 ) -> Iterator[Purified]:
-    """defense(x, noise) for each noise, `batch` of them side by side. Ours encodes x once."""
+    """defense(x, noise) for each noise, `batch` of them side by side. DIFFender encodes x once."""
     posterior = defense.posterior(x) if isinstance(defense, DIFFender) else None
     for start in range(0, len(noises), batch):
         part = noises[start : start + batch]
@@ -169,7 +169,7 @@ def passes(
 
 
 class Defended(nn.Module):
-    """A victim, f(x, noise) -> logits: the classifier behind the defence.
+    """A victim, f(x (B, 3, H, W) in [0, 1], noise) -> logits (B, K): the classifier behind the defence.
 
     `bare` is the classifier without any defence; it is another one where the defence lies within the classifier (FNC).
     All of them are put into eval mode.
@@ -245,7 +245,7 @@ class WithFreshNoise(nn.Module):
 
 
 class Undefended(nn.Module):
-    """The same signature without a defence and without noise."""
+    """The undefended classifier as a victim; its noise is None."""
 
     def __init__(self, classifier: "Classifier"):
         super().__init__()

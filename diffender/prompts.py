@@ -44,7 +44,7 @@ class PromptPair(nn.Module):
             ctx.data.copy_(text.embed(fill.to(ctx.device)))
 
     def forward(self, model: LatentDiffusion, empty: Tensor | None = None) -> Contexts:
-        """`empty`, the context of the empty text, where it is known already."""
+        """Both prompts as contexts; `empty` (1, 77, D) is that of the empty text, if known already."""
         locate, restore = (learned_context(model.text, ctx) for ctx in (self.ctx_locate, self.ctx_restore))
         return Contexts(locate, restore, model.encode_text([""]) if empty is None else empty)
 

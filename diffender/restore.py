@@ -15,8 +15,8 @@ def inpaint(
 ) -> Tensor:
     """x (B, 3, H, W) in [0, 1] with mask (B, 1, H, W), 1 = repaint, to a whole new image; about [0, 1], not clamped.
 
-    From pure noise, `noise.start`. Both branches of guidance share an evaluation; guidance 1 runs the conditional one
-    alone. Unless the model keeps its activations, memory does not grow with the steps: they are recomputed.
+    It starts from pure noise, `noise.start`. Both branches of guidance share an evaluation; guidance 1 runs the
+    conditional one alone. Unless the model keeps its activations, they are recomputed: memory does not grow with steps.
     """
     conditioning = model.masked_conditioning(x, mask, noise.masked)
 

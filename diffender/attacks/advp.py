@@ -20,9 +20,8 @@ from diffender.utils.options import option
 class AdvP(GradientAttack):
     """Momentum-sign steps on the mean gradient over fresh noise; pixels projected to [0, 1].
 
-    At equal budget, the best patch by its own EOT samples, the last one and the `init` that it was given, if any,
-    compete on noise that none has seen, so that a lucky draw cannot win. Restarts take other places and other
-    first pixels.
+    In the end the best patch by its own EOT samples, the last one and `init`, if given, compete on noise that none has
+    seen, so that a lucky draw cannot win. Restarts take other places and other first pixels.
     """
 
     shape: str = option("square", "A circle has the same area.", choices=("square", "circle"))
@@ -98,7 +97,7 @@ class AdvP(GradientAttack):
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
 
     def home(self, task: Task, key: str) -> Tensor:
-        """Masks (B, 1, S, S) of where the patch's pixels are kept: of each attempt, unless the patch moves anyway."""
+        """Masks (B, 1, S, S) of where the patch's pixels are kept: new in each attempt, unless patches move anyway."""
         key = "" if self.location == "eot" else key
         return masks_for(task, f"patch{key}", self.area, self.shape, self.location == "corner")
 

@@ -74,7 +74,7 @@ class Attack:
 
 
 def steps_averaged_by(momentum: float) -> float:
-    """The mean of how many gradients has the signal-to-noise ratio of their sum with weights momentum^k, k = 0, 1, ...
+    """How many gradients a plain mean needs to be as steady as their sum with weights momentum^k, k = 0, 1, ...
 
     The sum has a signal of 1 / (1 - momentum) and a variance of 1 / (1 - momentum^2).
     """
@@ -100,7 +100,7 @@ class GradientAttack(Attack):
 
     @property
     def averaged_steps(self) -> float:
-        """The mean of how many steps' gradients is as steady as a step's direction."""
+        """How many steps' gradients a plain mean needs to be as steady as a step's direction."""
         return 1.0
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:

@@ -76,8 +76,8 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
     """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side.
 
     `draw(k)` gives the k-th attacked images (B, 3, S, S), where they are patched (B, 1, S, S) and the victim's noise.
-    Losses are summed, so that an image's gradient knows no batch. Drawn as they are needed: with batch = 1 memory
-    does not grow with `eot`.
+    Losses are summed, so an image's gradient does not depend on the batch. Samples are drawn as they are needed: with
+    batch = 1 memory does not grow with `eot`.
     """
     b = len(task.y)
     for start in range(0, eot, batch):
@@ -148,8 +148,10 @@ class Course:
 
 
 def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1, least: int = 3) -> Tensor:
-    """The score of attacked images, (B,): `rank` over `eot` noises, at `least` three, if there is noise, `batch` of
-    them side by side; the same purpose compares all on the same."""
+    """The score of attacked images, (B,): `rank` over `eot` noises, or `least` if these are more, `batch` side by side.
+
+    A deterministic victim is asked once. Calls with the same purpose compare images on the same noise.
+    """
     values, fooled, n = [], [], judgements(task, eot, least)
     for start in range(0, n, batch):
         noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
@@ -171,7 +173,7 @@ def is_random(task: Task) -> bool:
 
 
 def kept_back(task: Task, candidates: int, queries: int) -> int:
-    """How many of an attack's queries are kept for judging so many candidates in the end, lest a lucky draw wins: none
+    """How many of an attack's queries are kept for judging its candidates in the end, so that no lucky draw wins: none
     without noise, and none if they would take more than half of the budget."""
     wanted = candidates * judgements(task, 1) if is_random(task) else 0
     return wanted if queries >= 2 * wanted else 0

@@ -2,7 +2,7 @@
 
 direct     free pattern and place for each image: the strongest
 generator  the authors' network, trained anew for each image: a reparametrisation
-amortised  that network trained beforehand by `python -m diffender pretrain`, one forward pass an image
+amortised  that network trained beforehand by `python -m diffender pretrain gdpa`, one forward pass an image
 """
 
 import math
@@ -63,8 +63,8 @@ def to_theta(corner: Tensor, size: int, side: int) -> Tensor:
 class PatchGenerator(nn.Module):
     """The authors' network: an image (B, 3, S, S) to a pattern (B, 3, s, s) in [0, 1] and theta (B, 2) in the bound.
 
-    Instance instead of batch normalisation, since it sees one image at a time; the pattern is squashed instead of
-    clamped, which would leave most pixels without gradient; beta follows the feature count, the learning rate and the
+    It has instance instead of batch normalisation, since it sees one image at a time. The pattern is squashed, since
+    clamping would leave most pixels without gradient. beta follows the feature count, the learning rate and the
     features' size, so that a step moves the patch as far as theirs (beta 3000 at 802,816 features and lr 5e-4).
     """
 

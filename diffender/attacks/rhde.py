@@ -1,9 +1,8 @@
 """RHDE: a fixed sticker, its place, angle and opacity searched by differential evolution (Wei, Guo and Yu 2022).
 
-Black-box: it sees class probabilities alone, and counts every query. On a randomised defence all that a generation
-asks for shares its noise, each generation has new noise, and the elite is judged again in each. Other parents keep what
-an earlier generation saw of them, so queries are kept back: in the end the best three and the start are compared on
-noise that none has seen.
+Black-box: it sees class probabilities alone, and counts every query. On a random defence all queries of a generation
+share their noise. Each generation has new noise, and judges the elite again. Other parents keep what an earlier one saw
+of them. So some queries are kept for the end: there the best three and the start are compared on unseen noise.
 """
 
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ class RHDE(Attack):
     opacity: tuple[float, float] = (0.8, 0.98)
     population: int = option(30, "Candidates.", low=4)
     iters: int = option(33, "Generations.", low=1)
-    queries: int = option(2400, "At most.", low=1)
+    queries: int = option(2400, "At most so many queries.", low=1)
     elite: float = option(0.2, "Share of the candidates whose neighbours are tried.", low=0, high=1)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.options import option
 
-HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: when p_init is halved
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class SparseRS(Attack):
     """Every fourth proposal moves the patch, the others repaint a square in it with a corner colour of the RGB cube; in
     the second half of the queries they flip one channel of it.
 
-    Where the victim is random, patch in hand and proposal are compared on the same fresh noise: two queries a step. In
+    Where the victim is random, present patch and proposal are compared on the same fresh noise: two queries a step. In
     the end the last patch and the start are compared on noise that none has seen.
     """
 
     access: ClassVar[str] = "queries"
 
-    queries: int = option(1000, "At most.", low=1)
+    queries: int = option(1000, "At most so many queries.", low=1)
     p_init: float = option(0.4, "Share of the patch that is repainted at first.", low=0, high=1)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:

@@ -20,7 +20,7 @@ from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, sha256
 
-LONGEST = 20  # of an image's sides, in shorter ones
+LONGEST = 20  # longer side over shorter side, at most
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 KINDS = f"files of the kinds {', '.join(sorted(SUFFIXES))}"  # what is allowed, for messages
 
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     ids: list[str]
     x: Tensor  # (B, 3, S, S) in [0, 1]
     y: Tensor  # (B,)
-    hashes: list[str]  # of the files, so that two uses of an image can be told
+    hashes: list[str]  # `digest_of` the files
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
@@ -220,7 +220,7 @@ def open_image(path: Path, upright: bool = False) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode: 16 bits become 8, and what is transparent white, as it is seen."""
+    """An image of any mode in RGB: 16 bits become 8, and what is transparent becomes white."""
     if image.mode.startswith("I"):  # Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -247,14 +247,14 @@ def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
 
 
 def resized(image: Image.Image, short_side: int, interpolation: str = "bicubic") -> Image.Image:
-    """In its proportions, to so many pixels on the shorter side."""
+    """The image in its proportions, with so many pixels on the shorter side."""
     scale = short_side / min(image.size)
     size = [max(short_side, round(side * scale)) for side in image.size]
     return image.resize(size, getattr(Image.Resampling, interpolation.upper()))
 
 
 def digest_of(path: Path) -> str:
-    """By which images are told apart, whatever their names: the first 16 digits of their file's sha256."""
+    """The first 16 digits of a file's sha256: by these images are told apart, whatever their names."""
     return sha256(path)[:16]
 
 
@@ -263,7 +263,7 @@ def correct_subset(
 ) -> Batch:
     """The first `count` images of a seeded permutation that the undefended classifier gets right.
 
-    Images whose file hash is in `exclude` (those that prompts were tuned on) are passed over. Raises InputError where
+    Images whose file hash is in `exclude` (those that prompts were tuned on) are left out. Raises InputError where
     none is left.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()

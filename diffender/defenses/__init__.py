@@ -31,7 +31,7 @@ Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # images to purifie
 
 @runtime_checkable
 class Diffusing(Protocol):
-    """A defence that draws: only those that diffuse do."""
+    """A defence that takes noise: only those that diffuse do."""
 
     def __call__(self, x: Tensor, noise: Tensor) -> Tensor: ...
 
@@ -69,7 +69,7 @@ class Purifier(nn.Module):
 
 class Entry(NamedTuple):
     build: Callable[..., Defended]  # (target, **settings), which are keywords with defaults
-    passed_to: Callable | None = None  # what has these keywords, where `build` passes them on
+    passed_to: Callable | None = None  # what takes these keywords, if `build` only passes them on
 
     @property
     def settings(self) -> dict[str, int | float | str]:

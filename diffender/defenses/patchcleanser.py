@@ -1,6 +1,6 @@
-"""PatchCleanser (Xiang et al. 2022): two rounds of masks, and a certificate against every patch up to a size.
+"""PatchCleanser (Xiang et al. 2022): two rounds of windows, and a certificate against every patch up to a size.
 
-Beyond the paper: no attack is needed for the certificate, it is a lower bound of accuracy under all of them.
+Beyond the paper: the certificate needs no attack. It is a lower bound of the accuracy under all of them.
 """
 
 import math
@@ -24,7 +24,7 @@ class PatchCleanser:
 
     classifier: Classifier
     patch: int  # side in pixels of the largest patch that it must withstand
-    masks: int = 6  # an axis
+    masks: int = 6  # windows along an axis
     batch_size: int = 64
     area: float | None = None  # share of an image of any size that the patch covers; None: so many pixels in all
 
@@ -46,7 +46,7 @@ class PatchCleanser:
         return self.patch if self.area is None else max(1, round(size * math.sqrt(self.area)))
 
     def windows(self, size: int) -> list[tuple[int, int, int]]:
-        """Masks as (top, left, side) such that every patch x patch square lies inside one.
+        """Windows as (top, left, side) such that every patch x patch square lies inside one.
 
         Raises InputError where such a square leaves nothing of an image of this size.
         """
@@ -59,11 +59,11 @@ class PatchCleanser:
         return [(top, left, side) for top in starts for left in starts]
 
     def cover(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """One image (3, S, S) under each pair of masks, (P, 3, S, S); a pair of the same is a single mask."""
+        """One image (3, S, S) under each pair of windows, (P, 3, S, S); a pair of the same is a single one."""
         return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean is 0 to the network
 
     def hidden(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """What each pair of masks covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
+        """What each pair of windows covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
         windows = self.windows(x.shape[-1])
         masks = x.new_zeros(len(pairs), 1, *x.shape[1:])
         for mask, pair in zip(masks, pairs, strict=True):
@@ -72,21 +72,21 @@ class PatchCleanser:
         return masks
 
     def predict(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> list[int]:
-        """The classes of one image (3, S, S) under pairs of masks."""
+        """The classes of one image (3, S, S) under pairs of windows."""
         parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
         return [label for part in parts for label in self.classifier(self.cover(x, part)).argmax(dim=1).tolist()]
 
     def singles(self, x: Tensor) -> list[int]:
-        """The classes under each mask alone: the first round."""
+        """The classes under each window alone: the first round."""
         return self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
 
     def row(self, x: Tensor, i: int) -> list[int]:
-        """The classes under mask i together with each of the others."""
+        """The classes under window i together with each of the others."""
         return self.predict(x, [(i, j) for j in range(len(self.windows(x.shape[-1])))])
 
     def __call__(self, x: Tensor) -> int:
-        """The class of one image (3, S, S): the one all first masks agree on, else a dissenter that a second round
-        confirms, else the majority."""
+        """The class of one image (3, S, S): the one all single windows agree on, else a dissenter that a second
+        round confirms, else the majority."""
         first = self.singles(x)
         majority = max(set(first), key=first.count)
         for i, label in enumerate(first):
@@ -95,11 +95,11 @@ class PatchCleanser:
         return majority
 
     def agreed(self, x: Tensor) -> tuple[int, int] | None:
-        """The class of one image (3, S, S) that all first masks, or all pairs with one mask, agree on, and that mask.
+        """The class of one image (3, S, S) that all windows, or all pairs with one window, agree on, and that window.
 
-        None where no mask's row agrees. Two rows share a pair, so they cannot agree on two classes. Dissenters go
-        first: of an attacked image they are the few masks that hide the patch. The first pair that disagrees with a
-        row ends it.
+        None where no window's row agrees. Two rows share a pair, so they cannot agree on two classes. Dissenters go
+        first: of an attacked image they are the few windows that hide the patch. The first pair that disagrees with
+        a row ends it.
         """
         first = self.singles(x)
         if len(set(first)) == 1:
@@ -121,15 +121,16 @@ class PatchCleanser:
     def certified(self, x: Tensor, label: int, patch: Tensor) -> bool:
         """Whether no pixels in a place (1, S, S) in {0, 1} can change the answer from the true label.
 
-        It is so where a mask hides the whole place and every pair with that mask gives the label: the attacker's pixels
-        are in none of these pairs, and another class finds no row that agrees, since each row shares a pair with this.
+        It is so where a window hides the whole place and every pair with that window gives the label: the attacker's
+        pixels are in none of these pairs, and each other row shares a pair with this one, so none agrees on another
+        class.
         """
         places = ((i, self.hidden(x, [(i, i)])[0]) for i in range(len(self.windows(x.shape[-1]))))
         hiding = [i for i, hidden in places if (patch <= hidden).all()]
         return any(set(self.row(x, i)) == {label} for i in hiding)
 
     def right_rows(self, x: Tensor, label: int) -> list[bool]:
-        """Of each mask, whether all pairs with it give the label."""
+        """Of each window, whether all pairs with it give the label."""
         n = len(self.windows(x.shape[-1]))
         pairs = list(combinations_with_replacement(range(n), 2))
         wrong = {i for pair, seen in zip(pairs, self.predict(x, pairs), strict=True) if seen != label for i in pair}

@@ -1,4 +1,4 @@
-"""Spatial smoothing: the median filter of feature squeezing (Xu et al. 2018)."""
+"""Spatial smoothing: the median filter of feature squeezing (Xu et al. 2017)."""
 
 from dataclasses import dataclass
 

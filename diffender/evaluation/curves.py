@@ -1,7 +1,7 @@
 """Curves of the report: accuracy over the threshold and over the patch's size; resumed image by image.
 
-Over theta the run's own patches are judged: at every threshold but the run's own they are those of an attacker who
-assumed another one. Over the size the patches of the run's first attack are made anew, on the classifier alone and
+Over theta the run's own patches are judged. They were made for the run's theta, so at every other one their attacker
+assumed a wrong one. Over the size the patches of the run's first attack are made anew, on the classifier alone and
 through the last of its gradients. One purification judges each, the first of the run's verdicts.
 """
 

@@ -58,7 +58,7 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
     of the undefended classifier come from another experiment."""
     seconds = measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
-        opts = replace(opts, verdicts=1)  # without randomness one says it all
+        opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
     of = seconds | {"query": 0.0, "bare": 0.0} if made else seconds
     each = costs(opts, of)
     todo = [{variant: len(part) * cost for variant, cost in each.items()} for part in parts]

@@ -295,7 +295,7 @@ def refuse_unread(opts: Options) -> None:
 
 
 def method_of(opts: Options) -> dict[str, Any]:
-    """The settings of the method that are not to be the model's: --preset paper says all, and a flag wins."""
+    """The settings given instead of the model's: all of them by --preset paper, and a flag wins."""
     return (asdict(PAPER) if opts.preset == "paper" else {}) | opts.target.defense.method
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration and one JSON line an image. A killed run goes on from what is there."""
+"""The folder of a run: its configuration and one JSON line for each image. A killed run resumes from them."""
 
 import json
 from collections.abc import Sequence

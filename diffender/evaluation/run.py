@@ -47,7 +47,7 @@ from diffender.utils.progress import TRACKERS, Progress, bar
 from diffender.utils.provenance import command, environment, machine
 from diffender.weights.prompts import SHIPPED
 
-NO_MATTER = (  # to an image's result
+NO_MATTER = (  # what an image's result does not depend on
     "name", "images", "batch_size", "eot_batch", "max_memory", "trust", "trust_images", "shard", "table", "rows",
     "figure", "tuning_data", "folds", "frames", "dry_run", "list", "curves",
 )  # fmt: skip
@@ -61,7 +61,7 @@ class Experiment(NamedTuple):
     plans: list[Plan]
     config: dict  # everything that an image's result depends on
     names: Sequence[str] | None  # of the classes; none: ImageNet's
-    call: str | None = None  # that made it from Python, and goes on; none: this process's command line
+    call: str | None = None  # from Python, that made it and resumes it; none: this process's command line
     memory: dict | None = None  # what its model keeps and splits, as attributes; none: as the model is
 
     @property
@@ -98,7 +98,7 @@ def load_images(opts: Options, target: Defended) -> Batch:
 
 
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:
-    """Attack and judge what is not done yet; images outermost, so that experiments can share what they share.
+    """Attack and judge what is not done yet; images outermost, so that experiments share patches.
 
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
@@ -122,7 +122,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     if opts.dry_run:
         return
     for e in experiments:
-        if not (e.folder / "env.json").is_file():  # of who began: whoever goes on may have another machine
+        if not (e.folder / "env.json").is_file():  # of the first process: one that resumes may have another machine
             write_json(e.folder / "env.json", environment(e.device))
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]

@@ -217,7 +217,7 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
 def steadiness(gradients: Tensor, k: float) -> float:
     """The cosine that two means of k gradients each would have, mean over images, from n gradients (n, B, D).
 
-    Inner products of different draws say how large the common part is, those of a draw with itself add the noise, of
+    Inner products of different draws say how large the common part is. Those of a draw with itself add the noise, of
     which a mean of k has the k-th part.
     """
     n = len(gradients)
@@ -229,7 +229,7 @@ def steadiness(gradients: Tensor, k: float) -> float:
 
 def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
     """|FD - <g, d>| / |FD| of the first image's margin along the sign of its gradient in the patch, for a soft mask
-    and fixed noise; the best of four steps: wide ones bend, narrow ones round."""
+    and fixed noise; the best of four step widths, since curvature spoils wide ones and rounding narrow ones."""
     b, soft = bench.task, Backward(mode="full", ste="soft", ste_k=2.0)
     victim = bench.target.under(soft)
     y, mask = b.y[:1], bench.mask[:1]

@@ -92,11 +92,11 @@ def purifications(
     compare like with like."""
     target, n = judge.target, judge.verdicts
     noises = [target.sample_noise(ids, seed, "verdict", k) for k in range(n)]
-    looks = target.looks(x, noises if noises[0] is not None else noises[:1], judge.batch)
+    looks = target.looks(x, noises if noises[0] is not None else noises[:1], judge.batch)  # deterministic: once
     first, logits = next(looks)
     readings = [read(logits), *(read(logits) for _, logits in looks)]
     seen = [list(labels) * (n // len(readings)) for labels in zip(*(r.label for r in readings), strict=True)]
-    return first, seen, readings[0].confidence  # without randomness one says it all
+    return first, seen, readings[0].confidence
 
 
 def evaluate_batch(

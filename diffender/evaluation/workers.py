@@ -1,6 +1,6 @@
 """Several processes of one job: torchrun --nproc-per-node 8 evaluate.py --name big ..., or train.py.
 
-Images of an evaluation do not depend on each other and nor does their noise, so processes share nothing but a folder:
+Images of an evaluation do not depend on each other, nor does their noise, so processes share nothing but a folder:
 each does its shard, and the first writes the table when all have done theirs. A run that lost a worker is resumed like
 any other, by the same command and with any number of them. Tuning splits each batch and adds up the gradients of the
 context vectors, some 8 KiB. gloo carries all that on CPUs and GPUs alike.

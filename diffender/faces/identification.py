@@ -1,8 +1,7 @@
 """Faces: who is on which image, and closed-set identification as the paper's Table 6 needs it.
 
 One image a person is the probe, the others make the person's prototype; `fold` chooses which one. A recogniser never
-sees a probe in its gallery. Whether its weights are as good as published shows in verification:
-python -m diffender faces --pairs pairs.txt --data lfw --classifier facenet --classifier-weights vggface2.safetensors.
+sees a probe in its gallery. `python -m diffender faces` says how good its weights are.
 """
 
 import re

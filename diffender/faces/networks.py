@@ -145,7 +145,7 @@ class Bottleneck(nn.Module):
 class MobileFaceNet(nn.Module):
     """Square images (B, 3, S, S), normalised, to unit embeddings (B, 128); inside they are 112 x 96, as it was trained.
 
-    Images here are square: aligned faces of 6:7 are stretched to that on reading, and brought back here.
+    Aligned faces of 6:7 are stretched to squares on reading, and brought back here.
     """
 
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))  # expand, width, n, stride

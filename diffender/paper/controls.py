@@ -1,4 +1,4 @@
-"""Controls of Table 1: the true mask, and one of its shape elsewhere, closed by each fill.
+"""Controls of Table 1: the true mask, and one of its shape elsewhere, with each fill.
 
 Between them lies what localisation can bring, and between fills what restoration can. Under the true mask no pixel of
 a patch is seen, so the patches made on the undefended classifier stand for all others at their places. Under a mask

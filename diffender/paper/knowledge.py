@@ -1,4 +1,4 @@
-"""What a defence is worth to attackers who know nothing of it, that it is there, and all of it: a chart of Table 1."""
+"""A chart of Table 1: accuracy under attackers who know nothing of a defence, that it is there, or all of it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The physical test (paper Sec. 4.5, Table 7) done digitally: a printed patch on a flat scene before a pinhole camera.
 
 The image is a poster; the camera turns around it by yaw and pitch, or steps back. Every frame has a print, a pose a
-little off, exposure, colour, blur, sensor noise and JPEG of its own. Everything is a function of drawn parameters, so
-an attack can be made over the same distribution (`Filmed`), and a frame of the clean scene has the same ones.
+little off, exposure, colour, blur and sensor noise of its own; `filming.shots` adds JPEG. All is a function of drawn
+parameters, so an attack can be made over such frames (`Filmed`), and a frame of the clean scene has the same ones.
 """
 
 from collections.abc import Sequence

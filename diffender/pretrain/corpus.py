@@ -271,7 +271,7 @@ class Samples(Dataset):
 def batches(dataset: Dataset, indices: range, batch: int, args: Namespace) -> DataLoader:
     """Batches of the dataset's items at `indices`, made by --workers processes beside the training.
 
-    For a training on a GPU they lie in memory that it copies from by itself.
+    For training on a GPU they lie in pinned memory.
     """
     pinned = args.device.type == "cuda"
     return DataLoader(dataset, batch, sampler=indices, num_workers=args.workers, pin_memory=pinned)

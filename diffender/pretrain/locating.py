@@ -1,4 +1,4 @@
-"""Eq. 4 in pretraining: the map of the difference is told where a region was pasted, and regions learn to hide from it.
+"""Eq. 4 in pretraining: the difference map is told where a region was pasted, and regions learn to hide from it.
 
 A model of this size, trained on captions alone, sees pastes dimly; the few shots of prompt tuning cannot change that.
 Hiding is self-adversarial training (as of the segmenter in SAC, Liu et al. 2022): no classifier takes part.

@@ -62,7 +62,7 @@ def train_vae(args: Namespace) -> None:
             recon = vae.decode(posterior.sample(noise)).float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         l1 = (recon - x).abs().mean()
-        # Squared and coarse: l1 alone sits where every colour is its median, grey, and texture takes all the channels.
+        # Squared and coarse: with l1 alone colours settle at their median, grey, and texture takes all the channels.
         difference = F.avg_pool2d(recon - x, 4)
         chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -94,7 +94,7 @@ def architecture(args: Namespace) -> ModelConfig:
 
 
 def early_layers(data: Path) -> Classifier:
-    """EfficientNet-Lite0, of a packed file its first layers alone: the rest then has random weights."""
+    """EfficientNet-Lite0. A packed file has its first layers alone: the rest then has random weights."""
     stored = load_tensors(data) if data.is_file() else {}
     state = {k.removeprefix(LAYERS): v.float() for k, v in stored.items() if k.startswith(LAYERS)}
     if not state:
@@ -155,7 +155,7 @@ def initialize(model: LatentDiffusion) -> LatentDiffusion:
 
 
 def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> None:
-    """v prediction (Salimans & Ho 2022); UNet and text tower together, the VAE frozen.
+    """v prediction (Salimans & Ho 2022); UNet and text encoder together, the VAE frozen.
 
     `on_save` is called after each checkpoint.
     """
@@ -202,7 +202,7 @@ def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> N
             context = model.text(model.text.embed(tokens))
             eps = model.predict_noise(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
-        # The error of v: at high noise, where inpainting takes its colours from around the hole or never, that of x0.
+        # The error of v. At high noise, where inpainting takes its colours from around the hole or never, it is x0's.
         loss, terms = (error / a_t).mean(), {"mse": error.mean()}
         if args.locate:
             half = len(z0) // 2

@@ -1,8 +1,6 @@
 """Pages that need no network and no server: a run with its table, checks, curves and images; a table of the paper; and
 photographs that were defended.
 
-    python -m diffender report page runs/NAME     write report.html of a run anew
-
 The page itself is page.html, a Jinja template, and page.css. The worst images come first. Images are inlined, reduced
 to 224 pixels (photographs to 448), and link to their files, which a click shows enlarged; cards that are out of sight
 are not laid out, so that hundreds stay light.
@@ -78,7 +76,7 @@ def chart(
 ) -> list[Chart]:
     """Lines over the numbers `at`, or over their own index, as an inline SVG; `span` fixes the scale.
 
-    None are returned where no curve has two points.
+    A list of one chart; empty where no curve has two points.
     """
     curves = {name: values for name, values in curves.items() if len(values) > 1}
     if not curves:

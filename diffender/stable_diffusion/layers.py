@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """In float32 on CPUs, where it is large, a 1x1 convolution over the tokens (B, L, C): oneDNN's can be faster than
-    the BLAS behind F.linear, `benchmarks/networks.py --parts linear` compares them."""
+    """Large ones run in float32 on CPUs as a 1x1 convolution over the tokens (B, L, C): oneDNN's can be faster than the
+    BLAS behind F.linear. `benchmarks/networks.py --parts linear` compares them."""
 
     def forward(self, x: Tensor) -> Tensor:
         small = x.numel() * self.out_features < 2**25
@@ -36,8 +36,8 @@ class Upsample(nn.Module):
     """Nearest doubling, then a 3x3 convolution, computed as the one transposed convolution that they make.
 
     A 4x4 kernel of stride 2 has 16 products for an input pixel where doubling and convolution have 36. The parameters
-    are those of the 3x3 convolution, under their published names. The kernel is made of them anew in every call: no
-    version of a tensor tells of what is written through `.data`, as merged adapters are.
+    are those of the 3x3 convolution, under their published names. The kernel is made of them anew in every call, since
+    a tensor's version does not tell of what is written through `.data`, as merged adapters are.
     """
 
     def __init__(self, c: int):

@@ -1,4 +1,4 @@
-"""One latent diffusion model: VAE, text tower and 9-channel UNet as one object, for every preset.
+"""One latent diffusion model: VAE, text encoder and 9-channel UNet as one object, for every preset.
 
 Official checkpoints: `sd15-inpainting` (runwayml) and `sd2-inpainting` (stabilityai). `tiny` is the embedded model:
 the same classes, narrower and shallower, with the weights in this repository.
@@ -63,7 +63,7 @@ class LatentDiffusion(nn.Module):
     """eps(z_t, t, context | conditioning) with the ways into and out of latent space."""
 
     alphas_cumprod: Tensor
-    micro_batch: int | None = None  # at most so many rows of a network at a time; texts of one latent are not parted
+    micro_batch: int | None = None  # most rows of a network at a time; the texts of one latent stay together
     settings: Any = None  # a DIFFenderConfig that suits the model, where its file brings one
     keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
 
@@ -96,7 +96,7 @@ class LatentDiffusion(nn.Module):
         return out
 
     def run(self, network: Callable[..., Tensor], *args: Tensor, rows: int = 1) -> Tensor:
-        """network(*args), in micro-batches and recomputed if need be; one row of `args` is so many rows in it."""
+        """network(*args), in micro-batches and recomputed if need be; one row of `args` is `rows` rows in it."""
         limit = None if self.micro_batch is None else max(1, self.micro_batch // rows)
         return recompute(network, *args, limit=limit, keep=self.keep)
 
@@ -144,10 +144,10 @@ class LatentDiffusion(nn.Module):
         return self.run(self.vae.decode, z)
 
     def masked_conditioning(self, x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """What an inpainting UNet sees beside its latents: the mask and the latents of the image without its inside.
+        """What an inpainting UNet sees beside z_t, (B, 5, h, w): the mask, and latents of the image with grey in it.
 
         x (B, 3, H, W) in [0, 1]; mask (B, 1, H, W) in {0, 1}, 1 = repaint; noise (B, 4, h, w) for the posterior.
-        The inside becomes mid grey. The mask goes to the latent grid by its nearest (upper left) pixel.
+        The mask goes to the latent grid by its nearest (upper left) pixel.
         """
         masked = x * (1 - mask) + 0.5 * mask
         small = F.interpolate(mask, noise.shape[-2:], mode="nearest")

@@ -1,6 +1,6 @@
 """The CLIP text transformer (Radford et al. 2021), run from token embeddings so that learned context vectors go in.
 
-One class serves OpenAI's ViT-L/14 (SD1), OpenCLIP's ViT-H/14 without its last block (SD2) and the embedded tower.
+One class serves OpenAI's ViT-L/14 (SD1), OpenCLIP's ViT-H/14 without its last block (SD2) and the embedded model's.
 Key names are those of Hugging Face and of SD1's single file (`text_model.`).
 """
 

@@ -13,7 +13,7 @@ class Counter(NamedTuple):
 
 
 def counters(powercap: Path = POWERCAP) -> dict[str, Counter]:
-    """By name; of the whole machine, other work included. Empty where the machine tells nothing."""
+    """Counters by name, of the whole machine, other work included. Empty where the machine tells nothing."""
     found = {}
     for package in powercap.glob("intel-rapl:*"):
         if package.name.count(":") == 1:  # more are parts of a package
@@ -26,7 +26,7 @@ def counters(powercap: Path = POWERCAP) -> dict[str, Counter]:
 
 
 def of_gpus() -> dict[str, Counter]:
-    """Empty without NVIDIA's GPUs, or without the package nvidia-ml-py."""
+    """Those of NVIDIA's GPUs; empty without any, or without the package nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:

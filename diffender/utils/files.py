@@ -93,7 +93,7 @@ def place_for(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; read once while its size and time stay the same. "~" is the home folder."""
+    """The sha256 of a file, read once while its size and time stay the same. "~" is the home folder."""
     path = path.expanduser()
     told = path.stat()
     return hashed(path, told.st_size, told.st_mtime_ns)

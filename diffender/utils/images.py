@@ -56,7 +56,7 @@ def stage_files(folder: Path, record: dict, variant: str = "") -> dict[str, Path
 
 
 def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
-    """Difference maps (B, 1, h, w), each in its own range [0, 1], enlarged without smoothing: what is localised by."""
+    """Difference maps (B, 1, h, w), each stretched to [0, 1] and enlarged to `size` without smoothing."""
     import torch
 
     low, high = (f(heatmap, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))

@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-UNITS = {"max_memory": "GiB"}  # what may stand behind a number
+UNITS = {"max_memory": "GiB"}  # that may follow a number
 HABITS = {  # flags that other programs have: what stands for them here, in one command or another
     "--num-img": ("--images", "--shots"),
     "--limit": ("--images", "--shots"),

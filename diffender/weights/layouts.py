@@ -1,6 +1,6 @@
 """How the layouts of Stable Diffusion checkpoints name their tensors, as pure functions.
 
-Ours is the layout of the CompVis single file. A Hugging Face folder and SD2's OpenCLIP text tower are renamed to it.
+Ours is the layout of the CompVis single file. A Hugging Face folder and SD2's OpenCLIP text encoder are renamed to it.
 """
 
 import re
@@ -12,11 +12,11 @@ PREFIXES = {
     "text": "cond_stage_model.transformer.text_model.",
 }
 OPEN_CLIP = "cond_stage_model.model."
-OLD_TEXT = "cond_stage_model.transformer."  # of the tower before transformers put it into `text_model`
+OLD_TEXT = "cond_stage_model.transformer."  # of the text encoder before transformers put it into `text_model`
 EMA = "model_ema."
 
 # Tensors of the official files that the model does not need: schedule tables (recomputed), EMA counters, leftovers of
-# training, and of SD2's text tower what lies behind the layer that it reads.
+# training, and of SD2's text encoder what lies behind the layer that it reads.
 IGNORED = re.compile(
     r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor"
     r"|model_ema\.(decay|num_updates)|(.*\.)?position_ids|(first_stage_model\.)?loss\..*"
@@ -91,7 +91,7 @@ def new_vae_name(key: str) -> str:
 
 
 def open_clip_names(key: str) -> list[str]:
-    """Our names, within the text tower, of one of OpenCLIP's tensors: three for a fused q, k, v projection."""
+    """Our names, within the text encoder, of one of OpenCLIP's tensors: three for a fused q, k, v projection."""
     for theirs, ours in OPEN_CLIP_TEXT:
         key = key.replace(theirs, ours)
     if ".in_proj_" in key:

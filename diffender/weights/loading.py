@@ -49,7 +49,7 @@ def load_model(
 
     name        of `MODELS`, or auto: the embedded `tiny` without a path, else what the tensors at `path` are
     path        a CompVis single file, a Hugging Face folder, a file of ours, or "random", for trials
-    dtype       of the UNets; text tower and VAE stay in float32, as do the latents between evaluations
+    dtype       of the UNets; text encoder and VAE stay in float32, as do the latents between evaluations
     ema         use the EMA weights of the UNet if the checkpoint has them
     parts       files of other parts, alone or in a whole checkpoint: "vae", and "locator", a 4-channel UNet for
                 localisation as in the authors' demo

@@ -74,7 +74,7 @@ class Checkpoint(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Where each tensor of a module lies, and what stands against loading it."""
+    """Where each tensor of a module lies, and what prevents loading it."""
 
     tensors: dict[str, Stored]
     missing: list[str]
