@@ -316,12 +316,10 @@ def test_autoencoder_completes_masks():
 
 @pytest.mark.parametrize(("size", "patch"), [(224, 50), (64, 20), (30, 7)])
 def test_patchcleanser_covers_every_place(classifier, size, patch):
-    windows = PatchCleanser(classifier, patch).windows(size)
-    with pytest.raises(InputError, match=f"patch is {size}; in images of {size} pixels it is at most {size - 1}"):
-        PatchCleanser(classifier, size).windows(size)
-    for wrong in ({"patch": 0.05}, {"patch": 0}, {"patch": 5, "masks": 0}):
-        with pytest.raises(InputError, match=r"(patch|masks) is 0(.05)?; patch .a side in pixels. and masks are whole"):
-            PatchCleanser(classifier, **wrong)
+    windows = PatchCleanser(classifier, (patch / size) ** 2).windows(size)
+    for wrong in ((50, 6), (0, 6), (0.05, 0)):
+        with pytest.raises(InputError, match=r"; area lies in 0.0005 to 0.5, masks is at least 1"):
+            PatchCleanser(classifier, *wrong)
     assert len(windows) <= 36
     side = windows[0][2]
     for axis in (0, 1):
@@ -348,7 +346,7 @@ def spot(top, left):
 def test_patchcleanser_decides_and_certifies():
     """One bright spot is masked away by the second round."""
     x = torch.full((3, 30, 30), 0.5)
-    cleanser = PatchCleanser(Bright(), 5, masks=3)
+    cleanser = PatchCleanser(Bright(), area=0.028, masks=3)  # 5 of 30 pixels
     assert cleanser(x) == 0
     assert cleanser.agreed(x) == (0, 0)
     assert cleanser.certified_places(x, 0) == 1
@@ -366,22 +364,16 @@ def test_patchcleanser_decides_and_certifies():
 
 
 def test_a_share_of_the_image_is_one_at_every_size(classifier):
-    """At the classifier's it is as if the side were given."""
-    share, given = PatchCleanser.against(classifier, 0.05, 4), PatchCleanser(classifier, 50, 4)
-    assert share.windows(224) == given.windows(224)
-    assert share.windows(448) == PatchCleanser(classifier, 100, 4).windows(448) != given.windows(448)
-    assert share.windows(4) == PatchCleanser(classifier, 1, 4).windows(4)
-    x = torch.full((3, 60, 60), 0.5)
-    x[:, 4, 4] = 1
-    places = [
-        toy.certified_places(x, 0) for toy in (PatchCleanser(Bright(), 5, 3, area=0.04), PatchCleanser(Bright(), 12, 3))
-    ]
-    assert 0 < places[0] == places[1] < 1
+    """A patch of 5 % and of its least size, a pixel."""
+    cleanser = PatchCleanser(classifier, 0.05, 4)
+    assert [cleanser.largest(size) for size in (224, 448, 4, 1)] == [50, 100, 1, 1]
+    assert cleanser.windows(448)[0][2] == 187  # 100 pixels, and a stride of 88 less one
+    assert cleanser.windows(1) == [(0, 0, 1)]
 
 
 def test_what_is_certified_holds(classifier, photos):
     """Whatever the pixels of a patch at a place with a certificate, and of a wild one, the answer is the label."""
-    cleanser = PatchCleanser(classifier, 50, masks=3)
+    cleanser = PatchCleanser(classifier, 0.05, masks=3)
     g = generator("certified")
     proven = 0
     for x in photos:
@@ -410,7 +402,7 @@ def test_rows_agree_as_defined():
     g = generator("rows")
     x, seen, fewer = torch.zeros(3, 30, 30), set(), 0
     for _ in range(300):
-        cleanser = Told(Bright(), 5, masks=3)
+        cleanser = Told(Bright(), 0.028, masks=3)
         n = len(cleanser.windows(30))
         table = (torch.rand(n, n, generator=g) > torch.rand(1, generator=g) ** 3).long()
         table[0] = torch.randint(2, (1,), generator=g)
@@ -440,7 +432,7 @@ def test_hardened_believes_windows_first(target, photos):
     defended = build("hardened:masks=2", target)
     noise = defended.sample_noise(["a", "b"], 0, "test")
     plain = target.defense(photos[:2], noise)
-    toy = Defended(Hardened(target.defense, PatchCleanser(Bright(), 50, masks=2)), Bright())
+    toy = Defended(Hardened(target.defense, PatchCleanser(Bright(), 0.05, masks=2)), Bright())
     x = 0.5 * photos[:2]
     assert torch.equal(toy.defense(x, noise).image, x)
     assert toy.defense(x, noise).mask.sum() == 0
@@ -451,7 +443,7 @@ def test_hardened_believes_windows_first(target, photos):
     assert torch.equal(out.image[1], x[1])
     x[0, :, 220, 220] = 1
     assert torch.equal(toy.defense(x, noise).image[:1], target.defense(x, noise).image[:1])
-    undecided = Hardened(target.defense, Undecided(target.classifier, 50))
+    undecided = Hardened(target.defense, Undecided(target.classifier, 0.05))
     assert all(torch.equal(a, b) for a, b in zip(undecided(photos[:2], noise), plain, strict=True))
 
 

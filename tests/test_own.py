@@ -181,7 +181,7 @@ def test_the_defence_itself(target, classifier, photos):
     assert results["masks"]["advp/transfer"]["auc"] > 0.5
     again = diffender.benchmark(victim, photos[:1], y, gradient="bpda-mask", name="ours", **few)
     assert again["rows"] == results["rows"], "the same call goes on where it stopped"
-    cleanser = diffender.PatchCleanser(classifier, patch=50, masks=2)
+    cleanser = diffender.PatchCleanser(classifier, area=0.05, masks=2)
     hardened = diffender.Defended(diffender.Hardened(victim.defense, cleanser), classifier)
     results = diffender.benchmark(hardened, photos[:1], y, gradient="evade", name="windows", **few)
     assert results["defense"] == "DIFFender, hardened"

@@ -233,7 +233,7 @@ def test_tensors_are_defended_as_pictures_are(photo):
     assert (found - pil_to_tensor(diffender.defend(wide)).float() / 255).abs().max() < 0.6 / 255
     model = diffender.load()
     classifier = diffender.load_classifier("efficientnet_lite0")
-    hardened = diffender.Hardened(model, diffender.PatchCleanser(classifier, patch=50, masks=2))
+    hardened = diffender.Hardened(model, diffender.PatchCleanser(classifier, area=0.05, masks=2))
     with pytest.raises(InputError, match="this one is none; crop it"):
         diffender.defend(wide, hardened)
     for images, says in (

@@ -112,9 +112,7 @@ def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defe
     """`area` is the share of the largest square patch to withstand, `masks` the number of windows along an axis."""
     d = target.defense
     assert isinstance(d, DIFFender)  # as `build` asks
-    if not 0.0005 <= area <= 0.5 or masks < 1:
-        raise InputError(f"hardened:area={area:g},masks={masks}: area lies in 0.0005 to 0.5, masks is at least 1")
-    return Defended(Hardened(d, PatchCleanser.against(target.classifier, area, masks)), target.classifier)
+    return Defended(Hardened(d, PatchCleanser(target.classifier, area, masks)), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:

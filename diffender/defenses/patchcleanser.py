@@ -20,39 +20,26 @@ AT_ONCE = 4  # pairs of a row, before it is asked whether the row can still agre
 
 @dataclass(frozen=True)
 class PatchCleanser:
-    """Raises InputError for a patch or a number of masks that is not a whole number from 1."""
+    """Raises InputError for an area outside of 0.0005 to 0.5 and for less than one window along an axis."""
 
     classifier: Classifier
-    patch: int  # side in pixels of the largest patch that it must withstand
+    area: float  # share of an image that the largest square patch covers which it must withstand
     masks: int = 6  # windows along an axis
     batch_size: int = 64
-    area: float | None = None  # share of an image of any size that the patch covers; None: so many pixels in all
 
     def __post_init__(self) -> None:
-        for name, value in (("patch", self.patch), ("masks", self.masks)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"{name} is {value!r}; patch (a side in pixels) and masks are whole numbers from 1; for a share of "
-                    "the image there is PatchCleanser.against"
-                )
-
-    @classmethod
-    def against(cls, classifier: Classifier, area: float, masks: int) -> "PatchCleanser":
-        """Against square patches that cover a share `area` of an image of any size."""
-        return cls(classifier, round(classifier.cfg.size * math.sqrt(area)), masks, area=area)
+        if not 0.0005 <= self.area <= 0.5 or self.masks < 1:
+            raise InputError(
+                f"area is {self.area:g} and masks {self.masks}; area lies in 0.0005 to 0.5, masks is at least 1"
+            )
 
     def largest(self, size: int) -> int:
         """Side in pixels of the largest patch that it must withstand in images of this size."""
-        return self.patch if self.area is None else max(1, round(size * math.sqrt(self.area)))
+        return max(1, round(size * math.sqrt(self.area)))
 
     def windows(self, size: int) -> list[tuple[int, int, int]]:
-        """Windows as (top, left, side) such that every patch x patch square lies inside one.
-
-        Raises InputError where such a square leaves nothing of an image of this size.
-        """
+        """Windows as (top, left, side) such that every square of the largest side lies inside one."""
         patch = self.largest(size)
-        if patch >= size:
-            raise InputError(f"patch is {patch}; in images of {size} pixels it is at most {size - 1}")
         stride = math.ceil((size - patch + 1) / self.masks)
         side = min(patch + stride - 1, size)
         starts = [*range(0, size - side, stride), size - side]

@@ -82,7 +82,7 @@ def main() -> None:
                 raise InputError(f"{folder} holds results of another file of the name {image_id}; choose another --out")
             if key(image_id, area, masks) not in done:
                 started = time.monotonic()
-                cleanser = PatchCleanser.against(classifier, area, int(masks))
+                cleanser = PatchCleanser(classifier, area, int(masks))
                 found = {"right": cleanser(x) == y, "places": cleanser.certified_places(x, y)}
                 seconds = {"seconds": time.monotonic() - started}
                 append_records(own, [{"id": key(image_id, area, masks), "hash": hashed} | found | seconds])
