@@ -175,7 +175,8 @@ def is_random(task: Task) -> bool:
 def kept_back(task: Task, candidates: int, queries: int) -> int:
     """How many of an attack's queries are kept for judging its candidates in the end, so that no lucky draw wins: none
     without noise, and none if they would take more than half of the budget."""
-    wanted = candidates * judgements(task, 1) if is_random(task) else 0
+    passes = judgements(task, 1)
+    wanted = candidates * passes if passes > 1 else 0
     return wanted if queries >= 2 * wanted else 0
 
 
