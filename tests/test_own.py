@@ -140,7 +140,7 @@ def test_runs_on_other_files_of_the_same_names_are_not_compared(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "per_image.jsonl").write_text(json.dumps(record) + "\n")
-    assert "| none | 1 | 1 |" in compare(tmp_path / "a", tmp_path / "old")
+    assert "| none | 100.0 % (1/1; 21-100) | 100.0 % (1/1; 21-100) |" in compare(tmp_path / "a", tmp_path / "old")
     with pytest.raises(InputError, match="are of different images"):
         compare(tmp_path / "a", tmp_path / "b")
     batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), ["1"])

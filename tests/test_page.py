@@ -287,11 +287,16 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
     lines = compare(tmp_path / "a", tmp_path / "b").splitlines()
     assert lines[0] == "| 3 images | a right | b right | only a | only b | p |"
     assert lines[2:6] == [
-        "| none | 2 | 3 | 0 | 1 | 1 |",
-        "| advp/transfer | 2 | 1 | 1 | 0 | 1 |",
-        "| advp/full | 2 | 1 | 1 | 0 | 1 |",
-        "| strongest | 2 | 1 | 1 | 0 | 1 |",
+        "| none | 66.7 % (2/3; 21-94) | 100.0 % (3/3; 44-100) | 0 | 1 | 1 |",
+        "| advp/transfer | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
+        "| advp/full | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
+        "| strongest | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
     ]
-    assert lines[-1].endswith(": first purifications; p: McNemar, exact.")
+    assert lines[-1].endswith(": first purifications, Wilson intervals of 95 %; p: McNemar, exact.")
+    (tmp_path / "a" / "config.json").write_text('{"defense": "diffender"}')
+    (tmp_path / "b" / "config.json").write_text('{"defense": "jpeg"}')
+    assert compare(tmp_path / "a", tmp_path / "b").startswith(
+        "| 3 images | DIFFender right | jpeg right | only DIFFender"
+    )
     with pytest.raises(InputError, match="share no images"):
         compare(tmp_path / "a", tmp_path / "c")

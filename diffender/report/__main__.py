@@ -25,20 +25,16 @@ from diffender.utils.provenance import command
 def filled(document: str, results: Path) -> str:
     """The document with the NAME/table.md of `results` between its marks, <!-- results/NAME --> and <!-- end -->.
 
-    <!-- results/NAME accuracy --> takes the first table of that file alone. Raises InputError for a table that is not
-    there, and for a start without an end.
+    Raises InputError for a table that is not there, and for a start without an end.
     """
 
     def content(match: re.Match) -> str:
         path = results / match["name"] / "table.md"
         if not path.is_file():
             raise InputError(f"no {path}, whose table the document asks for; make it, or take out its marks")
-        text = path.read_text(encoding="utf-8")
-        if match["part"]:
-            text = text.split("\n\n")[0] + "\n"
-        return f"<!-- results/{match['name']}{match['part'] or ''} -->\n{text}<!-- end -->"
+        return f"<!-- results/{match['name']} -->\n{path.read_text(encoding='utf-8')}<!-- end -->"
 
-    start, rest = r"<!-- results/(?P<name>[\w-]+)(?P<part> accuracy)? -->\n", r"(?:(?!<!-- results/).)*?<!-- end -->"
+    start, rest = r"<!-- results/(?P<name>[\w-]+) -->\n", r"(?:(?!<!-- results/).)*?<!-- end -->"
     if unended := re.search(f"{start}(?!{rest})", document, re.DOTALL):
         raise InputError(f"{unended[0].strip()} has no <!-- end --> before the next table; add it")
     return re.sub(start + rest, content, document, flags=re.DOTALL)
@@ -46,11 +42,13 @@ def filled(document: str, results: Path) -> str:
 
 def compare(a: Path, b: Path) -> str:
     """Two runs on the images and attacks that they share: who is right where the other is not, by the first
-    purification of each; McNemar's exact p. `strongest` counts an image under all shared attacks.
+    purification of each; McNemar's exact p. `strongest` counts an image under all shared attacks. Runs are named by
+    their defences, or by their folders if these are the same.
 
     Raises InputError where they share no images, or images of one name are not the same.
     """
-    from diffender.evaluation.metrics import mcnemar
+    from diffender.evaluation.metrics import counted, mcnemar, proportion
+    from diffender.evaluation.plan import OURS
 
     left, right = (read_records(folder) for folder in (a, b))
     ids = [i for i in left if i in right]
@@ -58,7 +56,8 @@ def compare(a: Path, b: Path) -> str:
         raise InputError(f"{a} and {b} share no images; compare runs of evaluate.py on the same --data and --seed")
     if any("attacks" not in run[i] for run in (left, right) for i in ids):
         raise InputError(f"{a} or {b} holds no evaluation; compare two folders that evaluate.py wrote")
-    images = [read_config(folder).get("sha256", {}).get("images") for folder in (a, b)]
+    configs = [read_config(folder) for folder in (a, b)]
+    images = [config.get("sha256", {}).get("images") for config in configs]
     both = [(left[i].get(key), right[i].get(key)) for i in ids for key in ("label", "hash")]
     if images[0] != images[1] or any(x != y for x, y in both if None not in (x, y)):  # old records have no hash
         raise InputError(f"{a} and {b} are of different images, or labels; compare runs on the same ones")
@@ -72,11 +71,13 @@ def compare(a: Path, b: Path) -> str:
     rows = []
     for name, attacks in {"none": [], **{v: [v] for v in shared}, **({"strongest": shared} if shared else {})}.items():
         pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
-        first, second = (sum(column) for column in zip(*pairs, strict=True))
+        shares = (counted(proportion(column)) for column in zip(*pairs, strict=True))
         only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
-        rows.append((name, *map(str, (first, second, *only)), f"{mcnemar(pairs):.2g}"))
-    head = (f"{len(ids)} images", f"{a.name} right", f"{b.name} right", f"only {a.name}", f"only {b.name}", "p")
-    return f"{table(head, rows)}\n`{command()}`: first purifications; p: McNemar, exact.\n"
+        rows.append((name, *shares, *map(str, only), f"{mcnemar(pairs):.2g}"))
+    x, y = (OURS.get(name, name) for name in (config.get("defense", "") for config in configs))
+    x, y = (a.name, b.name) if x == y else (x, y)
+    head = (f"{len(ids)} images", f"{x} right", f"{y} right", f"only {x}", f"only {y}", "p")
+    return f"{table(head, rows)}\n`{command()}`: first purifications, Wilson intervals of 95 %; p: McNemar, exact.\n"
 
 
 def main() -> None:
