@@ -19,7 +19,8 @@ once or one after the other.
 
 import json
 
-from diffender.evaluation.plan import Options, fill, names, refuse_conflicts, refuse_unread, sources
+from diffender.evaluation.options import Options, fill, names, refuse_conflicts, refuse_unread
+from diffender.evaluation.plan import sources
 from diffender.evaluation.records import read_records
 from diffender.utils.options import parse, run
 

@@ -13,7 +13,7 @@ from common import parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffender.evaluation.forecast import COST, costs
-from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.options import Options, fill
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.utils.options import change
 

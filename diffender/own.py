@@ -22,7 +22,8 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
-from diffender.evaluation.plan import PRESETS, Options, build_plans, default_name, fill, refuse_conflicts, refuse_unread
+from diffender.evaluation.options import PRESETS, Options, fill, refuse_conflicts, refuse_unread
+from diffender.evaluation.plan import build_plans, default_name
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images

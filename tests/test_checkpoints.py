@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.config import EMBEDDED, PAPER
 from diffender.evaluation import plan as plans
+from diffender.evaluation.options import Options
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
 from diffender.stable_diffusion.unet import UNet
@@ -265,18 +266,18 @@ def test_settings_follow_the_model(models, tmp_path):
         == load_model("auto", folder(models["sd15-inpainting"], tmp_path / "f")).settings
     )
     assert load_model("auto", path).settings == PAPER
-    opts = change(plans.Options(), weights=str(path), steps=5)
+    opts = change(Options(), weights=str(path), steps=5)
     assert plans.config_of(opts) == replace(PAPER, steps=5)
     assert opts.target.defense.prompt_kind == "manual"
     assert plans.sources(opts)["steps"] == "--steps"
     assert plans.sources(opts)["theta"] == f"suits {path}"
-    assert plans.config_of(plans.Options()) == EMBEDDED
-    assert plans.config_of(plans.Options(preset="paper")) == PAPER
-    assert plans.config_of(change(plans.Options(preset="paper"), theta=3.0)).theta == 3.0
-    assert plans.sources(plans.Options(preset="paper"))["theta"] == "--preset paper"
+    assert plans.config_of(Options()) == EMBEDDED
+    assert plans.config_of(Options(preset="paper")) == PAPER
+    assert plans.config_of(change(Options(preset="paper"), theta=3.0)).theta == 3.0
+    assert plans.sources(Options(preset="paper"))["theta"] == "--preset paper"
     model = load_model()
     save_model(model, tmp_path / "own.safetensors", {"settings": asdict(replace(PAPER, draws=6))})
-    assert plans.config_of(change(plans.Options(), weights=str(tmp_path / "own.safetensors"))).draws == 6
+    assert plans.config_of(change(Options(), weights=str(tmp_path / "own.safetensors"))).draws == 6
 
 
 def test_averaged_copies_are_taken_when_asked_for(models, tmp_path):

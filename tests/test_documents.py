@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 import diffender
 from diffender.__main__ import COMMANDS
 from diffender.classifiers.dataset import sample_items
-from diffender.evaluation import plan as plans
+from diffender.evaluation.options import GRADIENTS, attacks, fill, refuse_conflicts
 from diffender.utils import options as cli
 from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT
@@ -90,8 +90,8 @@ def test_commands_are_of_programs_and_options_that_exist(command):
     if hasattr(module, "Options"):
         opts = cli.parse(module.Options, "", args)
         if name == "evaluate.py":
-            plans.refuse_conflicts(opts)
-            plans.attacks(plans.fill(opts))
+            refuse_conflicts(opts)
+            attacks(fill(opts))
 
 
 class Parsed(Exception):
@@ -206,7 +206,7 @@ def test_code_of_the_usage_runs(photos, tmp_path, monkeypatch):
         if not isinstance(model, diffender.Defended):
             few = {"iters": 1, "iters_undefended": 1, "eot": 1, "verdicts": 1, "curves": "off"}
             return benchmark(model, images, labels, gradient=gradient, **few | given)
-        known = plans.GRADIENTS["diffender" if isinstance(model.defense, diffender.Hardened) else "others"]
+        known = GRADIENTS["diffender" if isinstance(model.defense, diffender.Hardened) else "others"]
         assert not set(gradient.split(",")) - set(known) and not given
         asked.append(model(images, model.sample_noise(["a"], 0, "test")))
         return {}

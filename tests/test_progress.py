@@ -9,7 +9,7 @@ import pytest
 from diffender.evaluation import curves
 from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
-from diffender.evaluation.plan import Options, fill
+from diffender.evaluation.options import Options, fill
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError

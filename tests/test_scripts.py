@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import train
 from diffender import photographs
-from diffender.evaluation import certify, plan
+from diffender.evaluation import certify
+from diffender.evaluation.options import Options
 from diffender.evaluation.records import open_run
 from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
@@ -159,7 +160,7 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, here):
 
 def test_flags_stand_under_their_heads(capsys):
     heads = {
-        plan.Options: "the defence: --defense; the run: --device --batch-size --shard; the budget: --preset --images",
+        Options: "the defence: --defense; the run: --device --batch-size --shard; the budget: --preset --images",
         train.Options: "tuning: --rounds; the photographs: --shots; the attack: --area; results: --out --track",
         photographs.Options: "the run: --device; images: paths --out; what a classifier sees: --classifier",
         certify.Options: "classifier and images: --data --images; the certificate: --area --masks --out",
@@ -179,7 +180,7 @@ def test_flags_stand_under_their_heads(capsys):
 
 @pytest.mark.parametrize("text", ["8", "8G", "8GB", "8GiB", "8gb"])
 def test_a_unit_may_stand_behind_the_memory(text):
-    assert cli.parse(plan.Options, "", ["--max-memory", text]).max_memory == 8
+    assert cli.parse(Options, "", ["--max-memory", text]).max_memory == 8
 
 
 def test_names_are_listed(here):

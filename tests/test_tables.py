@@ -14,7 +14,7 @@ from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.evaluation.plan import FIGURES, Options, fill
+from diffender.evaluation.options import FIGURES, Options, fill
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere

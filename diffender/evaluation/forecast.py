@@ -14,17 +14,8 @@ import torch.nn.functional as F
 from diffender.attacks.expectation import Task, Victim, samples
 from diffender.attacks.patch import margin
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
-from diffender.evaluation.plan import (
-    AREAS,
-    Options,
-    attacks,
-    backward_of,
-    budget,
-    config_of,
-    describe,
-    kinds,
-    recorded_steps,
-)
+from diffender.evaluation.options import Options, attacks, budget, kinds
+from diffender.evaluation.plan import AREAS, backward_of, config_of, describe, recorded_steps
 from diffender.noise import generator
 
 if TYPE_CHECKING:

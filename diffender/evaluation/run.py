@@ -18,19 +18,8 @@ from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list
 from diffender.defenses import parse_defense
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, forecast
-from diffender.evaluation.plan import (
-    OURS,
-    Options,
-    attacks,
-    batches,
-    build_plans,
-    build_target,
-    config_of,
-    default_name,
-    describe,
-    mine,
-    shard_of,
-)
+from diffender.evaluation.options import OURS, Options, attacks, shard_of
+from diffender.evaluation.plan import batches, build_plans, build_target, config_of, default_name, describe, mine
 from diffender.evaluation.records import append_records, open_run, read_config, read_records
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffender.evaluation.plan import Options, default_name, shard_of
+from diffender.evaluation.options import Options, shard_of
+from diffender.evaluation.plan import default_name
 from diffender.utils.options import change
 
 PATIENCE = timedelta(days=7)  # of the fastest worker for the slowest

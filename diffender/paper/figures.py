@@ -19,7 +19,8 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
 from diffender.defenses import build
-from diffender.evaluation.plan import Options, attack_flags, backward_of, build_target, describe, fill, kinds
+from diffender.evaluation.options import Options, fill, kinds
+from diffender.evaluation.plan import attack_flags, backward_of, build_target, describe
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
 from diffender.factory import pick_device

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffender.evaluation.metrics import counted, mcnemar, proportion
-from diffender.evaluation.plan import Options, describe, fill, kinds, method_of
+from diffender.evaluation.options import Options, fill, kinds
+from diffender.evaluation.plan import describe, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
 from diffender.evaluation.verdicts import Certifying, Verdict, by_kind, by_variant, strongest_of, verdict

@@ -48,7 +48,7 @@ def compare(a: Path, b: Path) -> str:
     Raises InputError where they share no images, or images of one name are not the same.
     """
     from diffender.evaluation.metrics import counted, mcnemar, proportion
-    from diffender.evaluation.plan import OURS
+    from diffender.evaluation.options import OURS
 
     left, right = (read_records(folder) for folder in (a, b))
     ids = [i for i in left if i in right]
