@@ -1,6 +1,7 @@
 """The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -71,11 +72,14 @@ class DIFFender(nn.Module):
         for name, context in contexts._asdict().items():  # buffers: they go where the model goes
             self.register_buffer(f"context_{name}", context, persistent=False)
         self.cfg = cfg or model.settings or DIFFenderConfig()
-        self.size = size or (model.cfg.image_size,) * 2
-        if any(side < 1 or side % model.cfg.multiple for side in self.size):
-            raise InputError(f"size is {self.size}; both sides are multiples of {model.cfg.multiple} for this model")
-        self.register_buffer("blank", model.blank_conditioning(self.size), persistent=False)
+        self.work_at(size or (model.cfg.image_size,) * 2)
         self.eval()
+
+    def work_at(self, size: tuple[int, int]) -> None:
+        if any(side < 1 or side % self.model.cfg.multiple for side in size):
+            raise InputError(f"size is {size}; both sides are multiples of {self.model.cfg.multiple} for this model")
+        self.size = size
+        self.register_buffer("blank", self.model.blank_conditioning(size), persistent=False)
 
     @property
     def contexts(self) -> Contexts:
@@ -94,8 +98,13 @@ class DIFFender(nn.Module):
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
     def at(self, size: tuple[int, int]) -> "DIFFender":
-        """The same defence, working at another size."""
-        return self if size == self.size else DIFFender(self.model, self.contexts, self.cfg, size)
+        """The same defence, working at another size, with whatever a subclass has changed."""
+        if size == self.size:
+            return self
+        other = copy(self)  # shares networks and contexts
+        other._buffers = self._buffers.copy()
+        other.work_at(size)
+        return other
 
     def posterior(self, x: Tensor) -> Posterior:
         """What localisation makes of images (B, 3, H, W) in [0, 1] before any noise."""
@@ -105,6 +114,7 @@ class DIFFender(nn.Module):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Localized:
         """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1]; `posterior` is theirs, if known."""
+        check_noise(x, noise, self.cfg)
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
@@ -131,7 +141,7 @@ class DIFFender(nn.Module):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about; `backward` chooses the backward pass."""
-        check(x, noise, self.cfg)
+        check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
@@ -181,6 +191,10 @@ class Defended(nn.Module):
         self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT, bare: "Classifier | None" = None
     ):
         super().__init__()
+        if not hasattr(defense, "sample_noise"):
+            raise InputError(
+                f"the defence is a {type(defense).__name__}, without sample_noise; wrap it: diffender.Purifier(purify)"
+            )
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
         self.eval()
@@ -269,9 +283,8 @@ def drawn(noise: Drawn | None) -> Drawn:
     return noise
 
 
-def check(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig) -> None:
-    """Raises InputError unless x is a batch of images, and the noise is for as many and for these settings."""
-    check_images(x)
+def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig) -> None:
+    """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, and for these settings."""
     noise = drawn(noise)
     if len(noise.image) != len(x):
         raise InputError(

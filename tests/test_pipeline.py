@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffender.attacks.expectation import Task, samples
-from diffender.config import Backward, DIFFenderConfig
+from diffender.config import EXACT, Backward, DIFFenderConfig
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
@@ -493,3 +493,24 @@ def test_nan_stops_with_the_name_of_the_image(defense, photos, pasted):
     with pytest.raises(InputError, match="in the attack's gradient of dog.jpg"), named_images(["cat.jpg", "dog.jpg"]):
         task = Task(lambda x, noise: x.sqrt(), x, torch.zeros(2).long(), ["cat", "dog"], 0, lambda z: z.sum(dim=1))
         list(samples(task, lambda k: (x, x, None), eot=2, batch=2))
+
+
+def test_a_subclass_stays_one_at_every_size(model, photos):
+    """What it changes counts for images that are not square, too, and the first keeps its size."""
+
+    class Everywhere(DIFFender):
+        def localize(self, x, noise, backward=EXACT, posterior=None):
+            return super().localize(x, noise, backward, posterior)._replace(mask=torch.ones_like(x[:, :1]))
+
+    square = Everywhere(model, contexts_for("manual", model))
+    wide = square.at((64, 96))
+    assert isinstance(wide, Everywhere)
+    assert (square.blank.shape[-2:], wide.blank.shape[-2:]) == ((28, 28), (8, 12))
+    assert wide(photos[:1], wide.sample_noise(["a"], 0, "test")).mask.mean() == 1
+    with pytest.raises(InputError, match="both sides are multiples"):
+        square.at((63, 96))
+
+
+def test_localisation_alone_checks_its_noise(defense, photos):
+    with pytest.raises(InputError, match="noise for 2 images with 1 images"):
+        defense.localize(photos[:1], defense.sample_noise(["a", "b"], 0, "test"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffender.config import EXACT, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
-from diffender.pipeline import DIFFender, Purified, check
+from diffender.pipeline import DIFFender, Purified, check_images, check_noise
 from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
@@ -36,7 +36,8 @@ class Hardened(DIFFender):
         """The purified image and how it came about. Gradients pass straight through the choice of the window."""
         if backward.mode == "bpda":  # comes back here, without gradient
             return super().forward(x, noise, backward, posterior)
-        check(x, noise, self.cfg)
+        check_images(x)
+        check_noise(x, noise, self.cfg)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         found = [self.window(image) for image in images]
         known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
