@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -101,7 +102,7 @@ def benchmark(
     area, seed, name, ...), and `names`, the names of the classes. The same call with the same `name` goes on where it
     stopped. Raises InputError for what does not fit.
     """
-    names = options.pop("names", None)
+    named = options.pop("names", None)
     check_images(images)
     with left_as_it_was(model):
         victim = as_victim(model, images)
@@ -109,7 +110,7 @@ def benchmark(
         if classes < 2:
             raise InputError(f"the model has logits (B, {classes}); classes are 2 or more: return a logit for each")
         y = as_labels(labels, len(images), classes)
-        names = names or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
+        names = named or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):
             raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
         if budget not in tuple(PRESETS):
@@ -130,7 +131,8 @@ def benchmark(
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
-        again = {"attack": attack, "gradient": gradient, "budget": budget} | options | {"name": name}
+        told = {} if named is None else {"names": named}
+        again = {"attack": attack, "gradient": gradient, "budget": budget} | options | told | {"name": name}
         call = f"diffender.benchmark(model, images, labels, {', '.join(f'{k}={v!r}' for k, v in again.items())})"
         experiment = Experiment(opts, folder, own, victim, plans, resolved(opts, victim, images, y), names, call)
         batch = Batch([f"{i:05}" for i in range(len(images))], images, y, [])
@@ -182,12 +184,13 @@ def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tens
 def refuse_foreign(options: dict[str, Any]) -> None:
     """Raises InputError for options that evaluate.py does not have or keeps, or that repeat an argument."""
     kept = {"device", "table", "rows", "figure", "folds", "frames", "tuning_data", "shard", "list", "dry_run"}
-    told = {"grad", "preset", "images", "defense", *(leaf.name for leaf in leaves(TargetOptions()))}
-    known = {leaf.name for leaf in leaves(Options())} - kept - told
+    told, of_the_model = {"grad", "preset", "images", "defense"}, {leaf.name for leaf in leaves(TargetOptions())}
+    known = {leaf.name for leaf in leaves(Options())} - kept - told - of_the_model
     if unknown := sorted(options.keys() - known):
         why = f"is unknown{nearest(unknown[0], sorted(known))}"
         why = "belongs to evaluate.py alone" if unknown[0] in kept else why
         why = "is told by the arguments" if unknown[0] in told else why
+        why = "is settled in the model that you give" if unknown[0] in of_the_model else why
         raise InputError(f"option {unknown[0]} {why}; options are {', '.join(sorted(known))}")
 
 
@@ -210,7 +213,25 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         cleanser = victim.defense.cleanser
         found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
-    return found | {"torch": torch.__version__, "sha256": {what: digest(found) for what, found in tensors.items()}}
+    hashes = {what: digest(found) for what, found in tensors.items()}
+    return found | {"torch": torch.__version__, "sha256": hashes | {"code": code_digest(victim)}}
+
+
+def code_digest(victim: nn.Module) -> str:
+    """sha256 of what tensors do not tell of a victim: its parts' methods and plain attributes. Parts of this package
+    are left out, since their settings are told by themselves."""
+    purifiers = [m.purify for m in victim.modules() if isinstance(m, Purifier)]
+    foreign = [m for m in victim.modules() if type(m).__module__.partition(".")[0] != "diffender"]
+    told: list = []
+    for part in (*foreign, *purifiers):
+        kind = part if inspect.isfunction(part) else type(part)
+        functions = [f for f in (part, *vars(kind).values()) if inspect.isfunction(f)]
+        constants = [[c for c in f.__code__.co_consts if not inspect.iscode(c)] for f in functions]
+        plain = {k: v for k, v in getattr(part, "__dict__", {}).items() if isinstance(v, int | float | str | tuple)}
+        plain.pop("training", None)
+        code = [(f.__code__.co_code, f.__code__.co_names) for f in functions]
+        told += [kind.__qualname__, plain, code, constants]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

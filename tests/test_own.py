@@ -13,11 +13,12 @@ from torch import nn
 import diffender
 import evaluate
 from diffender.classifiers.dataset import Batch
+from diffender.defenses.jpeg import JPEG
 from diffender.evaluation import certify
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
-from diffender.own import AnyModel, digest
+from diffender.own import AnyModel, code_digest, digest
 from diffender.report.__main__ import compare
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
@@ -259,7 +260,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (Bright(), {"names": 4}, "names are 4; they are a list of 10"),
         (Bright(), {"gradient": "full"}, "has its own gradient alone"),
         (Bright(), {"iter": 3}, "option iter is unknown .nearest: iters.; options are"),
-        (Bright(), {"theta": 3.0}, "option theta is told by the arguments"),
+        (Bright(), {"theta": 3.0}, "option theta is settled in the model that you give"),
         (Bright(), {"device": "cpu"}, "option device belongs to evaluate.py alone"),
         (Bright(), {"attack": None}, "attack is None; it is of type str"),
         (Bright(), {"budget": "lapptop"}, "budget is 'lapptop'; choose one of .*nearest: laptop"),
@@ -329,3 +330,34 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
     code, error = run("--data", "labels.csv", "--classes", "2", *weights)
     assert (code, len(error.splitlines())) == (2, 1)
     assert "line 2: label '2'; labels are 0 to 1" in error
+
+
+class Scaled(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return self.by * x
+
+
+class Shifted(Scaled):
+    def forward(self, x):
+        return self.by * x + 0.1
+
+
+def test_what_tensors_do_not_tell_of_a_model_counts(classifier):
+    """A run goes on only with the same attributes and methods, of modules, functions and our own purifiers."""
+    modules = [Scaled(1), Scaled(2), Shifted(1)]
+    purifiers = [*modules, JPEG(75), JPEG(50), lambda x: x.sin(), lambda x: x.cos(), lambda x: 0.5 * x]
+    victims = [*modules, *(diffender.Defended(diffender.Purifier(p), classifier) for p in purifiers)]
+    told = [code_digest(v) for v in victims]
+    assert len(set(told)) == len(told)
+    assert told == [code_digest(v) for v in victims]
+
+
+def test_purifiers_that_do_not_fit_are_named(classifier, images):
+    with pytest.raises(InputError, match="the defence is a Scaled, without sample_noise; wrap it: diffender.Purifier"):
+        diffender.Defended(Scaled(1), classifier)
+    with pytest.raises(InputError, match="it keeps the images' shape"):
+        diffender.Purifier(lambda x: x[..., 1:])(images[:1])
