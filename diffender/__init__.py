@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "pipeline": ("DIFFender", "Defended", "WithFreshNoise"),
+    "pipeline": ("DIFFender", "Defended", "Undefended", "WithFreshNoise"),
     "config": ("DIFFenderConfig", "EMBEDDED", "Backward"),
     "photographs": ("Defender", "defend", "load"),
     "own": ("AnyModel", "benchmark"),

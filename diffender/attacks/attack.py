@@ -52,6 +52,13 @@ class Attack:
             raise InputError(f"images of {tuple(task.x.shape[-2:])} pixels; attacks take square ones: crop them")
         if not task.x.is_floating_point():
             raise InputError(f"images of dtype {task.x.dtype}; they are floating point in [0, 1]: divide by 255")
+        if self.access != "none" and not hasattr(task.victim, "sample_noise"):
+            raise InputError(
+                f"the victim is a {type(task.victim).__name__}; give Defended(defense, classifier), or "
+                "Undefended(classifier)"
+            )
+        if not isinstance(task.y, Tensor):
+            raise InputError(f"labels are a {type(task.y).__name__}; they are a tensor (B,) of whole numbers")
         if not len(task.x) == len(task.y) == len(task.image_ids):
             counts = f"{len(task.x)} images, {len(task.y)} labels and {len(task.image_ids)} ids"
             raise InputError(f"a task of {counts}; each image has a label and an id")

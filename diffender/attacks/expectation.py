@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffender.noise import Noise, stack
-from diffender.utils.errors import check_finite
+from diffender.utils.errors import InputError, check_finite
 
 Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> attacked images, their patches, the noise
 
@@ -89,6 +89,11 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         else:
             logits, penalty = task.victim(x, stack(noises)), x.new_zeros(())
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
+        if not value.requires_grad:
+            raise InputError(
+                "the victim's logits have no gradient: call it without torch.no_grad and detach nothing, or attack it "
+                "by queries (rhde, sparse-rs)"
+            )
         gradient = torch.autograd.grad(value.sum(), x)[0]
         for part in gradient.split(b):
             check_finite("attack's gradient", part)

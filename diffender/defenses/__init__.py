@@ -64,6 +64,8 @@ class Purifier(nn.Module):
             return Purified(self.purify(x, drawn(noise)))
         out = seeded(self.purify, x, drawn(noise)) if self.random else self.purify(x)
         image, mask = out if isinstance(out, tuple) else (out, None)
+        if image.shape != x.shape:
+            raise InputError(f"the purifier makes {tuple(image.shape)} of {tuple(x.shape)}; it keeps the images' shape")
         return Purified(image, mask)
 
 
@@ -142,7 +144,10 @@ def parse_defense(text: str) -> tuple[str, dict[str, int | float | str]]:
     """ "jpeg:quality=50" to its name and settings. Raises InputError for what does not exist."""
     name, _, rest = text.partition(":")
     if name not in DEFENSES:
-        raise InputError(f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}{nearest(name, DEFENSES)}")
+        raise InputError(
+            f"unknown defence {name!r}; choose one of {', '.join(DEFENSES)}{nearest(name, DEFENSES)}; one of your own "
+            "is attacked from Python, by diffender.benchmark"
+        )
     defaults, settings = DEFENSES[name].settings, {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

@@ -262,7 +262,9 @@ def refuse_unread(opts: Options) -> None:
             raise InputError(
                 f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
             )
+    differentiated = not chosen or any(ATTACKS[name].access == "gradient" for name in chosen)
     conditions = {  # flag: whether it is given, what reads it, whether that is there
+        "grad": (opts.grad not in (None, "auto"), "attacks with gradients, as advp", differentiated),
         "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & set(kinds(filled))),
         "ste_k": (opts.backward.ste_k != EXACT.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
         "evasion": (opts.backward.evasion != EXACT.evasion, "--grad full+loc and evade", hiding),

@@ -114,9 +114,11 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
 
 def describe(opts: Options) -> str:
     """The budget in a few words."""
-    if opts.attack == "none":
-        return "no attack"
-    return (
+    access = {cls.access for cls in attacks(opts).values()}
+    steps = (
         f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{'s' * (opts.restarts > 1)} "
         f"(classifier alone: {opts.iters_undefended} steps)"
     )
+    queries = f"{opts.queries} queries (classifier alone: {opts.queries_undefended})"
+    told = [text for kind, text in (("gradient", steps), ("queries", queries)) if kind in access]
+    return ", ".join(told) or ("nothing optimised" if access else "no attack")

@@ -28,7 +28,7 @@ from diffender.noise import put_back
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.energy import counters, watt_hours
-from diffender.utils.errors import InputError, named_images
+from diffender.utils.errors import InputError, check_finite, named_images
 from diffender.utils.files import read_header, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
@@ -82,7 +82,7 @@ def load_images(opts: Options, target: Defended) -> Batch:
     tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt_kind == "tuned" else []
     batch = correct_subset(open_items(opts.target), target.bare, opts.images, opts.run.seed, frozenset(tuned_on))
     if len(batch.ids) < opts.images and not opts.run.quiet:
-        print(f"{len(batch.ids)} images instead of {opts.images}: all that the classifier reads right")
+        print(f"images: {len(batch.ids)} instead of {opts.images}, all that the classifier reads right")
     return batch
 
 
@@ -152,6 +152,7 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     noise = target.sample_noise(["a"], 0, "a")
     with put_back(x.device):  # the caller's numbers stay as they are
         first, second = target(x, noise), target(x, noise)
+    check_finite("logits of the defended classifier", first)
     if torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         return
     if noise is None:

@@ -13,7 +13,10 @@ reconstructed by the VAE, attacked, restored with the true mask and with the loc
 from dataclasses import dataclass
 
 from diffender.config import RunOptions, TargetOptions
+from diffender.utils.errors import InputError
 from diffender.utils.options import option, parse, part, run
+
+STUDIES = ("choices", "parts", "noise", "examples")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Options:
     target: TargetOptions = part(TargetOptions())
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch. Changes results by rounding.", low=1)
-    study: str = option("choices", "Studies, separated by commas: choices, parts, noise, examples.", group="the study")
+    study: str = option("choices", f"Studies, separated by commas: {', '.join(STUDIES)}.", group="the study")
     images: int = option(16, "Number of photographs.", low=1)
     attack: str = option("advp", "Attack on the classifier alone.", choices=("advp", "lavan"))
     area: float | None = option(
@@ -37,6 +40,8 @@ class Options:
 
 def main() -> None:
     opts = parse(Options, __doc__)
+    if unknown := set(opts.study.split(",")) - {*STUDIES}:
+        raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
     from diffender.paper.ablation import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)

@@ -334,15 +334,14 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     left = f"Left out: {', '.join(missing)}. " if missing else ""
     dependent = "folds share people, so intervals and tests are too narrow; " if opts.folds > 1 else ""
     proven = any(line.reading == "certified" for line in lines)
-    budget = f"RHDE {full.queries} queries to the defence"
-    budget += ", no attack targeted" if opts.patch.targeted is False else ""
+    budget = ", no attack targeted" if opts.patch.targeted is False else ""
     certified = "certified: no pixels at that place can change the answer; " if proven else ""
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
         f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through "
         f"{full.grad} (paper: BPDA). "
-        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}, {budget}, seed {opts.run.seed}, {where}, "
+        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{budget}, seed {opts.run.seed}, {where}, "
         f"{time.strftime('%Y-%m-%d')}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "

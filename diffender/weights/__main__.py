@@ -17,9 +17,7 @@ NAMES = ("sd15-inpainting", "sd2-inpainting", "inception_v3", "swin_s", "resnet5
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m diffender weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="diffender weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")
     fetch.add_argument("name", choices=NAMES)

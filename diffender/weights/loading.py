@@ -244,6 +244,8 @@ def config_from_json(config: dict, path: Path) -> ModelConfig:
 def describe(checkpoint: Checkpoint) -> str:
     """A few lines for people: family, layout, dtypes, counts."""
     lines = [f"{checkpoint.path}"]
+    if sorted(checkpoint.unknown) == ["ctx_locate", "ctx_restore"]:
+        return f"{lines[0]}\ntuned prompts; --prompts takes them"
     if "config" in checkpoint.header:
         lines.append(f"family: of our own, {config_from_json(checkpoint.header['config'], checkpoint.path)}")
     elif "unet" in checkpoint.parts:

@@ -104,6 +104,8 @@ def convert(path: Path, out: Path) -> Path:
     """
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a {', '.join(sorted(PICKLES))} file")
+    if out.exists() and out.samefile(path):
+        raise InputError(f"{path} is safetensors already; there is nothing to convert")
     if out.exists():
         raise InputError(f"{out} is there already; delete it, or choose another with --out")
     try:
