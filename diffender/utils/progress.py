@@ -28,9 +28,13 @@ TIMED_BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left"
 class Lines:
     """stderr as a file or a pipe wants it: a bar's next state is a new line, not written over the last."""
 
+    last = ""
+
     def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
+        line = text.strip()
+        if line and line != self.last:  # a bar that closes says its last state again
+            print(line, file=sys.stderr, flush=True)
+            self.last = line
 
     def flush(self) -> None:
         pass
