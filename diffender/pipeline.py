@@ -76,6 +76,7 @@ class DIFFender(nn.Module):
         self.eval()
 
     def work_at(self, size: tuple[int, int]) -> None:
+        """Sets the size (H, W) that images are brought to. Raises InputError as the class says."""
         if any(side < 1 or side % self.model.cfg.multiple for side in size):
             raise InputError(f"size is {size}; both sides are multiples of {self.model.cfg.multiple} for this model")
         self.size = size
