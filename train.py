@@ -77,7 +77,9 @@ class Options:
     iters: int = option(100, "Steps of AdvP on the classifier alone.", low=1)
     adaptive_iters: int = option(20, "Steps of AdvP through the defence, of --adaptive.", low=1)
     out: str = option(
-        "runs/prompts.safetensors", "Output file. A stopped tuning with the same file goes on.", group="results"
+        "runs/prompts.safetensors",
+        "Output file, a new one. A stopped tuning with the same file goes on.",
+        group="results",
     )
     track: str = option(
         "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
@@ -107,6 +109,8 @@ def main() -> None:
     path = place_for(Path(opts.out))
     if unfinished(opts).is_file():
         read_unfinished(opts)  # one that cannot go on shows before any work
+    elif path.exists():
+        raise InputError(f"{path} is there already; delete it, or choose another with --out")
     rank, workers = join(opts)
     opts = change(opts, device=own_device(opts.run.device))
     device = pick_device(opts.run.device)

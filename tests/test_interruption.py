@@ -160,6 +160,9 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, more)
         return code, error
 
     assert tune("whole")[0] == 0
+    code, error = tune("whole")
+    assert code == 2
+    assert error.endswith("whole.safetensors is there already; delete it, or choose another with --out\n")
     with monkeypatch.context() as patch:
         interrupt_after(patch, tuning, "eq_7", 1)
         code, error = tune("stopped")
