@@ -19,7 +19,7 @@ from diffender.classifiers.dataset import correct_subset, list_items
 from diffender.classifiers.imagenet import load_classifier
 from diffender.config import Backward
 from diffender.evaluation.metrics import counted, mcnemar, proportion
-from diffender.evaluation.verdicts import Judge, purifications, verdict
+from diffender.evaluation.verdicts import Judge, purifications
 from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
 from diffender.utils.progress import bar
 from diffender.weights.loading import load_model
@@ -83,7 +83,6 @@ def main() -> None:
     flags.add_argument("--data", default="samples")
     flags.add_argument("--images", type=int, default=4)
     flags.add_argument("--steps", type=int, default=40)
-    flags.add_argument("--verdicts", type=int, default=4)
     args = flags.parse_args()
     classifier = load_classifier("efficientnet_lite0").to(args.device)
     model = load_model("tiny").to(args.device)
@@ -105,9 +104,9 @@ def main() -> None:
             pixels = attack(victim, base.image.clone(), task.y, args.steps)
             made[name] = apply_patch(task.x, to_8bit(pixels), base.mask)
         with torch.no_grad():
-            for name, image in made.items():
-                _, (seen,), _ = purifications(Judge(target, args.verdicts, args.verdicts), image, [i], 0)
-                right.setdefault(name, []).append(int(verdict(seen, int(y)).single))
+            _, seen, _ = purifications(Judge(target, 1), torch.cat([*made.values()]), [i] * len(made), 0)
+        for name, (label,) in zip(made, seen, strict=True):
+            right.setdefault(name, []).append(int(label == y))
     best = right[f"AdvP, {OURS[-1]}"]
     rows, figures = [], {}
     for name, values in right.items():
