@@ -181,6 +181,19 @@ def test_modes_differ_in_gradient_alone(target, attacked):
             assert not torch.allclose(gradients[a], gradients[b], rtol=1e-3), (a, b)
 
 
+@pytest.mark.parametrize(("hide", "hidden"), [("mean", evasion), ("max", evasion_max)])
+def test_the_penalty_is_hiding_and_decoy_by_their_weights(target, photos, hide, hidden):
+    victim = Defended(
+        target.defense.at((64, 64)), target.classifier, Backward("evade", "identity", 5.0, 2, 2.0, hide, 0.5)
+    )
+    x, patch = F.interpolate(photos[:1], (64, 64)), torch.zeros(1, 1, 64, 64)
+    patch[..., :16, :16] = 1
+    noise = victim.sample_noise(["a"], 0, "penalty")
+    found = victim.defense.localize(x, noise)
+    wanted = 2.0 * hidden(found.z_score, patch, target.defense.cfg.theta) + 0.5 * decoy(found.heatmap)
+    assert torch.allclose(victim.with_penalty(x, noise, patch)[1], wanted)
+
+
 def test_the_highest_latent_of_a_patch():
     """One conspicuous latent among a hundred: the soft maximum pushes it down alone, the mean hardly at all."""
     z = torch.zeros(2, 1, 28, 28)
@@ -695,6 +708,11 @@ def test_fresh_noise_in_every_call(module, photos):
         again = WithFreshNoise(module.victim)(photos[:1])
     assert not torch.equal(a, b)
     assert torch.equal(a, again)
+
+
+def test_fresh_noise_for_every_image(module, photos):
+    first, second = module(photos[:1].repeat(2, 1, 1, 1)).detach()
+    assert not torch.equal(first, second)
 
 
 # The command line's arithmetic

@@ -17,6 +17,16 @@ def test_mask_cross_entropy_by_hand():
     assert mask_cross_entropy(logits, mask).item() == pytest.approx(want)
 
 
+def test_eq_4_counts_the_share_of_a_latent_that_is_patched():
+    """In the middle of a cell, where a nearest pixel sees nothing of it."""
+    logits, mask = torch.tensor(2.0).view(1, 1, 1, 1), torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 2:6] = 1
+    positive, negative = (math.log(1 + math.exp(-z)) for z in (2, -2))
+    assert mask_cross_entropy(logits, mask).item() == pytest.approx(0.25 * positive + 0.75 * negative)
+    printed = mask_cross_entropy(logits.expand(1, 1, 2, 2), mask, printed=True)
+    assert printed.item() == pytest.approx(0.25 * positive), "a mean as well"
+
+
 def test_eq_4_as_printed_rewards_a_mask_of_ones():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :2, :2] = 1

@@ -1,6 +1,7 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,16 @@ from torch import nn
 import diffender
 import evaluate
 from diffender.classifiers.dataset import Batch
+from diffender.defenses.hardened import Hardened
 from diffender.defenses.jpeg import JPEG
+from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.evaluation import certify
+from diffender.evaluation.options import Options, fill
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
-from diffender.own import AnyModel, code_digest, digest
+from diffender.own import AnyModel, code_digest, digest, resolved
+from diffender.pipeline import DIFFender
 from diffender.report.__main__ import compare
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
@@ -293,9 +298,23 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         diffender.benchmark(Bright(), images, [0, 1, 2], queries=5)
 
 
+def test_a_run_goes_on_with_the_same_labels_and_settings_alone(images, target, classifier):
+    opts, y = fill(Options()), torch.tensor([0, 1, 2])
+    usual = resolved(opts, AnyModel(Bright(), images), images, y)
+    assert resolved(opts, AnyModel(Bright(), images), images, y) == usual
+    assert resolved(opts, AnyModel(Bright(), images), images, y + 1) != usual
+    plain, told = target.defense, []
+    others = DIFFender(plain.model, plain.contexts, replace(plain.cfg, theta=3.5))
+    cleansers = [PatchCleanser(classifier, area, masks) for area, masks in ((0.05, 2), (0.05, 3), (0.02, 2))]
+    for defense in (plain, others, *(Hardened(plain, cleanser) for cleanser in cleansers)):
+        told.append(resolved(opts, diffender.Defended(defense, classifier), images, y))
+    assert all(a != b for i, a in enumerate(told) for b in told[:i])
+
+
 def test_a_digest_tells_values_apart():
     a = torch.arange(6.0)
     assert digest([a]) == digest([a.clone()]) != digest([a + 1])
+    assert digest([a]) != digest([a.flip(0)])
 
 
 def test_folders_of_ones_own_classes(tmp_path, call, photos):

@@ -14,7 +14,7 @@ from diffender.localize import difference_map, grown, predict_pair, refine_mask,
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
 from diffender.pipeline import DIFFender, passes
-from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
+from diffender.prompts import Contexts, PromptPair, empty_contexts, learned_context, manual_contexts
 from diffender.restore import composite
 from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
 from diffender.utils.errors import InputError, named_images
@@ -170,6 +170,25 @@ def test_without_growth_masks_are_the_old_ones():
     assert more.sum() > 1.5 * old.sum()
 
 
+def test_sigma_is_that_of_the_blur():
+    z, cfg, size = 1.5 * torch.randn(1, 1, 28, 28), DIFFenderConfig(theta=2.0), (224, 224)
+    masks = [refine_mask(z, size, replace(cfg, sigma=sigma)) for sigma in (0.4, 2.0)]
+    for mask, sigma in zip(masks, (0.4, 2.0), strict=True):
+        blurred = gaussian_blur(binarize(z, 2.0), sigma=sigma)
+        assert torch.equal(mask, binarize(resize(dilate(blurred), size), 0.5))
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize(("grow", "lowest"), [(0.0, 2.5), (1.0, 1.0)])
+def test_the_estimator_that_is_asked_for_is_used(grow, lowest):
+    """With the slope of its sigmoid at the threshold that decides where the mask ends."""
+    z = (1.5 * torch.randn(1, 1, 8, 8)).requires_grad_()
+    cfg = DIFFenderConfig(theta=2.5, grow=grow, sigma=0.0, dilation=1)
+    (slope,) = torch.autograd.grad(refine_mask(z, (8, 8), cfg, Backward(ste="sigmoid", ste_k=3.0)).sum(), z)
+    s = torch.sigmoid(3 * (z - lowest))
+    assert torch.allclose(slope, 3 * s * (1 - s))
+
+
 def test_refine_mask_drops_lone_pixels_and_grows_blocks():
     z = torch.zeros(1, 1, 28, 28)
     z[..., 3, 3] = 9  # a lone latent vanishes
@@ -189,6 +208,18 @@ def test_blur_keeps_constants_and_dilation_spreads_by_one():
     x[..., 2, 2] = 1
     assert dilate(x).sum() == 9
     assert gaussian_blur(x)[0, 0, 2, 2].item() == pytest.approx((1 / (1 + 2 * 2.718281828**-0.5)) ** 2, rel=1e-5)
+
+
+def test_blur_reflects_at_the_border_and_resizing_averages_what_it_leaves_out():
+    x, beside = torch.tensor([1.0, 2.0, 4.0]).expand(1, 1, 3, 3), 2.718281828**-0.5
+    assert gaussian_blur(x)[0, 0, 1, 0].item() == pytest.approx((1 + 4 * beside) / (1 + 2 * beside))
+    stripes = torch.tensor([1.0, 0, 0, 0]).repeat(8).expand(1, 1, 32, 32)
+    assert torch.allclose(resize(stripes, (8, 8))[..., 1:-1], torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("ste", ["identity", "sigmoid", "none"])
+def test_what_equals_a_threshold_does_not_exceed_it(ste):
+    assert binarize(torch.tensor([2.5]), 2.5, ste).item() == 0
 
 
 def test_composite_keeps_the_outside_to_the_bit(defense, photos):
@@ -218,6 +249,21 @@ def test_only_images_with_a_mask_are_restored(model, contexts, photos, pasted):
     assert rows == []
     defense(x[:1].clone().requires_grad_(), noise_for(defense, 1))
     assert rows == [1], "the gradient of an empty mask needs what would be restored"
+
+
+def test_restoration_has_a_prompt_and_noise_of_its_own(model, contexts):
+    cfg, size = replace(FAST, guidance=1.0, eta=1.0), (64, 64)
+    defense, x, mask = DIFFender(model, contexts, cfg, size), torch.rand(1, 3, *size), torch.zeros(1, 1, *size)
+    mask[..., 16:48, 16:48] = 1
+    noise = noise_for(defense, 1)
+    usual = defense.restore(x, mask, noise)
+    for name, value in noise._asdict().items():
+        other = defense.restore(x, mask, noise._replace(**{name: -value}))
+        assert torch.equal(other, usual) == (name not in ("masked", "start", "steps")), name
+    for name in Contexts._fields:
+        changed = contexts._replace(**{name: contexts.locate if name == "restore" else contexts.restore})
+        other = DIFFender(model, changed, cfg, size).restore(x, mask, noise)
+        assert torch.equal(other, usual) == (name != "restore"), name
 
 
 def test_restoration_does_not_see_what_the_mask_covers(defense, photos):
@@ -395,13 +441,21 @@ def test_both_prompts_get_gradients_and_words_initialise_them(model, photos):
 
 def test_a_learned_prompt_of_word_embeddings_equals_the_words(model):
     """Context vectors set to a word's embedding give the context of that word: same frame, same padding."""
-    from diffender.prompts import learned_context
-
     words = "adversarial noise patch"
     tokens = model.text.tokenize([words])[0]
     n = int((tokens == 49407).nonzero()[0]) - 1
     ctx = model.text.embed(tokens[1 : 1 + n])
     assert torch.allclose(learned_context(model.text, ctx), model.encode_text([words]), atol=1e-6)
+
+
+def test_each_part_is_told_its_own_prompt(model):
+    words = ("adversarial", "clean", "")
+    for context, word in zip(manual_contexts(model), words, strict=True):
+        assert torch.allclose(context, model.encode_text([word]), atol=1e-5)
+    prompts = PromptPair(4, 64, generator(0, "ctx"))
+    found = prompts(model)
+    for context, ctx in zip(found, (prompts.ctx_locate, prompts.ctx_restore), strict=False):
+        assert torch.equal(context, learned_context(model.text, ctx))
 
 
 def test_prompt_kinds(model):
@@ -465,6 +519,11 @@ def test_robust_scores_do_not_shrink_with_the_patch():
     x[..., :12, :] += 10
     assert standardize(x)[..., :12, :].mean() < 1.3
     assert standardize_robustly(x)[..., :12, :].mean() > 2.0
+
+
+def test_robust_scores_count_in_deviations_of_a_normal_distribution():
+    x = 5 + 3 * torch.randn(1, 1, 64, 64)
+    assert torch.allclose(standardize_robustly(x), standardize(x), atol=0.25)
 
 
 def test_nan_stops_with_the_name_of_the_image(defense, photos, pasted):

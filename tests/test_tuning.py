@@ -1,14 +1,17 @@
 """Prompt tuning: it descends Eq. 7, keeps the best round, leaves out what it is told to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train
 from diffender import tuning as tunings
+from diffender.attacks.expectation import Task
 from diffender.config import DIFFenderConfig, TuningConfig
-from diffender.losses import TuningLoss
+from diffender.losses import TuningLoss, feature_distance, mask_cross_entropy, restoration_l1
 from diffender.noise import generator
-from diffender.pipeline import Defended, DIFFender
+from diffender.pipeline import Defended, DIFFender, Localized, Purified
 from diffender.prompts import PromptPair
 from diffender.stable_diffusion.vae import Posterior
 from diffender.tuning import Shots, Tuning, Work, eq_7, tune
@@ -46,6 +49,12 @@ def nowhere():
     return Shots(["a"], one, one, one[:, :1], Posterior(one, one), [one])
 
 
+def mean_context(target, *_):
+    """A loss of the prompts alone, in the place of Eq. 7."""
+    mean = target.defense.contexts.locate.mean() + target.defense.contexts.restore.mean()
+    return TuningLoss(mean, mean.new_zeros(()), mean.new_zeros(()), mean), mean.new_zeros(())
+
+
 def test_rounds_go_downhill_for_both_prompts(tuned, prompts, monkeypatch):
     """In a bowl: how far the contexts are from 1."""
 
@@ -61,6 +70,75 @@ def test_rounds_go_downhill_for_both_prompts(tuned, prompts, monkeypatch):
     for name in ("mask", "l1", "total"):
         falls = [t[name] for t in terms]
         assert falls == sorted(falls, reverse=True) and falls[-1] < falls[0], name
+
+
+def test_the_rate_falls_to_zero_over_all_batches_of_all_rounds(prompts):
+    tuning, rates = Tuning(prompts, TuningConfig(rounds=3, lr=0.05), batches=2), []
+    for _ in range(6):
+        rates.append(tuning.optimizer.param_groups[0]["lr"])
+        tuning.optimizer.step()
+        tuning.schedule.step()
+    assert rates[::3] == pytest.approx([0.05, 0.025])
+    assert tuning.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_every_round_has_noise_of_its_own(tuned, prompts, monkeypatch):
+    purposes = []
+    monkeypatch.setattr(tunings, "eq_7", lambda *given: purposes.append(given[-1]) or mean_context(*given))
+    cfg = TuningConfig(rounds=3)
+    work = Work(nowhere(), [(torch.tensor([0]), 1.0)], torch.arange(0), attack=None)
+    list(tune(tuned, Tuning(prompts, cfg, 1), work, cfg))
+    assert len(set(purposes)) == 3
+
+
+class Stand:
+    """In the place of a defence: what it finds is told."""
+
+    cfg, model, contexts = FAST, "model", "old"
+
+    def __init__(self, found):
+        self.found, self.asked = found, []
+
+    def sample_noise(self, ids, seed, purpose):
+        return None
+
+    def __call__(self, x, noise, posterior):
+        self.asked.append(x)
+        return self.found
+
+    localize = __call__
+
+
+def test_eq_7_compares_like_with_like(monkeypatch):
+    """The map less theta with the true mask, the image with the clean one, its features with theirs."""
+    clean, attacked, restored, z = torch.rand(4, 1, 3, 8, 8).unbind()
+    z, mask = 4 * z[:, :1], (clean[:, :1] > 0.5).float()
+    monkeypatch.setattr(tunings, "ours", lambda target: target.defense)
+    target = SimpleNamespace(defense=Stand(Purified(restored, mask, z, z)))
+    target.classifier = SimpleNamespace(features=lambda x: [x**2])
+    shots = Shots(["a"], clean, attacked, mask, None, [clean**2])
+    for printed in (False, True):
+        loss = eq_7(target, shots, TuningConfig(printed_eq4=printed), "test")[0]
+        assert loss.mask == mask_cross_entropy(z - FAST.theta, mask, printed)
+        assert loss.l1 == restoration_l1(restored, clean)
+        assert loss.feature == feature_distance([restored**2], [clean**2])
+    assert all(x is attacked for x in target.defense.asked)
+
+
+def test_masks_are_fitted_through_the_present_prompts(monkeypatch):
+    monkeypatch.setattr(tunings, "ours", lambda target: target)
+    mask = torch.ones(1, 1, 8, 8)
+    stand = Stand(Localized(mask, mask, mask))
+    present = lambda model, empty: SimpleNamespace(detach=lambda: (model, empty))  # noqa: E731
+    assert tunings.mask_fit(stand, present, nowhere()._replace(mask=mask), "empty", 0) == 1
+    assert stand.contexts == ("model", "empty")
+
+
+def test_images_attacked_anew_have_a_posterior_of_their_own(monkeypatch):
+    monkeypatch.setattr(tunings, "ours", lambda target: SimpleNamespace(posterior=lambda x: Posterior(x, -x)))
+    anew = tunings.attacked_anew(None, nowhere(), torch.full((1, 3, 8, 8), 51, dtype=torch.uint8))
+    assert torch.allclose(anew.attacked, torch.tensor(0.2))
+    assert torch.equal(anew.posterior.mean, anew.attacked)
 
 
 def test_a_term_is_left_out(tuned, shots):
@@ -114,6 +192,31 @@ def test_only_compared_rounds_are_kept(tuned, prompts, monkeypatch):
         seen.append(prompts.ctx_locate.detach().clone())
     assert torch.equal(tuning.kept["ctx_locate"], seen[1])
     assert torch.equal(prompts.ctx_locate, seen[1])
+
+
+def test_new_attacks_know_the_present_prompts_and_are_what_masks_are_fitted_to(tuned, prompts, monkeypatch):
+    monkeypatch.setattr(tunings, "eq_7", mean_context)
+    monkeypatch.setattr(tunings, "attacked_anew", lambda target, every, images: every._replace(attacked=images / 255))
+    fitted, levels = [], iter((51, 102))
+    monkeypatch.setattr(tunings, "mask_fit", lambda *given: fitted.append(given[2].attacked.mean().item()) or 0.0)
+
+    def attack():
+        known = prompts(tuned.defense.model, tuned.defense.contexts.empty)
+        assert torch.equal(tuned.defense.contexts.locate, known.locate)
+        return torch.full((1, 3, 8, 8), next(levels) / 255)
+
+    cfg, row = TuningConfig(rounds=4, lr=0.05, adaptive=2), torch.tensor([0])
+    list(tune(tuned, Tuning(prompts, cfg, 1), Work(nowhere(), [(row, 1.0)], row, attack), cfg))
+    assert fitted == pytest.approx([0.2, 0.4])
+
+
+def test_new_attacks_start_from_the_first_ones():
+    """Where there is no gradient, a patch stays as it is given."""
+    victim = torch.nn.Module()
+    victim.sample_noise, victim.forward = (lambda *_: None), (lambda x, noise: 0 * x.flatten(1)[:, :2])
+    task = Task(victim, torch.zeros(2, 3, 16, 16), torch.zeros(2).long(), ["a", "b"], 0)
+    made = train.attack_through(change(train.Options(), adaptive_iters=1), task, torch.full((2, 3, 16, 16), 0.2))
+    assert made.amax(dim=(1, 2, 3)).tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_a_tuning_goes_on_with_the_same_classifier_alone():
