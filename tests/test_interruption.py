@@ -153,7 +153,7 @@ def test_a_second_ctrl_c_does_not_wait():
 
 @pytest.mark.parametrize("more", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
 def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, more):
-    small = ["--shots", "2", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1", *more]
+    small = ["--shots", "1", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1", *more]
 
     def tune(name, *more):
         code, _, error = call(train.main, "train.py", *small, "--out", f"{name}.safetensors", *more)
@@ -173,7 +173,7 @@ def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, more)
     assert "other settings (lr)" in error
     with monkeypatch.context() as patch:
         chosen = train.photographs
-        patch.setattr(train, "photographs", lambda *given: chosen(*given)._replace(hashes=["changed"] * 3))
+        patch.setattr(train, "photographs", lambda *given: chosen(*given)._replace(hashes=["changed"] * 2))
         code, error = tune("stopped")
     assert code == 2
     assert "a tuning on other photographs than --data samples has" in error

@@ -188,7 +188,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
     capsys.readouterr()
     lines = [json.dumps({"step": step, "loss": 1.0, "mse": 1.0}) + "\n" for step in (0, 1)]
     (out / "unet.jsonl").write_text(lines[0] + lines[1] + '{"step": 10')  # a kill between two checkpoints
-    stage(monkeypatch, "unet", *common, "--steps", "5", "--samples", "16")
+    stage(monkeypatch, "unet", *common, "--steps", "3", "--samples", "6")
     assert (out / "unet.jsonl").read_text() == lines[0], "steps after the checkpoint are done again"
     assert "resuming" in capsys.readouterr().out
     second = load_model("auto", out / "tiny.safetensors")

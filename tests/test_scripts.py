@@ -31,7 +31,7 @@ def script(name, *args, cwd):
 
 def test_tune_then_evaluate(tmp_path, here):
     """train.py on one photograph, evaluate.py with its prompts: files, counts, images, resumption."""
-    small = "--shots 2 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
+    small = "--shots 1 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
     tuned = script("train.py", *small.split(), cwd=tmp_path)
     assert tuned.returncode == 0, tuned.stderr
     for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R", "held_out_iou"):
