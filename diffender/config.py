@@ -85,7 +85,7 @@ class Backward:
     mode: str = option("full", "Gradient mode.", choices=GRADIENT_MODES)
     ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
-    surrogate_steps: int = option(2, "Sampler steps of the surrogate.", low=1)
+    surrogate_steps: int = option(5, "Sampler steps of the surrogate, at most those of the restoration.", low=1)
     evasion: float = option(3.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
     hide: str = option(
         "max",

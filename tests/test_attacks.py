@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffender.attacks import ATTACKS, gdpa, rhde, stickers
-from diffender.attacks.expectation import Task, judgements, kept_back, rank
+from diffender.attacks.expectation import Task, judge, judgements, kept_back, rank
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, relocated, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
@@ -183,11 +184,15 @@ def test_four_steps_of_advp_by_hand():
     """
     victim = Scripted((0.75, 0.25), (-0.25, -0.75), (-0.35, -0.65), (-5.0, -5.0))
     start = torch.full((1, 3, 2, 2), 0.5)
-    out = ATTACKS["advp"](area=1.0, iters=4, eot=1)(Task(victim, start, torch.tensor([0]), ["a"], 0), init=start)
+    task, init = Task(victim, start, torch.tensor([0]), ["a"], 0), torch.cat([start, torch.ones(1, 1, 2, 2)], dim=1)
+    attack = ATTACKS["advp"](area=1.0, iters=4, eot=1)
+    out = attack(task, init=init)
     upper, lower = 0.5 - 0.05 - 0.05 - 0.025 + 0.0125, 0.5 - 0.05 + 0.05 + 0.025 + 0.0125
     expected = to_8bit(torch.tensor([[upper] * 2, [lower] * 2]))
     assert torch.equal(out.image[0], expected.expand(3, 2, 2))
     assert victim.calls == 4 + 3, "and one judgement of the start, of the best on the way, of the end"
+    with pytest.raises(InputError, match=r"init is of shape \(1, 3, 2, 2\); .* patch pixels, and the mask of"):
+        attack(task, init=start)
 
 
 class Steps(Linear):
@@ -276,9 +281,9 @@ def test_a_patch_that_moves_is_one_patch(batch):
 
     attack = ATTACKS["advp"](area=0.2, iters=1, eot=3, location="eot")
     task = Task(Watched(), x, y, IDS[:2], 0, lambda z: margin(z, y))
-    start = attack.first_pixels(task, "")
-    out = attack(task, init=start)
-    home = attack.home(task, "")
+    start, home = attack.first_pixels(task, ""), attack.home(task, "")
+    out = attack(task, init=torch.cat([start, home], dim=1))
+    pixels = out.state[:, :3]
     masks = [attack.place(task, "attack 0", k, home) for k in range(3)]
     assert len({m.nonzero().sum().item() for m in masks}) > 1
     at_home = start[home.expand_as(start) == 1]
@@ -288,10 +293,55 @@ def test_a_patch_that_moves_is_one_patch(batch):
     total = sum(margin(victim(apply_patch(x, relocated(canvas, home, m), m)), y).sum() for m in masks)
     slope = torch.autograd.grad(total, canvas)[0]
     stepped = to_8bit((start - attack.lr * slope.sign()).clamp(0, 1))
-    assert any(torch.equal(out.state[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))
+    assert any(torch.equal(pixels[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))
     again = attack.draw(task, stepped, home, 1, "")(0)[0]  # the next step's samples
     assert again.shape == x.shape
-    assert torch.equal(out.image[out.mask.expand_as(x) == 1], out.state[home.expand_as(x) == 1])
+    assert torch.equal(out.image[out.mask.expand_as(x) == 1], pixels[home.expand_as(x) == 1])
+
+
+@pytest.mark.parametrize("name", ["advp", "lavan", "gdpa"])
+def test_an_attack_goes_on_from_its_best_restart(name, batch):
+    """A step of size 0 changes nothing: neither the pixels nor the place, which is another one in each restart."""
+    x, y = batch
+    lrs = {"lr": 0.0} | ({"lr_place": 0.0} if name == "gdpa" else {})
+    attack = ATTACKS[name](area=0.1, iters=2, eot=1, restarts=3)
+    out = attack(Task(Linear(), x, y, IDS, 0))
+    first = ATTACKS[name](area=0.1, iters=2, eot=1)(Task(Linear(), x, y, IDS, 0))
+    assert not torch.equal(out.mask, first.mask), "another restart is the best of some image"
+    again = ATTACKS[name](area=0.1, iters=1, eot=1, **lrs)(Task(Linear(), x, y, IDS, 0), init=out.state)
+    if name == "gdpa":  # the first step may move the patch to a better place
+        assert (margin(Linear()(again.image), y) <= margin(Linear()(out.image), y) + 1e-5).all()
+    else:
+        assert torch.equal(again.image, out.image)
+        assert torch.equal(again.mask, out.mask)
+
+
+def test_restarts_begin_with_other_pixels(batch):
+    x, y = batch
+    task = Task(Linear(), x, y, IDS, 0, partial(margin, y=y))
+    patterns, places = zip(*ATTACKS["gdpa"](area=0.1, restarts=3).starts(task, None), strict=True)
+    assert len({pattern.sum().item() for pattern in patterns}) == 3
+    assert not torch.equal(places[0], places[1])
+    one, three = (
+        ATTACKS["gdpa"](mode="generator", area=0.2, iters=1, eot=1, width=4, restarts=r)(task) for r in (1, 3)
+    )
+    assert (margin(Linear()(three.image), y) <= margin(Linear()(one.image), y) + 1e-6).all()
+    assert not torch.equal(three.image, one.image)
+
+
+def test_a_patch_that_may_lie_anywhere_is_judged_at_several_places(batch):
+    """Also by a victim without noise: a lucky place must not choose it."""
+    x, y = (t[:2] for t in batch)
+    attack = ATTACKS["advp"](area=0.1, iters=1, eot=4, location="eot")
+    victim = Counting(0.0)
+    out = attack(Task(victim, x, y, IDS[:2], 0))
+    assert out.queries.tolist() == [4 + 2 * 4] * 2, "a step, and both of its states"
+    assert victim.images == out.queries.sum()
+    task = Task(Linear(), x, y, IDS[:2], 0, partial(margin, y=y))
+    shown = attack.shown(x, task, *out.state.split((3, 1), dim=1), "choice")
+    values = torch.stack([margin(Linear()(shown(k)), y) for k in range(4)])
+    assert len(values[:, 0].unique()) == 4
+    assert torch.allclose(judge(task, shown, "choice", 4), rank(values, (values < 0).float()))
 
 
 def test_whether_a_victim_is_random_is_asked_of_one_image(batch):

@@ -119,18 +119,20 @@ def test_rows_by_name():
 
 def test_readings_of_a_run(tmp_path):
     """Under the paper's gradient alone, and what is certified, in lines of their own that compete with no other."""
-    variants = {"transfer": (1, True), "bpda": (1, True), "evade": (0, True)}
+    variants = {"transfer": (1, True), "bpda": (0, True), "evade": (0, True)}
     found = {f"advp/{kind}": {"defended": [label], "certified": c} for kind, (label, c) in variants.items()}
     append_records(tmp_path / "per_image.jsonl", [{"id": "a", "label": 1, "defended": [1], "attacks": found}])
     opts = change(Options(), grad="bpda,evade", defense="hardened")
     run = SimpleNamespace(opts=opts, folder=tmp_path, plans=[SimpleNamespace(name="advp")], target=SimpleNamespace())
     run.target.defense = SimpleNamespace(certified=lambda x, labels, patch: [])
     assert by_column(run, ["a"])["advp"][0].single == 0
-    told = readings(run, ["a"])
-    assert {name: columns["advp"][0].single for name, columns in told.items()} == {"bpda": 1, "certified": 1}
+    told = readings("hardened", run, ["a"])
+    assert {name: columns["advp"][0].single for name, columns in told.items()} == {"bpda": 0, "certified": 1}
     run.target.defense = None
-    assert list(readings(run, ["a"])) == ["bpda"]
-    assert readings(SimpleNamespace(opts=change(opts, grad="evade"), target=run.target), ["a"]) == {}
+    assert list(readings("jpeg", run, ["a"])) == ["bpda"]
+    seen = {key: readings(key, run, ["a"])["bpda"]["advp"][0].single for key in ("jpeg", "fnc")}
+    assert seen == {"jpeg": 0, "fnc": 1}, "FNC lies within the classifier: its bpda knows it"
+    assert readings("jpeg", SimpleNamespace(opts=change(opts, grad="evade"), target=run.target), ["a"]) == {}
     lines = [line("jpeg", 0, of=8), line("hardened", 8, of=8), line("hardened", 8, of=8)._replace(reading="certified")]
     text = markdown(1, lines)
     assert "| DIFFender, hardened, certified at the patch's place | 100.0 (8/8; 68-100) |" in text
@@ -150,13 +152,14 @@ def test_knowing_more_is_never_worth_less(tmp_path):
         for i in range(3)
     ]
     assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 1: 1, 2: 1}
+    assert {stage: p["right"] for stage, p in known(records, within=True).items()} == {0: 2, 2: 1}
     for record in records:
         del record["attacks"]["advp/bpda"]
     assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 2: 1}  # no point without its attack
     append_records(tmp_path / "per_image.jsonl", records)
     write_json(tmp_path / "results.json", {"ids": ["0", "1"]})
     assert [r["id"] for r in read_finished(tmp_path)[1]] == ["0", "1"]
-    draw_knowledge({"DIFFender": tmp_path, "JPEG": tmp_path}, tmp_path / "chart.png")
+    draw_knowledge({"DIFFender": tmp_path, "JPEG": tmp_path}, tmp_path / "chart.png", ["JPEG"])
     assert Image.open(tmp_path / "chart.png").size == (880, 440)
 
 

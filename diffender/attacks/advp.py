@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
-from diffender.attacks.expectation import Attacked, Course, Draw, Sample, Task, best_attempt, expect, judge, judgements
+from diffender.attacks.expectation import (
+    Attacked,
+    Course,
+    Draw,
+    Sample,
+    Shown,
+    Task,
+    best_attempt,
+    expect,
+    judge,
+    judgements,
+)
 from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, relocated, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
@@ -20,8 +31,9 @@ from diffender.utils.options import option
 class AdvP(GradientAttack):
     """Momentum-sign steps on the mean gradient over fresh noise; pixels projected to [0, 1].
 
-    In the end the best patch by its own EOT samples, the last one and `init`, if given, compete on noise that none has
-    seen, so that a lucky draw cannot win. Restarts take other places and other first pixels.
+    In the end the best patch by its own EOT samples, the last one and `init`, if given, compete on noise, and with
+    location="eot" at places, that none has seen, so that a lucky draw cannot win. Restarts take other places and other
+    first pixels.
     """
 
     shape: str = option("square", "A circle has the same area.", choices=("square", "circle"))
@@ -45,16 +57,24 @@ class AdvP(GradientAttack):
         return steps_averaged_by(self.momentum)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
-        """`init` (B, 3, S, S) are patch pixels, at the place of location="fixed"."""
+        """`init` is the state (B, 4, S, S) of an earlier result: patch pixels, and the mask of where they are kept."""
+        if init is not None and init.shape[1:] != (4, *task.x.shape[-2:]):
+            raise InputError(
+                f"init is of shape {tuple(init.shape)}; it is the state (B, 4, S, S) of an earlier result: patch "
+                "pixels, and the mask of where they are kept"
+            )
         for r in range(self.restarts):
             yield self.attempt(task, r, init if r == 0 else None, within(callback, r, self.restarts))
 
     def attempt(self, task: Task, r: int, init: Tensor | None, callback: Callback) -> Attacked:
         """The r-th run, from its own place and first pixels."""
         x, key = task.x, f" {r}" if r else ""
-        patch = self.first_pixels(task, key) if init is None else init
-        candidates = [] if init is None else [patch]
-        velocity, course, home = torch.zeros_like(patch), Course(), self.home(task, key)
+        if init is None:
+            patch, home, candidates = self.first_pixels(task, key), self.home(task, key), []
+        else:
+            patch, home = init.split((3, 1), dim=1)
+            candidates = [patch]
+        velocity, course = torch.zeros_like(patch), Course()
 
         def share(sample: Sample) -> Tensor:
             return self.carried(sample.gradient, sample.mask, home)
@@ -69,17 +89,16 @@ class AdvP(GradientAttack):
             callback((step + 1) / self.iters)
 
         states = torch.stack([*candidates, *course.best, patch])
-        place = self.place(task, "choice", 0, home)
-        images = [apply_patch(x, self.carried(to_8bit(p), home, place), place) for p in states]
         purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
-        scores = [judge(task, image, purpose + key, self.eot, self.eot_batch, least) for image in images]
+        shown = [self.shown(x, task, to_8bit(p), home, purpose + key) for p in states]
+        scores = [judge(task, one, purpose + key, self.eot, self.eot_batch, least) for one in shown]
         chosen = torch.stack(scores).argmax(dim=0)
         patch = to_8bit(states[chosen, torch.arange(len(x), device=x.device)])
         mask = self.place(task, "verdict", 0, home)
-        passes = self.eot * self.iters + judgements(task, self.eot, least) * len(states)
-        queries = torch.full((len(x),), passes, device=x.device)
+        judged = judgements(task, self.eot, least, moving=self.location == "eot")
+        queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
         image = apply_patch(to_8bit(x), self.carried(patch, home, mask), mask)
-        return Attacked(image, mask, patch, queries, *course.curves(x))
+        return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
 
     def first_pixels(self, task: Task, key: str) -> Tensor:
         """Uniform noise, (B, 3, S, S)."""
@@ -88,13 +107,19 @@ class AdvP(GradientAttack):
         return torch.stack(drawn).to(task.x)
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
-        """Attempts whose patches lie anywhere are compared at a place that is not the verdict's."""
-        if self.location != "eot":
-            return super().choose(task, attempts)
-        home = self.home(task, "")
-        place = self.place(task, "restarts", 0, home)
-        shown = [apply_patch(to_8bit(task.x), self.carried(a.state, home, place), place) for a in attempts]
+        """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""
+        kept = [a.state.split((3, 1), dim=1) for a in attempts]
+        shown = [self.shown(to_8bit(task.x), task, patch, home, "restarts") for patch, home in kept]
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
+
+    def shown(self, x: Tensor, task: Task, patch: Tensor, home: Tensor, purpose: str) -> Shown:
+        """x with the patch where it is kept, or, if it may lie anywhere, at another place in each pass."""
+
+        def at(k: int) -> Tensor:
+            place = self.place(task, purpose, k, home)
+            return apply_patch(x, self.carried(patch, home, place), place)
+
+        return at if self.location == "eot" else at(0)
 
     def home(self, task: Task, key: str) -> Tensor:
         """Masks (B, 1, S, S) of where the patch's pixels are kept: new in each attempt, unless patches move anyway."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffender.noise import Noise, stack
 from diffender.utils.errors import InputError, check_finite
 
+Shown = Tensor | Callable[[int], Tensor]  # attacked images (B, 3, S, S), or what they are in the k-th pass
 Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> attacked images, their patches, the noise
 
 
@@ -152,24 +153,26 @@ class Course:
         return value, fooled
 
 
-def judge(task: Task, images: Tensor, purpose: str, eot: int, batch: int = 1, least: int = 3) -> Tensor:
+def judge(task: Task, shown: Shown, purpose: str, eot: int, batch: int = 1, least: int = 3) -> Tensor:
     """The score of attacked images, (B,): `rank` over `eot` noises, or `least` if these are more, `batch` side by side.
 
-    A deterministic victim is asked once. Calls with the same purpose compare images on the same noise.
+    A deterministic victim is asked once, if it is always shown the same. Calls with the same purpose compare images on
+    the same noise.
     """
-    values, fooled, n = [], [], judgements(task, eot, least)
+    values, fooled, n = [], [], judgements(task, eot, least, moving=callable(shown))
     for start in range(0, n, batch):
-        noises = [task.noise(purpose, k) for k in range(start, min(start + batch, n))]
-        logits = task.victim(images.repeat(len(noises), 1, 1, 1), stack(noises)).detach()
-        for part in logits.split(len(images)):
+        passes = range(start, min(start + batch, n))
+        images = torch.cat([shown(k) if callable(shown) else shown for k in passes])
+        logits = task.victim(images, stack([task.noise(purpose, k) for k in passes])).detach()
+        for part in logits.split(len(task.y)):
             values.append(task.loss(part))
             fooled.append(part.argmax(dim=1).ne(task.y).float())
     return rank(torch.stack(values), torch.stack(fooled))
 
 
-def judgements(task: Task, eot: int, least: int = 3) -> int:
-    """How many passes `judge` takes."""
-    return max(least, eot) if is_random(task) else 1
+def judgements(task: Task, eot: int, least: int = 3, moving: bool = False) -> int:
+    """How many passes `judge` takes; `moving`: each is shown something else."""
+    return max(least, eot) if moving or is_random(task) else 1
 
 
 def is_random(task: Task) -> bool:
@@ -197,15 +200,16 @@ def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def best_attempt(
-    task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1, images: Sequence[Tensor] | None = None
+    task: Task, attempts: Sequence[Attacked], eot: int, batch: int = 1, shown: Sequence[Shown] | None = None
 ) -> Attacked:
-    """Each image's best attempt on noise that none has seen; queries are those of all attempts. `images`, one of each
-    attempt, are judged instead of their own."""
+    """Each image's best attempt on noise that none has seen; queries are those of all attempts. `shown`, one of each
+    attempt, is judged instead of their images."""
     if len(attempts) == 1:
         return attempts[0]
-    shown = [a.image for a in attempts] if images is None else images
-    winner = torch.stack([judge(task, image, "restarts", eot, batch) for image in shown]).argmax(dim=0)
+    shown = [a.image for a in attempts] if shown is None else shown
+    winner = torch.stack([judge(task, one, "restarts", eot, batch) for one in shown]).argmax(dim=0)
     rows = torch.arange(len(winner), device=winner.device)
     fields = [torch.stack(field)[winner, rows] for field in zip(*attempts, strict=True)]
-    queries = torch.stack([a.queries for a in attempts]).sum(dim=0) + len(attempts) * judgements(task, eot)
+    passes = judgements(task, eot, moving=callable(shown[0]))
+    queries = torch.stack([a.queries for a in attempts]).sum(dim=0) + len(attempts) * passes
     return Attacked(*fields)._replace(queries=queries)

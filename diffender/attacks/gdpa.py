@@ -170,7 +170,8 @@ class PerImage(nn.Module):
 
 @dataclass(frozen=True)
 class GDPA(GradientAttack):
-    """Adam on pattern and place; `restarts` are of direct mode, from the next best places."""
+    """Adam on pattern and place. Restarts take the next best places and other first pixels, or another network of mode
+    generator; the amortised one makes one attempt."""
 
     flags: ClassVar[dict[str, str]] = {"gdpa_mode": "mode", "generator": "weights"}
     moves: ClassVar[float] = 0.5
@@ -205,11 +206,13 @@ class GDPA(GradientAttack):
             net = load_generator(self.weights, size, side).to(x.device)
             yield self.finish(task, [*known, join(*(t.detach() for t in net(x)))], Course(), "")
         elif self.mode == "generator":
-            draws = [generator(task.seed, i, "net") for i in task.image_ids]
-            nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
-            for b, net in enumerate(nets):
-                net.to(x.device).calibrate(x[b : b + 1])
-            yield self.attempt(task, PerImage(nets, x).to(x.device), known, "", callback)
+            for r in range(self.restarts):
+                key, heard = f" {r}" if r else "", within(callback, r, self.restarts)
+                draws = [generator(task.seed, i, f"net{key}") for i in task.image_ids]
+                nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
+                for b, net in enumerate(nets):
+                    net.to(x.device).calibrate(x[b : b + 1])
+                yield self.attempt(task, PerImage(nets, x).to(x.device), [] if r else known, key, heard)
         else:
             starts = self.starts(task, init)
             searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries
@@ -220,15 +223,20 @@ class GDPA(GradientAttack):
                 yield made if r else made._replace(queries=made.queries + searched)
 
     def starts(self, task: Task, init: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Pattern and theta of each attempt of direct mode: `init`, then the best places with random pixels."""
+        """Pattern and theta of each attempt of direct mode: `init`, then the best places, each with random pixels."""
         size, side = task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
         starts = [] if init is None else [split(init, side)]
         if len(starts) < self.restarts:
-            drawn = [torch.rand(3, side, side, generator=generator(task.seed, i, "init")) for i in task.image_ids]
-            noise = torch.stack(drawn).to(task.x)
-            corners = self.search(task, noise)[: self.restarts - len(starts)]
-            starts += [(noise, to_theta(corner, size, side)) for corner in corners]
+            corners = self.search(task, self.first_pixels(task, side, ""))[: self.restarts - len(starts)]
+            for r, corner in enumerate(corners):
+                pixels = self.first_pixels(task, side, f" {r}" if r else "")
+                starts.append((pixels, to_theta(corner, size, side)))
         return starts
+
+    def first_pixels(self, task: Task, side: int, key: str) -> Tensor:
+        """Uniform noise, (B, 3, s, s)."""
+        draws = [generator(task.seed, i, f"init{key}") for i in task.image_ids]
+        return torch.stack([torch.rand(3, side, side, generator=g) for g in draws]).to(task.x)
 
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
         """Top left corners (B, 2), best first for each image: GRID x GRID places, by the lower of the losses with a

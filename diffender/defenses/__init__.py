@@ -41,9 +41,9 @@ class Diffusing(Protocol):
 class Purifier(nn.Module):
     """A function of images with DIFFender's signature and its two extreme backward passes.
 
-    bpda is the identity; anything else (`auto`) differentiates what is differentiable and goes straight through
-    what is not, as each defence's own file says. `random`: purify draws from torch's global generator, which is seeded
-    for each image.
+    bpda is the identity; anything else (`auto`) differentiates what is differentiable. What is not counts as a constant
+    or is passed straight through, as each defence's own file says. `random`: purify draws from torch's global
+    generator, which is seeded for each image.
     """
 
     def __init__(self, purify: Purify | Diffusing, model: LatentDiffusion | None = None, random: bool = False):

@@ -59,7 +59,7 @@ def voters(n: int) -> int:
 def verdict(seen: Sequence[int], label: int) -> Verdict:
     """The verdict from the classes seen in N purifications of one image.
 
-    The majority is that of the first `voters`.
+    The majority is that of the first `voters`; of classes that have equally many, it is the one that was seen first.
     """
     votes = seen[: voters(len(seen))]
     right = [c == label for c in seen]

@@ -1,6 +1,6 @@
 """A chart of Table 1: accuracy under attackers who know nothing of a defence, that it is there, or all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,23 +17,26 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
 }
 
 
-def known(records: Sequence[dict]) -> dict[int, dict]:
+def known(records: Sequence[dict], within: bool = False) -> dict[int, dict]:
     """The share of first purifications that are right at each stage, of each image under its strongest AdvP patch so
-    far; a stage whose gradient the run does not have is left out."""
+    far; a stage whose gradient the run does not have is left out.
+
+    `within`: a defence within the classifier, whose bpda is its own gradient and so no stage of its own.
+    """
     mine, found = by_kind(by_variant(records), "advp"), {}
     for stage, kinds in enumerate(STAGES.values()):
-        if kinds is None or kinds[-1] in mine:
+        if kinds is None or (kinds[-1] in mine and not (within and "bpda" in kinds)):
             seen = [mine[kind] for kind in kinds or mine if kind in mine]
             found[stage] = proportion([v.single for v in strongest_of(seen, [r["id"] for r in records])])
     return found
 
 
-def draw_knowledge(runs: dict[str, Path], path: Path) -> None:
-    """One line for each run, by its title, with Wilson's 95 % intervals."""
+def draw_knowledge(runs: dict[str, Path], path: Path, within: Collection[str] = ()) -> None:
+    """One line for each run, by its title, with Wilson's 95 % intervals; `within`: titles of which `known` is told."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for i, (title, folder) in enumerate(runs.items()):
-        points = known(read_finished(folder)[1])
+        points = known(read_finished(folder)[1], title in within)
         y = [100 * p["accuracy"] for p in points.values()]
         around = [[v - 100 * p["low"] for v, p in zip(y, points.values(), strict=True)]]
         around += [[100 * p["high"] - v for v, p in zip(y, points.values(), strict=True)]]

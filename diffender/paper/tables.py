@@ -72,6 +72,7 @@ ROWS = {  # of each table
     5: ("diffender",),
     6: (*BASELINES, "jedi", "EP", "MP", "diffender"),
 }
+WITHIN = ("fnc",)  # defences within the classifier: they change no image, so bpda, too, is their own gradient
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
@@ -169,7 +170,7 @@ def run_table(number: int, opts: Options) -> str:
     write_text(folder / "table.tex", latex_table(number, lines))
     if number == 1:
         usual = {NAMES[line.key]: line.run for line in every if line.run and not line.reading}
-        draw_knowledge(usual, folder / "knowledge.png")
+        draw_knowledge(usual, folder / "knowledge.png", [NAMES[key] for key in WITHIN])
     runs = {f"{line.classifier}, {NAMES[line.key]} ({line.run.name})": line.run for line in every if line.run}
     write_text(folder / "report.html", table_page(f"Table {number} of the paper", text, runs, folder))
     return text
@@ -212,7 +213,7 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     lines = [
         Line(classifier, row.key, by_column(e, batch.ids), e.folder) for row, e in zip(rows, experiments, strict=True)
     ]
-    found = [readings(e, batch.ids) for e in experiments]
+    found = [readings(row.key, e, batch.ids) for row, e in zip(rows, experiments, strict=True)]
     shown = in_common(lines, found)
     for line, mine in zip(tuple(lines), found, strict=True):
         lines += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
@@ -230,12 +231,12 @@ def named(opts: Options, key: str) -> Options:
     return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
 
-def readings(experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, list[Verdict]]]:
-    """What BESIDE names of a run, by column."""
+def readings(key: str, experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, list[Verdict]]]:
+    """What BESIDE names of the run of a row, by column."""
     stronger = set(kinds(experiment.opts)) - {"transfer", "bpda"}
     found = {}
     if stronger and "bpda" in kinds(experiment.opts):
-        found["bpda"] = by_column(experiment, ids, stronger)
+        found["bpda"] = by_column(experiment, ids, stronger | {"bpda"} if key in WITHIN else stronger)
     if isinstance(experiment.target.defense, Certifying):
         records = read_records(experiment.folder)
         proven = {"clean": by_column(experiment, ids)["clean"]}

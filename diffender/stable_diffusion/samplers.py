@@ -26,7 +26,8 @@ def ddim_grid(steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
     The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Beware of
-    one step, which is at t = 1, and of 501 to 999, which start at t = N: there z_t is hardly noise.
+    one step, which is at t = 1, of two or three, which start at t = 501 and 667, and of 501 to 999, which start at
+    t = N: there z_t should not yet, or hardly, be noise.
     """
     check_steps(steps)
     stride = TRAIN_STEPS // steps
