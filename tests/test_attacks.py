@@ -15,7 +15,7 @@ from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
 from diffender.pipeline import Undefended
 from diffender.pretrain import beforehand
-from diffender.pretrain.__main__ import Beforehand
+from diffender.pretrain.options import Beforehand
 from diffender.utils.errors import InputError
 from diffender.utils.files import save_atomic
 from tests.conftest import SHARED

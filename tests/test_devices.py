@@ -20,7 +20,8 @@ from diffender.defenses import DEFENSES, build
 from diffender.evaluation.workers import own_device
 from diffender.pipeline import Defended, DIFFender
 from diffender.pretrain import making
-from diffender.pretrain.__main__ import Training, train
+from diffender.pretrain.__main__ import train
+from diffender.pretrain.options import Training
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.weights.loading import ready
 from diffender.weights.prompts import contexts_for
@@ -142,11 +143,11 @@ def test_cudnn_is_exact_and_repeatable(monkeypatch, do):
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (False, True)
 
 
-def test_training_keeps_the_number_of_its_gpu(monkeypatch):
+def test_training_keeps_the_number_of_its_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(factory, "pick_device", torch.device)
-    monkeypatch.setattr(making, "pack_all", lambda args: pytest.fail(str(args.device)))
+    monkeypatch.setattr(making, "train_vae", lambda recipe: pytest.fail(str(recipe.device)))
     with pytest.raises(pytest.fail.Exception, match="cuda:1"):
-        train("pack", Training(data="photographs", device="cuda:1"))
+        train("vae", Training(data=tmp_path, out=tmp_path, device="cuda:1"))
 
 
 def test_processes_share_gpus_where_there_are_fewer(monkeypatch):

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import sys
-from argparse import Namespace
 from itertools import count
 from types import SimpleNamespace
 
@@ -28,6 +27,7 @@ from diffender.pretrain.corpus import (
 )
 from diffender.pretrain.locating import Asked, hide, location_loss, score
 from diffender.pretrain.making import early, early_layers
+from diffender.pretrain.options import Recipe
 from diffender.stable_diffusion.text import tokenizer
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
@@ -111,16 +111,16 @@ def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, ph
 def test_memory_is_pinned_for_a_training_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, pinned in (("cpu", False), ("cuda:1", True)):
-        args = Namespace(device=torch.device(device), workers=0)
-        assert corpus.batches([0, 1], range(2), 1, args).pin_memory == pinned
+        recipe = Recipe(stage="vae", device=torch.device(device))
+        assert corpus.batches([0, 1], range(2), 1, recipe).pin_memory == pinned
 
 
 @pytest.fixture
 def one_weight(tmp_path):
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
-    numbers = {"batch": 1, "steps": 60, "lr": 0.1, "ema": 0.999, "decay": False, "minutes": None, "save_minutes": 1}
-    return net, trainer.Trainer("one", net, Namespace(out=tmp_path, seed=0, device="cpu", **numbers))
+    numbers = {"batch": 1, "steps": 60, "lr": 0.1, "ema": 0.999, "decay": False}
+    return net, trainer.Trainer(net, Recipe(stage="one", device="cpu", out=tmp_path, **numbers))
 
 
 def test_averaged_weights_forget_where_training_began(one_weight):
@@ -151,7 +151,7 @@ def test_parts_are_those_of_the_last_model(tmp_path):
     for content in (bytes(25), bytes(range(12))):
         (work / "tiny.safetensors").write_bytes(content)
         whole.carry(work, out, 1e-5)
-        whole.join(Namespace(data=out, out=tmp_path / "joined"))
+        whole.join(out, tmp_path / "joined")
         assert (tmp_path / "joined").read_bytes() == content
     assert {p.name for p in work.iterdir()} == {"tiny.safetensors"}
 

@@ -11,7 +11,6 @@ physical tests; a patch of its own for every image is stronger.
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +21,10 @@ from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_fo
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
+from diffender.pretrain.options import Beforehand
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, save_atomic
 from diffender.utils.progress import bar
-
-if TYPE_CHECKING:
-    from diffender.pretrain.__main__ import Beforehand
 
 
 def descend(
@@ -58,7 +55,7 @@ def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
 
 
 def universal_patch(
-    victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
+    victim: Victim, data: Batch, opts: Beforehand, report: Callable[[float], None] = lambda loss: None
 ) -> Tensor:
     """One patch (3, s, s) in [0, 1] that leads images to `opts.target` wherever it is pasted (Brown et al. 2017)."""
     side = patch_side(data.x.shape[-1], opts.area)
@@ -77,7 +74,7 @@ def universal_patch(
 
 
 def train_generator(
-    victim: Victim, data: Batch, opts: "Beforehand", report: Callable[[float], None] = lambda loss: None
+    victim: Victim, data: Batch, opts: Beforehand, report: Callable[[float], None] = lambda loss: None
 ) -> PatchGenerator:
     """The authors' generator, trained to lower the margin over many images (Li & Ji 2021)."""
     size, side = data.x.shape[-1], patch_side(data.x.shape[-1], opts.area)
@@ -93,7 +90,7 @@ def train_generator(
     return net
 
 
-def make(kind: str, opts: "Beforehand") -> None:
+def make(kind: str, opts: Beforehand) -> None:
     """`kind`, universal or gdpa, to the file opts.out."""
     path = place_for(Path(opts.out))
     target = open_target(opts.attacked, pick_device(opts.run.device))

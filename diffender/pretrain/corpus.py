@@ -7,7 +7,6 @@ that they are clean. No patch that was optimised against a classifier ever enter
 
 import io
 import math
-from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from diffender.classifiers.dataset import read_csv, resized
+from diffender.pretrain.options import Recipe
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header, save_atomic
 from diffender.utils.progress import bar
@@ -268,10 +268,10 @@ class Samples(Dataset):
         return sample.image, sample.mask, self.tokenize([sample.caption])[0], sample.region
 
 
-def batches(dataset: Dataset, indices: range, batch: int, args: Namespace) -> DataLoader:
+def batches(dataset: Dataset, indices: range, batch: int, recipe: Recipe) -> DataLoader:
     """Batches of the dataset's items at `indices`, made by --workers processes beside the training.
 
     For training on a GPU they lie in pinned memory.
     """
-    pinned = args.device.type == "cuda"
-    return DataLoader(dataset, batch, sampler=indices, num_workers=args.workers, pin_memory=pinned)
+    pinned = recipe.device.type == "cuda"
+    return DataLoader(dataset, batch, sampler=indices, num_workers=recipe.workers, pin_memory=pinned)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +12,8 @@ from diffender.classifiers.dataset import list_items, load_image
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.defenses.jedi import SIDE, STRIDES, WINDOWS, Autoencoder, entropy_windows
 from diffender.noise import generator
+from diffender.pretrain.options import Jedi
 from diffender.utils.files import save_atomic
-
-if TYPE_CHECKING:
-    from diffender.pretrain.__main__ import Jedi
 
 
 def draw_mask(g: Generator) -> Tensor:
@@ -33,7 +30,7 @@ def draw_mask(g: Generator) -> Tensor:
     return ((y.abs() < height / 2) & (x.abs() < width / 2)).float()
 
 
-def train_jedi(opts: "Jedi") -> None:
+def train_jedi(opts: Jedi) -> None:
     """Write the weights of `defenses.jedi` to opts.out, with the statistics of clean images in the header."""
     g = generator(opts.seed, "jedi")
     masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
@@ -56,7 +53,7 @@ def train_jedi(opts: "Jedi") -> None:
     save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
 
 
-def clean_statistics(opts: "Jedi") -> tuple[list[float], list[float]]:
+def clean_statistics(opts: Jedi) -> tuple[list[float], list[float]]:
     """Mean and standard deviation over images of their mean window entropy, in each scale."""
     items = list_items(opts.data)
     order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]

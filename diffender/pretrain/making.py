@@ -1,7 +1,6 @@
 """The stages of training the embedded diffusion model: VAE, decoder, UNet."""
 
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffender.pipeline import DIFFender
 from diffender.pretrain.corpus import Crops, PackedTokens, Photos, batches, load_photos, pack
 from diffender.pretrain.latents import reused_batches, sample_latents, stored_batches
 from diffender.pretrain.locating import Asked, location_loss
+from diffender.pretrain.options import Recipe
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import MANUAL, manual_contexts
 from diffender.restore import composite
@@ -38,27 +38,27 @@ LAYERS = "classifier."  # before the names of those layers in a packed file
 PERCEPTUAL = {"vae": 0.1, "decoder": 0.3}  # weight of that loss; latents first, then what a classifier sees of them
 
 
-def train_vae(args: Namespace) -> None:
+def train_vae(recipe: Recipe) -> None:
     """L1, coarse colour, distance of EfficientNet-Lite0 features, and a light KL term, on random crops."""
-    path = args.out / "vae.safetensors"
-    vae = from_seed(args.seed, lambda: AutoencoderKL(replace(architecture(args).vae, scale_factor=1.0)))
-    vae.to(args.device)
-    if args.stage == "decoder":
-        state, earlier = first_stage(args)
+    path = recipe.out / "vae.safetensors"
+    vae = from_seed(recipe.seed, lambda: AutoencoderKL(replace(architecture(recipe.init).vae, scale_factor=1.0)))
+    vae.to(recipe.device)
+    if recipe.stage == "decoder":
+        state, earlier = first_stage(recipe)
         vae.load_state_dict(state)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    photos = load_photos(args.data, short_side=256)
-    classifier = early_layers(args.data).to(args.device)
+    photos = load_photos(recipe.data, short_side=256)
+    classifier = early_layers(recipe.data).to(recipe.device)
     net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
-    trainer = Trainer(args.stage, vae, args)
-    scale = (0.65 * args.crop / 256, 1.15 * args.crop / 256)  # the grain of a whole image at 224 px
-    crops = batches(Crops(photos, args.crop, scale, args.seed), trainer.left(), args.batch, args)
+    trainer = Trainer(vae, recipe)
+    scale = (0.65 * recipe.crop / 256, 1.15 * recipe.crop / 256)  # the grain of a whole image at 224 px
+    crops = batches(Crops(photos, recipe.crop, scale, recipe.seed), trainer.left(), recipe.batch, recipe)
     for g, x in zip(trainer.steps(), crops, strict=False):
-        x = x.to(args.device, non_blocking=True)
+        x = x.to(recipe.device, non_blocking=True)
         with torch.autocast(x.device.type, torch.bfloat16):
             posterior = vae.posterior(x)
-            noise = torch.randn(posterior.mean.shape, generator=g, device=args.device)
+            noise = torch.randn(posterior.mean.shape, generator=g, device=recipe.device)
             recon = vae.decode(posterior.sample(noise)).float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         l1 = (recon - x).abs().mean()
@@ -68,29 +68,29 @@ def train_vae(args: Namespace) -> None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
         mse = (recon - x).square().mean()
-        loss = l1 + 4 * mse + 20 * chroma + PERCEPTUAL[args.stage] * perceptual + 3e-4 * kl
+        loss = l1 + 4 * mse + 20 * chroma + PERCEPTUAL[recipe.stage] * perceptual + 3e-4 * kl
         trainer.update(loss, l1=l1, mse=mse, chroma=chroma, perceptual=perceptual, kl=kl)
-    if args.stage == "decoder":
+    if recipe.stage == "decoder":
         vae.load_state_dict(trainer.ema.module.state_dict())  # on small batches its colours wander
     vae.requires_grad_(False)  # of the vae stage its last weights: it changes too much for an average
-    some = center_crops(photos, range(0, len(photos.images), 41)).to(args.device)
+    some = center_crops(photos, range(0, len(photos.images), 41)).to(recipe.device)
     z = torch.cat([vae.encode(x) for x in some.split(8)])
     recon = torch.cat([vae.decode(y) for y in z.split(8)]).clamp(0, 1)
     psnr = -10 * (recon - some).square().mean(dim=(1, 2, 3)).log10()
     print(f"latents: mean {z.mean():.3f}, std {z.std():.3f}; {psnr.mean():.2f} dB on {len(some)} photographs")
-    save_png(make_grid(torch.cat([some[:8], recon[:8]]), 8), args.out / "vae.png")
+    save_png(make_grid(torch.cat([some[:8], recon[:8]]), 8), recipe.out / "vae.png")
     plot_losses(trainer.log, ("l1", "perceptual"))
-    card = {"steps": trainer.step, "batch": args.batch, "crop": args.crop, "seconds": round(trainer.seconds)}
-    if args.stage == "decoder":
+    card = {"steps": trainer.step, "batch": recipe.batch, "crop": recipe.crop, "seconds": round(trainer.seconds)}
+    if recipe.stage == "decoder":
         header = earlier | {"decoder": card}
     else:
         header = card | {"scale_factor": 1 / z.std().item()}
     save_atomic(vae.state_dict(), path, header | {"psnr": psnr.mean().item()})
 
 
-def architecture(args: Namespace) -> ModelConfig:
-    """Of the model that --init names, else of the embedded one."""
-    return load_model("auto", args.init).cfg if args.init else MODELS["tiny"]
+def architecture(init: Path | None) -> ModelConfig:
+    """Of the model in this file, else of the embedded one."""
+    return load_model("auto", init).cfg if init else MODELS["tiny"]
 
 
 def early_layers(data: Path) -> Classifier:
@@ -105,20 +105,20 @@ def early_layers(data: Path) -> Classifier:
     return Classifier(net, cfg)
 
 
-def pack_all(args: Namespace) -> None:
-    """Photographs, tokens and the classifier's first layers in the file args.out."""
+def pack_all(data: Path, out: Path) -> None:
+    """Photographs, tokens and the classifier's first layers in the file `out`."""
     net = load_classifier("efficientnet_lite0").net
     layers = {k: v for k, v in net.state_dict().items() if k.startswith(EARLY) and v.is_floating_point()}
-    pack(args.data, args.out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)
+    pack(data, out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)
 
 
-def first_stage(args: Namespace) -> tuple[dict[str, Tensor], dict]:
+def first_stage(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
     """Weights of the trained VAE, from --out or else from --init, and how they came about."""
-    path = args.out / "vae.safetensors"
+    path = recipe.out / "vae.safetensors"
     if path.is_file():
         return load_tensors(path), read_header(path)
-    if args.init:
-        return load_model("tiny", args.init).vae.state_dict(), read_header(args.init)["training"]["vae"]
+    if recipe.init:
+        return load_model("tiny", recipe.init).vae.state_dict(), read_header(recipe.init)["training"]["vae"]
     raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")
 
 
@@ -154,93 +154,93 @@ def initialize(model: LatentDiffusion) -> LatentDiffusion:
     return model
 
 
-def train_unet(args: Namespace, on_save: Callable[[], None] = lambda: None) -> None:
+def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> None:
     """v prediction (Salimans & Ho 2022); UNet and text encoder together, the VAE frozen.
 
     `on_save` is called after each checkpoint.
     """
-    vae, vae_card = first_stage(args)
+    vae, vae_card = first_stage(recipe)
     scale_factor = vae_card["scale_factor"]
-    preset = architecture(args)
+    preset = architecture(recipe.init)
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
-    model = from_seed(args.seed, lambda: initialize(LatentDiffusion(cfg)))
-    model.to(args.device, memory_format=torch.channels_last)
-    if args.init:
-        model.load_state_dict(load_model("tiny", args.init).state_dict())
+    model = from_seed(recipe.seed, lambda: initialize(LatentDiffusion(cfg)))
+    model.to(recipe.device, memory_format=torch.channels_last)
+    if recipe.init:
+        model.load_state_dict(load_model("tiny", recipe.init).state_dict())
     model.vae.requires_grad_(False)
-    if args.data.is_file():
-        model.text.encode = PackedTokens(read_header(args.data)["tokens"])
-    empty, prompt = (model.text.tokenize([words]).to(args.device) for words in ("", MANUAL[0]))
+    if recipe.data.is_file():
+        model.text.encode = PackedTokens(read_header(recipe.data)["tokens"])
+    empty, prompt = (model.text.tokenize([words]).to(recipe.device) for words in ("", MANUAL[0]))
     clean = model.text.tokenize(["clean"])[0, 1].item()
     blank = model.blank_conditioning((cfg.image_size,) * 2)
-    trainer = Trainer("unet", model, args)
+    trainer = Trainer(model, recipe)
     averaged = trainer.ema.module
     for whose in (model, averaged):
         whose.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
 
     def leave() -> None:
-        save_tiny(args, trainer, averaged, vae_card)
+        save_tiny(recipe, trainer, averaged, vae_card)
         on_save()
 
     trainer.on_save = leave
     left = trainer.left()
-    source = stored_batches(args, model, left) if args.samples else reused_batches(args, model, left)
+    source = stored_batches(recipe, model, left) if recipe.samples else reused_batches(recipe, model, left)
     for g, batch in zip(trainer.steps(), source, strict=False):
         z0 = sample_latents(batch["image"], scale_factor, g)
         conditioning = torch.cat([batch["mask"].float(), sample_latents(batch["masked"], scale_factor, g)], dim=1)
         # Only clean images lose their caption: without words the model expects photographs, as Stable Diffusion does.
-        dropped = (torch.rand(len(z0), generator=g, device=args.device) < 0.3) & (batch["tokens"] == clean).any(dim=1)
+        dropped = (torch.rand(len(z0), generator=g, device=recipe.device) < 0.3) & (batch["tokens"] == clean).any(dim=1)
         tokens = torch.where(dropped[:, None], empty, batch["tokens"])
-        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g, device=args.device)
-        focus = round(args.focus * len(z0))
+        t = torch.randint(0, TRAIN_STEPS, (len(z0),), generator=g, device=recipe.device)
+        focus = round(recipe.focus * len(z0))
         conditioning[:focus] = blank
         t[:focus] = 100 + t[:focus] % 400  # noise ratios of about 0.1 to 0.5
-        noise = torch.randn(z0.shape, generator=g, device=args.device)
+        noise = torch.randn(z0.shape, generator=g, device=recipe.device)
         a_t = model.alphas_cumprod[t][:, None, None, None]
         z_t = q_sample(z0, noise, a_t)
-        with torch.autocast(args.device.type, torch.bfloat16):
+        with torch.autocast(recipe.device.type, torch.bfloat16):
             context = model.text(model.text.embed(tokens))
             eps = model.predict_noise(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
         # The error of v. At high noise, where inpainting takes its colours from around the hole or never, it is x0's.
         loss, terms = (error / a_t).mean(), {"mse": error.mean()}
-        if args.locate:
+        if recipe.locate:
             half = len(z0) // 2
             pair = model.text(model.text.embed(torch.cat([prompt, empty])))
             region = batch["region"][:half].float()
-            terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), args.hiding, g)
-            loss = loss + args.locate * terms["mask"]
+            terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), recipe.hiding, g)
+            loss = loss + recipe.locate * terms["mask"]
         trainer.update(loss, **terms)
-    save_tiny(args, trainer, averaged, vae_card)
+    save_tiny(recipe, trainer, averaged, vae_card)
     plot_losses(trainer.log, ("loss", "mse"))
-    show_inpainting(args, averaged.requires_grad_(False))
-    print(f"saved {args.out / 'tiny.safetensors'} after {trainer.step} steps")
+    show_inpainting(recipe, averaged.requires_grad_(False))
+    print(f"saved {recipe.out / 'tiny.safetensors'} after {trainer.step} steps")
 
 
-def save_tiny(args: Namespace, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
+def save_tiny(recipe: Recipe, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
     """Write the model with its card: how it came about, and the settings that suit it."""
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]] or [float("nan")]
     card = {
         "steps": trainer.step,
-        "batch": args.batch,
+        "batch": recipe.batch,
         "seconds": round(trainer.seconds),
-        "samples": args.samples or trainer.step * args.batch // args.reuse,
+        "samples": recipe.samples or trainer.step * recipe.batch // recipe.reuse,
         "mse": sum(losses) / len(losses),
-        "device": args.device.type,
+        "device": recipe.device.type,
         "vae": vae_card,
     }
-    if args.init:
-        card["from"] = {k: v for k, v in read_header(args.init)["training"].items() if k != "vae"}
-    save_model(model, args.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
+    if recipe.init:
+        card["from"] = {k: v for k, v in read_header(recipe.init)["training"].items() if k != "vae"}
+    save_model(model, recipe.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
 
 
-def show_inpainting(args: Namespace, model: LatentDiffusion) -> None:
+def show_inpainting(recipe: Recipe, model: LatentDiffusion) -> None:
     """Eight photographs, with a grey square, and inpainted from the prompt "clean"."""
-    photos = load_photos(args.data, short_side=256)
+    photos = load_photos(recipe.data, short_side=256)
     x = center_crops(photos, range(0, len(photos.images), max(1, len(photos.images) // 8)))[:8]
     mask = torch.zeros(len(x), 1, *x.shape[-2:])
     mask[..., 80:144, 80:144] = 1
     defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))
-    noise = defense.sample_noise([str(i) for i in range(len(x))], args.seed, "inpainting")
+    noise = defense.sample_noise([str(i) for i in range(len(x))], recipe.seed, "inpainting")
     restored = composite(x, defense.restore(x, mask, noise), mask)
-    save_png(make_grid(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), 8), args.out / "unet.png")
+    save_png(make_grid(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), 8), recipe.out / "unet.png")

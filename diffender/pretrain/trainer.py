@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from diffender.pretrain.options import Recipe
 from diffender.utils.errors import InputError
 from diffender.utils.files import cut_tail, save_state, write_text
 from diffender.utils.images import save_figure
@@ -22,12 +22,12 @@ SKIPPED = 20  # steps that may be left out
 class Trainer:
     """AdamW with warm-up, a cosine schedule and gradient clipping, EMA weights, checkpoints and a log."""
 
-    def __init__(self, name: str, model: nn.Module, args: Namespace):
-        self.path = args.out / f"{name}.ckpt"
-        self.log = args.out / f"{name}.jsonl"
-        self.args, self.model = args, model
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        self.path = recipe.out / f"{recipe.stage}.ckpt"
+        self.log = recipe.out / f"{recipe.stage}.jsonl"
+        self.recipe, self.model = recipe, model
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.params, recipe.lr, betas=(0.9, 0.99), weight_decay=1e-4)
         self.ema = AveragedModel(model, multi_avg_fn=self.average)
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.on_save: Callable[[], None] = lambda: None  # what a stage writes beside its checkpoint
@@ -45,7 +45,7 @@ class Trainer:
 
     def left(self) -> range:
         """The numbers of the samples that the steps still to do take."""
-        return range(self.step * self.args.batch, self.args.steps * self.args.batch)
+        return range(self.step * self.recipe.batch, self.recipe.steps * self.recipe.batch)
 
     def steps(self) -> Iterator[Generator]:
         """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn.
@@ -55,13 +55,13 @@ class Trainer:
         start, mark = self.seconds, time.monotonic()
         saved = mark
         progress = bar(1.0, "training", initial=self.share_done())
-        while self.step < self.args.steps and self.share_done() < 1:
-            yield Generator(self.args.device).manual_seed(self.args.seed * 10_000_000 + self.step)
+        while self.step < self.recipe.steps and self.share_done() < 1:
+            yield Generator(self.recipe.device).manual_seed(self.recipe.seed * 10_000_000 + self.step)
             self.step += 1
             self.seconds = start + time.monotonic() - mark
             progress.set_description_str(f"training, {self.step} steps", refresh=False)
             progress.update(min(1.0, self.share_done()) - progress.n)
-            if time.monotonic() - saved > 60 * self.args.save_minutes:
+            if time.monotonic() - saved > 60 * self.recipe.save_minutes:
                 self.save()
                 saved = time.monotonic()
         self.save()
@@ -69,18 +69,18 @@ class Trainer:
 
     def share_done(self) -> float:
         """The share of the training that is done, by steps or by time, whichever is larger."""
-        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
-        return max(self.step / self.args.steps, by_time)
+        by_time = self.seconds / (60 * self.recipe.minutes) if self.recipe.minutes else 0.0
+        return max(self.step / self.recipe.steps, by_time)
 
     def average(self, averaged: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
         """Averaged weights move towards the current ones, faster at first, so that they forget where training began."""
-        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def update(self, loss: Tensor, **terms: Tensor) -> None:
         """One optimiser step on `loss`; `terms` go to the log. A step whose gradient is not finite is left out."""
-        lr = self.args.lr * min(1.0, (self.step + 1) / 100)
-        if self.args.decay:
+        lr = self.recipe.lr * min(1.0, (self.step + 1) / 100)
+        if self.recipe.decay:
             lr *= 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.share_done()))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -2,12 +2,13 @@
 
 import re
 import time
-from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from diffender.pretrain.making import train_unet, train_vae
+from diffender.pretrain.options import Recipe
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, whole
 
@@ -25,32 +26,32 @@ ON_A_CPU = {  # to rehearse: the smallest sizes
 LAST = 30  # seconds kept for the files at the end
 
 
-def train_all(args: Namespace) -> None:
+def train_all(recipe: Recipe) -> None:
     """Each stage with its share of --minutes; a stage that an earlier run ended is not done again.
 
     The working files lie in a folder beside --out, which gets only what is to be carried away: the model in parts, the
     logs of the losses and the images.
     """
-    deadline = time.monotonic() + 60 * args.minutes - LAST
-    work = args.out.with_name(f"{args.out.name}-work")
+    deadline = time.monotonic() + 60 * recipe.minutes - LAST
+    work = recipe.out.with_name(f"{recipe.out.name}-work")
     work.mkdir(parents=True, exist_ok=True)
     left = dict(SHARES)
-    recipe = ON_A_GPU if args.device.type == "cuda" else ON_A_CPU
+    usual = ON_A_GPU if recipe.device.type == "cuda" else ON_A_CPU
     for stage in SHARES:
         done = work / f"{stage}.done"
         if not done.is_file():
             minutes = max(0.05, (deadline - time.monotonic()) / 60 * left[stage] / sum(left.values()))
             minutes += spent(work / f"{stage}.ckpt") / 60
             own = {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
-            given = Namespace(**vars(args) | recipe[stage] | args.sizes | own)
+            given = replace(recipe, **usual[stage] | recipe.sizes | own)
             if stage == "unet":
-                train_unet(given, lambda: carry(work, args.out, args.parts))
+                train_unet(given, lambda: carry(work, recipe.out, recipe.parts))
             else:
                 train_vae(given)
             done.touch()
         del left[stage]
-        carry(work, args.out, args.parts)
-    print(f"everything is in {args.out}")
+        carry(work, recipe.out, recipe.parts)
+    print(f"everything is in {recipe.out}")
 
 
 def spent(checkpoint: Path) -> float:
@@ -83,11 +84,11 @@ def parts_in(folder: Path) -> list[Path]:
     return sorted((p for p in found if p.stem == "tiny.safetensors"), key=lambda p: int(p.suffix[1:]))
 
 
-def join(args: Namespace) -> None:
-    """The parts in the folder args.data as the one file args.out."""
-    parts = parts_in(args.data)
+def join(folder: Path, out: Path) -> None:
+    """The parts in a folder as the one file `out`."""
+    parts = parts_in(folder)
     if not parts:
-        raise InputError(f"no parts of a model in {args.data}; give the folder that `all` wrote")
-    with whole(place_for(args.out)) as partial:
+        raise InputError(f"no parts of a model in {folder}; give the folder that `all` wrote")
+    with whole(place_for(out)) as partial:
         partial.write_bytes(b"".join(part.read_bytes() for part in parts))
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB of {len(parts)} parts")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB of {len(parts)} parts")
