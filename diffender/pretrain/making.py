@@ -154,13 +154,8 @@ def initialize(model: LatentDiffusion) -> LatentDiffusion:
     return model
 
 
-def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> None:
-    """v prediction (Salimans & Ho 2022); UNet and text encoder together, the VAE frozen.
-
-    `on_save` is called after each checkpoint.
-    """
-    vae, vae_card = first_stage(recipe)
-    scale_factor = vae_card["scale_factor"]
+def starting_model(recipe: Recipe, scale_factor: float) -> LatentDiffusion:
+    """The model before its first step: that of --init, or random; its VAE is frozen."""
     preset = architecture(recipe.init)
     cfg = replace(preset, vae=replace(preset.vae, scale_factor=scale_factor))
     model = from_seed(recipe.seed, lambda: initialize(LatentDiffusion(cfg)))
@@ -170,16 +165,27 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
     model.vae.requires_grad_(False)
     if recipe.data.is_file():
         model.text.encode = PackedTokens(read_header(recipe.data)["tokens"])
+    return model
+
+
+def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> None:
+    """v prediction (Salimans & Ho 2022); UNet and text encoder together, the VAE frozen.
+
+    `on_save` is called after each checkpoint.
+    """
+    vae, vae_card = first_stage(recipe)
+    scale_factor = vae_card["scale_factor"]
+    model = starting_model(recipe, scale_factor)
     empty, prompt = (model.text.tokenize([words]).to(recipe.device) for words in ("", MANUAL[0]))
     clean = model.text.tokenize(["clean"])[0, 1].item()
-    blank = model.blank_conditioning((cfg.image_size,) * 2)
+    blank = model.blank_conditioning((model.cfg.image_size,) * 2)
     trainer = Trainer(model, recipe)
     averaged = trainer.ema.module
     for whose in (model, averaged):
         whose.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
 
     def leave() -> None:
-        save_tiny(recipe, trainer, averaged, vae_card)
+        save_tiny(trainer, vae_card)
         on_save()
 
     trainer.on_save = leave
@@ -211,14 +217,15 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
             terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), recipe.hiding, g)
             loss = loss + recipe.locate * terms["mask"]
         trainer.update(loss, **terms)
-    save_tiny(recipe, trainer, averaged, vae_card)
+    save_tiny(trainer, vae_card)
     plot_losses(trainer.log, ("loss", "mse"))
     show_inpainting(recipe, averaged.requires_grad_(False))
     print(f"saved {recipe.out / 'tiny.safetensors'} after {trainer.step} steps")
 
 
-def save_tiny(recipe: Recipe, trainer: Trainer, model: LatentDiffusion, vae_card: dict) -> None:
-    """Write the model with its card: how it came about, and the settings that suit it."""
+def save_tiny(trainer: Trainer, vae_card: dict) -> None:
+    """Write the averaged model with its card: how it came about, and the settings that suit it."""
+    recipe = trainer.recipe
     losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]] or [float("nan")]
     card = {
         "steps": trainer.step,
@@ -231,7 +238,7 @@ def save_tiny(recipe: Recipe, trainer: Trainer, model: LatentDiffusion, vae_card
     }
     if recipe.init:
         card["from"] = {k: v for k, v in read_header(recipe.init)["training"].items() if k != "vae"}
-    save_model(model, recipe.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
+    save_model(trainer.ema.module, recipe.out / "tiny.safetensors", {"training": card, "settings": asdict(EMBEDDED)})
 
 
 def show_inpainting(recipe: Recipe, model: LatentDiffusion) -> None:
