@@ -100,6 +100,8 @@ class Backward:
 
 EXACT = Backward()
 THROUGH_MASK = ("bpda-mask", "surrogate", "full", "full+loc")  # modes whose gradient passes the threshold, by `ste`
+THROUGH_RESTORATION = ("surrogate", "full", "full+loc")  # modes whose gradient passes the sampler's steps
+WITH_PENALTY = ("full+loc", "evade")  # modes whose attacker also lowers `evasion` and `decoy`
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffender.config import EXACT, Backward, DIFFenderConfig
+from diffender.config import EXACT, WITH_PENALTY, Backward, DIFFenderConfig
 from diffender.localize import SCORES, difference_map, predict_pair, refine_mask
 from diffender.losses import EVASIONS, decoy
 from diffender.noise import Noise, sample_noise, stack
@@ -229,7 +229,7 @@ class Defended(nn.Module):
         {0, 1}: where the attacker's pixels are.
         """
         b = self.backward
-        if b.mode not in ("full+loc", "evade"):
+        if b.mode not in WITH_PENALTY:
             logits = self(x, noise)
             return logits, logits.new_zeros(len(x))
         assert isinstance(self.defense, DIFFender) and isinstance(noise, Noise)  # no other defence has these modes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import EXACT, THROUGH_MASK, Backward, RunOptions, TargetOptions
+from diffender.config import EXACT, GRADIENT_MODES, THROUGH_MASK, WITH_PENALTY, Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, flagged, option, part
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffender.attacks.attack import Attack
 
 GRADIENTS = {  # by defence
-    "diffender": ("transfer", "bpda", "bpda-mask", "surrogate", "full", "full+loc", "evade"),
+    "diffender": ("transfer", *(mode for mode in GRADIENT_MODES if mode != "auto")),
     "others": ("transfer", "bpda", "auto"),
 }
 OURS = {"diffender": "DIFFender", "hardened": "DIFFender, hardened"}  # what has DIFFender's settings and gradients
@@ -250,7 +250,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = fill(opts), opts.target.defense
-    ours, hiding = is_ours(filled), {"full+loc", "evade"} & set(kinds(filled))
+    ours, hiding = is_ours(filled), set(WITH_PENALTY) & set(kinds(filled))
     single, number, alone = opts.table is None and opts.figure is None, opts.table, "runs without --table and --figure"
     chosen = PAPER_ATTACKS if opts.table or opts.figure else tuple(attacks(filled))
     own = vars(opts.patch)

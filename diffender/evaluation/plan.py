@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import PAPER, Backward, DIFFenderConfig
+from diffender.config import PAPER, THROUGH_RESTORATION, Backward, DIFFenderConfig
 from diffender.evaluation.options import Options, attacks, is_ours, kinds, shard_of
 from diffender.utils.options import change, flagged
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from diffender.stable_diffusion.model import LatentDiffusion
 
 AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
-COSTLY = ("surrogate", "full", "full+loc")
 
 
 def method_of(opts: Options) -> dict[str, Any]:
@@ -74,8 +73,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
 
 def recorded_steps(opts: Options) -> int:
     """UNet evaluations of restoration that the gradients asked for pass through."""
-    through = set(kinds(opts)) & set(COSTLY)
-    return config_of(opts).evaluations if through else 0
+    return config_of(opts).evaluations if set(kinds(opts)) & set(THROUGH_RESTORATION) else 0
 
 
 def backward_of(opts: Options, kind: str) -> Backward:
