@@ -81,9 +81,7 @@ class Options:
         "Output file, a new one. A stopped tuning with the same file goes on.",
         group="results",
     )
-    track: str = option(
-        "none", "Tracker that receives the losses during tuning.", choices=("none", "tensorboard", "wandb")
-    )
+    track: str = option("none", "Tracker that receives the losses during tuning.", choices=tuple(TRACKERS))
 
 
 def main() -> None:

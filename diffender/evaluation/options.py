@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffender.config import EXACT, GRADIENT_MODES, THROUGH_MASK, WITH_PENALTY, Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, flagged, option, part
+from diffender.utils.progress import TRACKERS
 
 if TYPE_CHECKING:
     from diffender.attacks.attack import Attack
@@ -151,9 +152,7 @@ class Options:
     )
     max_memory: float | None = option(None, "Memory limit in GiB. Sets --micro-batch.", low=0.5)
     name: str | None = option(None, "Folder under runs/. A run with the same configuration there is resumed.")
-    track: str = option(
-        "none", "Tracker that receives the accuracies during the run.", choices=("none", "tensorboard", "wandb")
-    )
+    track: str = option("none", "Tracker that receives the accuracies during the run.", choices=tuple(TRACKERS))
     dry_run: bool = option(False, "Print what would be done and what it would cost, and stop.")
     list: bool = option(False, "Print the names of models, classifiers, attacks, gradients and defences, and stop.")
 
