@@ -7,7 +7,17 @@ import sys
 import pytest
 
 from diffender.__main__ import COMMANDS
+from diffender.attacks.gdpa import MODES
+from diffender.config import Backward, DIFFenderConfig
+from diffender.evaluation.options import PatchOptions
+from diffender.faces.__main__ import Options as FaceOptions
+from diffender.faces.identification import RECOGNIZERS
+from diffender.localize import SCORES
+from diffender.losses import EVASIONS
+from diffender.paper import ablate, ablation
 from diffender.report.__main__ import filled
+from diffender.stable_diffusion.samplers import SAMPLERS
+from diffender.utils.options import leaves
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "diffender"
@@ -113,6 +123,15 @@ def test_documents_show_the_committed_results():
         assert filled(document, ROOT / "results") == document, "run python -m diffender report README.md docs/*.md"
     for folder in (p.parent for p in (ROOT / "results").glob("*/table.md")):
         assert any(f"<!-- results/{folder.name} -->" in document for document in documents), folder
+
+
+def test_names_that_stand_twice_are_the_same():
+    """Help answers without torch, so a flag cannot take its choices from what it chooses among."""
+    options = (DIFFenderConfig(), Backward(), PatchOptions(), FaceOptions())
+    choices = {leaf.name: leaf.metadata["choices"] for opts in options for leaf in leaves(opts)}
+    found = {"score": SCORES, "sampler": SAMPLERS, "hide": EVASIONS, "gdpa_mode": MODES, "classifier": RECOGNIZERS}
+    assert {flag: choices[flag] for flag in found} == {flag: tuple(names) for flag, names in found.items()}
+    assert (*ablation.STUDIES, "examples") == ablate.STUDIES
 
 
 @pytest.mark.parametrize("program", ["evaluate.py", "train.py", "diffender", *(m for m, _ in COMMANDS.values())])
