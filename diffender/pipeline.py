@@ -219,7 +219,7 @@ class Defended(nn.Module):
         return Defended(self.defense, self.classifier, backward, self.bare)
 
     def undefended(self) -> "Undefended":
-        """The bare classifier as a victim."""
+        """The undefended classifier as a victim."""
         return Undefended(self.bare)
 
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:

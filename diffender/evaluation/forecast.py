@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from diffender.pipeline import Defended
 
 LONG = 20.0  # seconds: where a pass takes longer, the rest is told from it, not measured
-COST = {  # in forward passes of the defence: that, a query and a step on the classifier alone, a sample of a gradient
-    "pass": 1.0, "query": 0.06, "bare": 0.25,
+COST = {  # in passes of the defence: a query and a step on the undefended classifier, a sample of each gradient
+    "pass": 1.0, "query": 0.06, "undefended": 0.25,
     "bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "evade": 1.5, "auto": 3.6,
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
     seconds = measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
-    of = seconds | {"query": 0.0, "bare": 0.0} if made else seconds
+    of = seconds | {"query": 0.0, "undefended": 0.0} if made else seconds
     each = costs(opts, of)
     todo = [{variant: len(part) * cost for variant, cost in each.items()} for part in parts]
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
@@ -77,11 +77,12 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
         for _ in samples(task, lambda k: (x, patch, task.noise("forecast", k)), rows, rows):
             pass
 
-    bare = target.undefended()
+    undefended = target.undefended()
     wide = min(opts.eot, opts.eot_batch)
     found = {"pass": timed(look, min(opts.verdicts, opts.eot_batch))}
     if found["pass"] < LONG:
-        found["query"], found["bare"] = timed(lambda rows: bare(x, None), 1), timed(partial(step, bare), 1)
+        found["query"] = timed(lambda rows: undefended(x, None), 1)
+        found["undefended"] = timed(partial(step, undefended), 1)
         for kind in set(kinds(opts)) - {"transfer"} if attacks(opts) else ():
             found[kind] = timed(partial(step, target.under(backward_of(opts, kind))), wide)
     return {what: cost * found["pass"] for what, cost in COST.items()} | found
@@ -151,7 +152,7 @@ def costs(opts: Options, of: Mapping[str, float]) -> dict[str, float]:
             found[f"{name}/transfer"] += opts.queries_undefended * of["query"]
             found[f"{name}/queries"] = verdicts + opts.queries * of["pass"]
         elif cls.access == "gradient":
-            found[f"{name}/transfer"] += opts.iters_undefended * (of["bare"] + cls.moves * of["query"])
+            found[f"{name}/transfer"] += opts.iters_undefended * (of["undefended"] + cls.moves * of["query"])
             for kind in kinds(opts):
                 if kind != "transfer":
                     chosen = 3 * max(3, opts.eot) * of["pass"]

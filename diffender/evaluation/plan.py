@@ -94,11 +94,11 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
     eot = opts.eot if opts.patch.location == "eot" else 1
     if target.sample_noise(["0"], 0, "plan") is None:  # all samples would be the same
         given["eot"] = eot
-    bare = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
+    by_queries = {"queries": opts.queries_undefended, "iters": opts.iters_undefended}
+    by_gradient = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []
     for name, cls in attacks(opts).items():
-        few = {"queries": opts.queries_undefended, "iters": opts.iters_undefended}
-        base = cls.from_flags(given | (few if cls.access == "queries" else bare))
+        base = cls.from_flags(given | (by_queries if cls.access == "queries" else by_gradient))
         attack, adaptive = cls.from_flags(given), {}
         if cls.access == "queries":
             adaptive["queries"] = (attack, target)

@@ -114,7 +114,7 @@ def rounded(share: float) -> str:
 
 
 def undefended_accuracy(bench: Bench) -> Iterator[Check]:
-    """An attack that does not break the bare classifier is broken itself."""
+    """An attack that does not break the undefended classifier is broken itself."""
     for row in bench.results["rows"]:
         if row["gradient"] == "transfer" and row["attack"] in ACCEPT:
             low, high = ACCEPT[row["attack"]]

@@ -114,11 +114,12 @@ def evaluate_batch(
     made on the undefended classifier, for other defences of it.
     """
     task = task._replace(x=to_8bit(task.x))
-    x, y, ids, bare, kept = task.x, task.y, task.image_ids, task.victim, {} if bases is None else bases
+    x, y, ids, undefended = task.x, task.y, task.image_ids, task.victim
+    kept = {} if bases is None else bases
     clean, seen, sure = purifications(judge, x, ids, task.seed)
     names = file_names(ids)
     areas = [None] * len(ids) if clean.mask is None else clean.mask.mean(dim=(1, 2, 3)).tolist()
-    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(bare(x, None)), seen, sure)
+    columns = {"id": ids, "file": names, "label": y.tolist()} | answers(read(undefended(x, None)), seen, sure)
     columns["masked"] = areas
     records: list[dict] = [
         {name: column[b] for name, column in columns.items()} | {"attacks": {}} for b in range(len(ids))
@@ -130,7 +131,7 @@ def evaluate_batch(
             variant = f"{plan.name}/{kind}"
             image, mask = through_files(folder / "adv" / plan.name / kind, names, made)
             out, seen, sure = purifications(judge, image, ids, task.seed)
-            columns = answers(read(bare(image, None)), seen, sure) | {
+            columns = answers(read(undefended(image, None)), seen, sure) | {
                 "masks": mask_columns(out, mask),
                 "area": mask.mean(dim=(1, 2, 3)).tolist(),
                 "queries": made.queries.tolist(),

@@ -111,11 +111,11 @@ def scan(path: Path) -> Checkpoint:
             found.ema[key] = stored
         else:
             kept[key] = stored
-    bare = bare_part(kept)
-    if bare is not None:
-        found.parts[bare] = kept
+    only = part_of(kept)
+    if only is not None:
+        found.parts[only] = kept
         ours = any(k.startswith(("encoder.down.", "input_blocks.")) for k in kept)
-        found.layouts[bare] = "compvis" if ours else "huggingface"
+        found.layouts[only] = "compvis" if ours else "huggingface"
         return found
     prefixes = [(part, prefix, "compvis") for part, prefix in PREFIXES.items()]
     prefixes += [("text", OPEN_CLIP, "openclip"), ("text", OLD_TEXT, "compvis")]
@@ -172,7 +172,7 @@ def shards(index: Path) -> list[Path]:
     return files
 
 
-def bare_part(keys: Iterable[str]) -> str | None:
+def part_of(keys: Iterable[str]) -> str | None:
     """The part of a model that a file without the single file's prefixes holds, if it is one."""
     heads = {k.split(".")[0] for k in keys}
     if {"conv_in", "down_blocks", "mid_block"} <= heads:
