@@ -19,7 +19,7 @@ once or one after the other.
 
 import json
 
-from diffender.evaluation.options import Options, fill, names, refuse_conflicts, refuse_unread
+from diffender.evaluation.options import Options, names, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import sources
 from diffender.evaluation.records import read_records
 from diffender.utils.options import parse, run
@@ -40,7 +40,7 @@ def main() -> None:
     from diffender.report.tables import markdown
 
     given = join(given)
-    opts = fill(given)
+    opts = with_preset(given)
     if opts.table is not None or opts.figure is not None:
         from diffender.paper.figures import run_figure
         from diffender.paper.tables import run_table

@@ -13,7 +13,7 @@ from common import parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffender.evaluation.forecast import COST, costs
-from diffender.evaluation.options import Options, fill
+from diffender.evaluation.options import Options, with_preset
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.utils.options import change
 
@@ -57,7 +57,9 @@ def main() -> None:
     print(f"a pass: {seconds:.3f} s ({given})")
     rows, figures = ([], {"teraflops of a pass": work, "seconds of a pass": seconds, "passes an image": {}})
     for name, budget in BUDGETS.items():
-        opts = fill(change(Options(), preset="strong", attack="all", draws=args.draws, steps=args.steps, **budget))
+        opts = with_preset(
+            change(Options(), preset="strong", attack="all", draws=args.draws, steps=args.steps, **budget)
+        )
         passes = sum(costs(opts, COST).values())
         figures["passes an image"][name] = passes
         days = IMAGES * passes * seconds / 86400

@@ -23,7 +23,7 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
-from diffender.evaluation.options import PRESETS, Options, fill, refuse_conflicts, refuse_unread
+from diffender.evaluation.options import PRESETS, Options, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import build_plans, default_name
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
@@ -127,7 +127,7 @@ def benchmark(
         refuse_unread(opts)
         if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
             opts = replace(opts, eot=1)
-        opts = change(fill(opts), defense=title(victim))  # in the letters of its name
+        opts = change(with_preset(opts), defense=title(victim))  # in the letters of its name
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)

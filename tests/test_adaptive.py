@@ -18,7 +18,7 @@ from diffender.evaluation import trust
 from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.options import Options, fill, kinds
+from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.verdicts import (
     Judge,
     Plan,
@@ -719,27 +719,27 @@ def test_fresh_noise_for_every_image(module, photos):
 
 
 def test_presets_fill_what_was_not_given():
-    opts = fill(Options(attack="gdpa", eot=10))
+    opts = with_preset(Options(attack="gdpa", eot=10))
     assert (opts.images, opts.iters, opts.eot, opts.verdicts) == (6, 40, 10, 10), "no other flag changes"
-    strong = fill(Options(preset="strong", iters=7))
+    strong = with_preset(Options(preset="strong", iters=7))
     assert (strong.images, strong.iters, strong.eot, strong.grad.split(",")[-1]) == (512, 7, 10, "evade")
     assert plans.batches(Options(batch_size=2), list(range(5))) == [[0, 1], [2, 3], [4]]
-    laptop, every = (costs(o, COST) for o in (fill(Options()), strong))
+    laptop, every = (costs(o, COST) for o in (with_preset(Options()), strong))
     assert list(laptop) == ["clean", "advp/transfer", "advp/evade"]
     assert laptop["advp/evade"] == 10 + 40 * 2 * COST["evade"] + 3 * 3
     assert sum(every.values()) > 10 * sum(laptop.values())
-    messy = fill(Options(attack="AdvP, LaVAN", grad="BPDA, Full", defense="diffender"))
+    messy = with_preset(Options(attack="AdvP, LaVAN", grad="BPDA, Full", defense="diffender"))
     assert (messy.attack, messy.grad) == ("advp,lavan", "bpda,full"), "whatever their case, with blanks after commas"
-    assert fill(Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
-    assert fill(Options(grad="All")).grad == strong.grad
-    assert kinds(fill(Options(grad="all", defense="jpeg"))) == ["transfer", "bpda", "auto"]
+    assert with_preset(Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
+    assert with_preset(Options(grad="All")).grad == strong.grad
+    assert kinds(with_preset(Options(grad="all", defense="jpeg"))) == ["transfer", "bpda", "auto"]
     assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
 
 
 def test_the_papers_settings():
     cfg = (PAPER.noise_ratio, PAPER.draws, PAPER.theta, PAPER.steps, PAPER.guidance, PAPER.sampler)
     assert cfg == (0.5, 3, 2.0, 20, 7.5, "ddim")
-    opts = fill(Options(preset="paper"))
+    opts = with_preset(Options(preset="paper"))
     assert (opts.images, opts.iters, opts.eot, opts.restarts, opts.grad) == (512, 100, 2, 1, "bpda-mask")
     assert (opts.queries, opts.verdicts, opts.iters_undefended) == (2400, 1, 100)
     assert plans.config_of(opts) == PAPER, "with the embedded model, too"

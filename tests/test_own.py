@@ -18,7 +18,7 @@ from diffender.defenses.hardened import Hardened
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.evaluation import certify
-from diffender.evaluation.options import Options, fill
+from diffender.evaluation.options import Options, with_preset
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
@@ -299,7 +299,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
 
 
 def test_a_run_goes_on_with_the_same_labels_and_settings_alone(images, target, classifier):
-    opts, y = fill(Options()), torch.tensor([0, 1, 2])
+    opts, y = with_preset(Options()), torch.tensor([0, 1, 2])
     usual = resolved(opts, AnyModel(Bright(), images), images, y)
     assert resolved(opts, AnyModel(Bright(), images), images, y) == usual
     assert resolved(opts, AnyModel(Bright(), images), images, y + 1) != usual

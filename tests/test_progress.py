@@ -9,7 +9,7 @@ import pytest
 from diffender.evaluation import curves
 from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
-from diffender.evaluation.options import Options, fill
+from diffender.evaluation.options import Options, with_preset
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
@@ -41,7 +41,7 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, h
 
 def test_a_forecast_counts_the_gradients_that_are_taken(capsys):
     """Of the paper's budget with every gradient: transfer takes none on the defence."""
-    opts = fill(Options(preset="paper", grad="all"))
+    opts = with_preset(Options(preset="paper", grad="all"))
     one = Forecast([{"clean": 1.0}], 0.0, dict.fromkeys(COST, 0.5), (0, ""))
     announce(opts, [one])
     assert f"that is {2 * 6 * 0.5:.1f} s an image and step" in capsys.readouterr().out

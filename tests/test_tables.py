@@ -14,7 +14,7 @@ from diffender.classifiers.dataset import Batch, sample_items
 from diffender.config import DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
-from diffender.evaluation.options import FIGURES, Options, fill
+from diffender.evaluation.options import FIGURES, Options, with_preset
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
 from diffender.paper.controls import FILLED, controls, elsewhere
@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_paper(number):
     assert {row.key for row in rows} - {"resize", "vae", "hardened"} == quoted - {"undefended"}
     for row in rows:
         assert row.key in NAMES
-        opts = fill(change(Options(), **row.changes))
+        opts = with_preset(change(Options(), **row.changes))
         assert opts.defense in DEFENSES
         assert opts.grad == ("evade" if opts.defense in ("diffender", "hardened") else "bpda,auto")
     assert len(columns(number)) == len(next(iter(next(iter(QUOTED[number].values())).values())))

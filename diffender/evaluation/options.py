@@ -157,8 +157,8 @@ class Options:
     list: bool = option(False, "Print the names of models, classifiers, attacks, gradients and defences, and stop.")
 
 
-def fill(opts: Options) -> Options:
-    """The preset's values where none were given; names in lower case, and `all` gradients by name."""
+def with_preset(opts: Options) -> Options:
+    """The options with the preset's values where none were given; names in lower case, and `all` gradients by name."""
     opts = replace(opts, attack=tidy(opts.attack), defense=tidy(opts.defense, ":"))
     opts = opts if opts.grad is None else replace(opts, grad=tidy(opts.grad))
     opts = replace(opts, **{k: v for k, v in budget(opts, opts.preset).items() if getattr(opts, k) is None})
@@ -169,7 +169,7 @@ def fill(opts: Options) -> Options:
 
 def refuse_conflicts(opts: Options) -> None:
     """Raises InputError for gradients that do not exist, and for flags that cannot stand together. `opts` as given."""
-    opts = fill(opts)
+    opts = with_preset(opts)
     allowed = gradients(opts)
     if unknown := sorted(set(kinds(opts)) - set(allowed)):
         raise InputError(
@@ -225,7 +225,7 @@ def gradients(opts: Options) -> tuple[str, ...]:
 
 
 def kinds(opts: Options) -> list[str]:
-    """The gradients asked for, once the options are filled."""
+    """The gradients asked for, of options with their preset."""
     assert opts.grad is not None
     return opts.grad.split(",")
 
@@ -248,7 +248,7 @@ def refuse_unread(opts: Options) -> None:
     from diffender.attacks import ATTACKS, PAPER_ATTACKS
     from diffender.faces.identification import RECOGNIZERS
 
-    filled, defense = fill(opts), opts.target.defense
+    filled, defense = with_preset(opts), opts.target.defense
     ours, hiding = is_ours(filled), set(WITH_PENALTY) & set(kinds(filled))
     single, number, alone = opts.table is None and opts.figure is None, opts.table, "runs without --table and --figure"
     chosen = PAPER_ATTACKS if opts.table or opts.figure else tuple(attacks(filled))

@@ -19,7 +19,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
 from diffender.defenses import build
-from diffender.evaluation.options import Options, fill, kinds
+from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import attack_flags, backward_of, build_target, describe
 from diffender.evaluation.run import load_images
 from diffender.evaluation.workers import is_first
@@ -58,7 +58,7 @@ def run_figure(number: int, opts: Options) -> str:
     folder = Path("runs") / f"figure{number}-{opts.preset}"
     if number == 1 and opts.target.defense.prompt_kind == "empty":
         raise InputError("--figure 1 shows what a prompt changes; --prompt empty has none: leave it out")
-    if number == 2 and kinds(fill(opts))[-1] == "transfer":
+    if number == 2 and kinds(with_preset(opts))[-1] == "transfer":
         raise InputError("--figure 2 shows a patch made on the defence beside that of transfer; give another --grad")
     if number != 8 and not is_first():  # its attacks are shared by all shards
         return ""
@@ -73,7 +73,7 @@ def run_figure(number: int, opts: Options) -> str:
 
 def scene(opts: Options, most: int | None = SHOWN) -> Scene:
     """Images with AdvP's patches made on the undefended classifier."""
-    opts = fill(opts)
+    opts = with_preset(opts)
     target = build_target(opts)
     batch = load_images(opts if most is None else change(opts, images=min(most, opts.images)), target)
     batch = batch.to(target.classifier.mean.device)

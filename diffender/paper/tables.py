@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffender.evaluation.metrics import counted, mcnemar, proportion
-from diffender.evaluation.options import Options, fill, kinds
+from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
@@ -180,7 +180,7 @@ def run_table_7(opts: Options) -> str:
     """The same of the table of filmed patches: from the photographs that --frames names, or by simulation."""
     if opts.frames and not Path(opts.frames).is_file():
         raise InputError(f"--frames {opts.frames}: no such file; give a csv of file, label, configuration")
-    own = fill(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
+    own = with_preset(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
     experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
     batch = None if opts.frames else load_images(own, experiment.target)
     open_run(experiment.folder, experiment.config, experiment.own)
@@ -199,9 +199,11 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     """Lines of the undefended classifier, of controls if wanted, and of each row, on the images that DIFFender has;
     none while other shards are at work."""
     model = open_model(opts.target.defense.model, pick_device(opts.run.device))  # once for all
-    experiments = [prepare(named(fill(change(opts, **row.changes, name="tables")), row.key), model) for row in rows]
+    experiments = [
+        prepare(named(with_preset(change(opts, **row.changes, name="tables")), row.key), model) for row in rows
+    ]
     last = rows[-1].key
-    ours = experiments[-1] if last == "diffender" or last.startswith("without") else prepare(fill(opts), model)
+    ours = experiments[-1] if last == "diffender" or last.startswith("without") else prepare(with_preset(opts), model)
     batch = load_images(ours.opts, ours.target)
     work(experiments, batch)
     wait()
@@ -327,7 +329,7 @@ def leaders(lines: Sequence[Line], line: Line, column: str) -> list[str]:
 
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     """What was run, and how it departs from the paper."""
-    full, target = fill(change(opts, attack="all")), opts.target
+    full, target = with_preset(change(opts, attack="all")), opts.target
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
     where = machine(pick_device(opts.run.device))
