@@ -30,12 +30,11 @@ from diffender.weights.loading import load_model
 PAPER = DIFFenderConfig(composite=False)  # m = 3, theta 2, DDIM, 20 steps, guidance 7.5; all that the VAE decodes
 
 
-def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Tensor, Noise], tuple[Tensor, Tensor]]:
-    """(image, mask) of the authors' algorithm, an image at a time."""
+def stock_pipeline(unet: nn.Module, vae: nn.Module, prediction: str):  # noqa: ANN201
+    """diffusers' inpainting pipeline around these networks, with the DDIM of the published models."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    cfg, scale, texts = defense.cfg, vae.config.scaling_factor, defense.contexts
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -43,7 +42,7 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
         steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=False,
-        prediction_type={"v": "v_prediction"}.get(defense.model.cfg.unet.prediction, "epsilon"),
+        prediction_type={"v": "v_prediction"}.get(prediction, "epsilon"),
     )
     pipeline = diffusers.StableDiffusionInpaintPipeline(
         vae=vae,
@@ -56,8 +55,17 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Tensor, Noise], tuple[Tensor, Tensor]]:
+    """(image, mask) of the authors' algorithm, an image at a time."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Gaussian
+
+    cfg, scale, texts = defense.cfg, vae.config.scaling_factor, defense.contexts
+    pipeline = stock_pipeline(unet, vae, defense.model.cfg.unet.prediction)
+    scheduler = pipeline.scheduler
     t = noise_timestep(cfg.noise_ratio)
-    gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
 
     def guided(z_t: Tensor, context: Tensor) -> Tensor:
         inputs = torch.cat([z_t, defense.blank], dim=1).repeat(2, 1, 1, 1)
@@ -76,8 +84,8 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
             total = total + (a - b).abs()
         heatmap = (total / len(noise.draws[0])).mean(dim=1, keepdim=True)
         mask = refine_mask(standardize(heatmap), defense.size, cfg)
-        sample = gaussian.sample  # the pipeline's one random draw: the posterior of the masked image
-        gaussian.sample = lambda self, generator=None: self.mean + self.std * noise.masked
+        sample = Gaussian.sample  # the pipeline's one random draw: the posterior of the masked image
+        Gaussian.sample = lambda self, generator=None: self.mean + self.std * noise.masked
         try:
             image = pipeline(
                 prompt_embeds=texts.restore,
@@ -92,7 +100,7 @@ def authors(defense: DIFFender, unet: nn.Module, vae: nn.Module) -> Callable[[Te
                 output_type="pt",
             ).images
         finally:
-            gaussian.sample = sample
+            Gaussian.sample = sample
         return resize(image, x.shape[-2:]), mask
 
     return run
