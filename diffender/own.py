@@ -113,21 +113,8 @@ def benchmark(
         names = named or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):
             raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
-        if budget not in tuple(PRESETS):
-            raise InputError(f"budget is {budget!r}; choose one of {', '.join(PRESETS)}{nearest(str(budget), PRESETS)}")
-        given = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget}
-        refuse_foreign(options)
-        if isinstance(victim, AnyModel):
-            if gradient not in (None, "auto"):
-                raise InputError(f"gradient is {gradient!r}; a module has its own gradient alone: leave it out")
-            given |= {"grad": "auto", "trust": "off"}
-        opts = change(Options(), **given | options, images=len(images), defense=title(victim))
-        check_options(opts)
-        refuse_conflicts(opts)
-        refuse_unread(opts)
-        if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
-            opts = replace(opts, eot=1)
-        opts = change(with_preset(opts), defense=title(victim))  # in the letters of its name
+        asked = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget, "images": len(images)}
+        opts = options_for(victim, asked, options)
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
@@ -139,6 +126,26 @@ def benchmark(
         work([experiment], batch)
         finish(experiment, batch)
         return write_report(folder)
+
+
+def options_for(victim: Defended, asked: dict[str, Any], options: dict[str, Any]) -> Options:
+    """The options of a run: `asked` by the arguments of `benchmark`, further `options`, and the preset's values for the
+    rest. Raises InputError for what does not fit."""
+    if asked["preset"] not in tuple(PRESETS):
+        near = nearest(str(asked["preset"]), PRESETS)
+        raise InputError(f"budget is {asked['preset']!r}; choose one of {', '.join(PRESETS)}{near}")
+    refuse_foreign(options)
+    if isinstance(victim, AnyModel):
+        if asked["grad"] not in (None, "auto"):
+            raise InputError(f"gradient is {asked['grad']!r}; a module has its own gradient alone: leave it out")
+        asked = asked | {"grad": "auto", "trust": "off"}
+    opts = change(Options(), **asked | options, defense=title(victim))
+    check_options(opts)
+    refuse_conflicts(opts)
+    refuse_unread(opts)
+    if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
+        opts = replace(opts, eot=1)
+    return change(with_preset(opts), defense=title(victim))  # in the letters of its name
 
 
 @contextmanager
