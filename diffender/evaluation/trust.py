@@ -30,7 +30,7 @@ SPREAD_DRAWS = 8  # behind the check of their spread
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0, 0.55)}  # undefended accuracy
 
 FALLING = ("falling or flat", lambda s: s[-1] <= s[0] + 0.1)
-SWEPT = {  # field of an attack: title, values to try by the usual one, accuracies wanted, whether these are
+SWEPT = {  # field of an attack: title, values to try given the usual one, wish for the accuracies, whether it is met
     "eot": ("EOT samples, equal steps", lambda _: (1, 2, 5), *FALLING),
     "iters": ("steps", lambda n: (max(1, n // 2), n, 2 * n), "twice the steps gain less than 10 points",
               lambda s: s[1] - s[2] < 0.1),
@@ -181,7 +181,7 @@ def ladder(bench: Bench) -> Iterator[Check]:
             )
 
 
-def draws(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
+def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
     """Gradients of the margin inside the patch under n noises, (n, B, 3 S S)."""
     b = bench.task
     task = b._replace(victim=victim, loss=lambda logits: margin(logits, b.y))
@@ -193,18 +193,18 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
     """Zeros, the part of the straight-through estimator, agreement with finite differences, spread."""
     attack, victim = bench.adaptive
     inside = bench.mask.expand(-1, 3, -1, -1).flatten(1) == 1
-    (gradient,) = draws(bench, victim, 1, "trust gradient")
+    (gradient,) = gradients(bench, victim, 1, "trust gradient")
     zeros = gradient[inside].eq(0).float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
     if victim.backward.mode in THROUGH_MASK:
         cut = bench.target.under(replace(victim.backward, ste="none"))
-        ratio = draws(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
+        ratio = gradients(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
         yield Check("its norm without the straight-through estimator", f"{ratio:.2g} of that with it", "", None)
     error = finite_difference_error(bench)
     yield Check(
         "exact gradient against finite differences, soft mask", f"{100 * error:.2g} % off", "below 5 %", error < 0.05
     )
-    cosine = steadiness(draws(bench, victim, SPREAD_DRAWS, "trust steadiness"), attack.eot * attack.averaged_steps)
+    cosine = steadiness(gradients(bench, victim, SPREAD_DRAWS, "trust steadiness"), attack.eot * attack.averaged_steps)
     remembered = f" of {attack.averaged_steps:.0f} steps" if attack.averaged_steps > 1 else ""
     yield Check(
         f"two directions of the attack, each from {attack.eot} draws{remembered}, cosine",

@@ -14,7 +14,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, write_text
 from diffender.utils.images import save_figure, stage_files
 
-# What values of other kinds than a run writes lead to.
+# What reading a damaged results.json or record may raise.
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 
 

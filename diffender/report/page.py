@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from diffender.classifiers.dataset import as_rgb
-from diffender.report.tables import accuracies, cost, counted
+from diffender.evaluation.metrics import counted
+from diffender.report.tables import accuracies, cost
 from diffender.utils.images import stage_files
 
 WIDTH = 224  # of an image on the page

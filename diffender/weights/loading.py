@@ -1,4 +1,4 @@
-"""Models from files: the embedded one, and official checkpoints in every layout they are published in."""
+"""A model from its files: which configuration their tensors call for, the weights in place, settings that suit it."""
 
 import json
 from collections import Counter
