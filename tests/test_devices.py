@@ -19,7 +19,7 @@ from diffender.config import EMBEDDED, Backward
 from diffender.defenses import DEFENSES, build
 from diffender.evaluation.workers import own_device
 from diffender.pipeline import Defended, DIFFender
-from diffender.pretrain import making
+from diffender.pretrain import stages
 from diffender.pretrain.__main__ import train
 from diffender.pretrain.options import Training
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
@@ -145,7 +145,7 @@ def test_cudnn_is_exact_and_repeatable(monkeypatch, do):
 
 def test_training_keeps_the_number_of_its_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(factory, "pick_device", torch.device)
-    monkeypatch.setattr(making, "train_vae", lambda recipe: pytest.fail(str(recipe.device)))
+    monkeypatch.setattr(stages, "train_vae", lambda recipe: pytest.fail(str(recipe.device)))
     with pytest.raises(pytest.fail.Exception, match="cuda:1"):
         train("vae", Training(data=tmp_path, out=tmp_path, device="cuda:1"))
 

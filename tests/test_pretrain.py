@@ -26,8 +26,8 @@ from diffender.pretrain.corpus import (
     training_sample,
 )
 from diffender.pretrain.locating import Asked, hide, location_loss, score
-from diffender.pretrain.making import early, early_layers
 from diffender.pretrain.options import Recipe
+from diffender.pretrain.stages import early, early_layers
 from diffender.stable_diffusion.text import tokenizer
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header

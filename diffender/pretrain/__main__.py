@@ -45,7 +45,7 @@ def train(stage: str, opts: Training) -> None:
         raise InputError(f"--crop is {crop}; it is a multiple of 8")
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.factory import pick_device
-    from diffender.pretrain.making import pack_all, train_unet, train_vae
+    from diffender.pretrain.stages import pack_all, train_unet, train_vae
     from diffender.pretrain.whole import join, train_all
 
     device = pick_device(opts.device)

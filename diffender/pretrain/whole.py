@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from diffender.pretrain.making import train_unet, train_vae
 from diffender.pretrain.options import Recipe
+from diffender.pretrain.stages import train_unet, train_vae
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, whole
 
