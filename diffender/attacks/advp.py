@@ -84,7 +84,7 @@ class AdvP(GradientAttack):
             course.record(patch, seen)
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
-            lr = self.lr * 0.5 ** sum(step >= self.iters * share for share in (0.5, 0.75))
+            lr = self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
             patch = (patch - lr * velocity.sign()).clamp(0, 1)
             callback((step + 1) / self.iters)
 

@@ -32,7 +32,8 @@ class Fixed(Attack):
             content = self.content(x[b], int(task.y[b]), side, generator(task.seed, image_id, "content"))
             patch[b, mask[b].expand(3, -1, -1) == 1] = content.flatten().to(x)
         image = apply_patch(to_8bit(x), to_8bit(patch), mask)
-        yield Attacked(image, mask, patch, torch.zeros(len(x)).long(), *(x.new_zeros(len(x), 0),) * 2)
+        no_steps = x.new_zeros(len(x), 0)
+        yield Attacked(image, mask, patch, torch.zeros(len(x)).long(), no_steps, no_steps)
 
     def content(self, x: Tensor, y: int, side: int, g: torch.Generator) -> Tensor:
         """The patch (3, s, s) for image x (3, S, S) of class y."""

@@ -69,7 +69,8 @@ def compare(a: Path, b: Path) -> str:
         return all(c == record["label"] for c in seen)
 
     rows = []
-    for name, attacks in {"none": [], **{v: [v] for v in shared}, **({"strongest": shared} if shared else {})}.items():
+    compared = {"none": []} | {v: [v] for v in shared} | ({"strongest": shared} if shared else {})
+    for name, attacks in compared.items():
         pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
         shares = (counted(proportion(column)) for column in zip(*pairs, strict=True))
         only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)

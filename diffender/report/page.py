@@ -280,7 +280,7 @@ def photograph(record: dict, folder: Path) -> dict:
         if (seen := record.get(when))
     }
     original = Path(record["file"])  # where it was when it was defended
-    stages = {**({"photograph": original} if original.is_file() else {}), **files}
+    stages = ({"photograph": original} if original.is_file() else {}) | files
     shown = [figure(s, f, folder / "images", told.get(s), 2 * WIDTH) for s, f in stages.items()]
     name = "what was masked"
     return {

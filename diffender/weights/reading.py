@@ -138,7 +138,7 @@ def folder_files(folder: Path) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for part, stem in FOLDERS.items():
-        for base in {stem: 0, stem.removeprefix(f"{folder.name}/"): 0}:
+        for base in dict.fromkeys((stem, stem.removeprefix(f"{folder.name}/"))):
             whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
             whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
             indices = sorted(folder.glob(f"{base}*.index*.json"))
