@@ -62,7 +62,7 @@ def empty_contexts(model: LatentDiffusion) -> Contexts:
     return Contexts(None, empty, empty)
 
 
-def manual_contexts(model: LatentDiffusion, words: tuple[str, str] = MANUAL) -> Contexts:
+def manual_contexts(model: LatentDiffusion) -> Contexts:
     """The paper's MP variant: hand-written words for localisation and restoration."""
-    locate, restore, empty = model.encode_text([*words, ""]).split(1)
+    locate, restore, empty = model.encode_text([*MANUAL, ""]).split(1)
     return Contexts(locate, restore, empty)

@@ -227,7 +227,7 @@ def steadiness(gradients: Tensor, k: float) -> float:
     return (common / (common + (alone - common) / k).clamp_min(1e-30)).mean().item()
 
 
-def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
+def finite_difference_error(bench: Bench) -> float:
     """|FD - <g, d>| / |FD| of the first image's margin along the sign of its gradient in the patch, for a soft mask
     and fixed noise; the best of four step widths, since curvature spoils wide ones and rounding narrow ones."""
     b, soft = bench.task, Backward(mode="full", ste="soft", ste_k=2.0)
@@ -243,7 +243,7 @@ def finite_difference_error(bench: Bench, h: float = 2e-3) -> float:
     direction = gradient.sign() * mask
     slope = (gradient * direction).sum().item()
     errors = []
-    for step in (h, h / 4, h / 16, h / 64):
+    for step in (2e-3, 2e-3 / 4, 2e-3 / 16, 2e-3 / 64):
         low, high = (value(x.detach() + sign * step * direction).item() for sign in (-1, 1))
         fd = (high - low) / (2 * step)
         errors.append(abs(fd - slope) / max(abs(fd), 1e-12))

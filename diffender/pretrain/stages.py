@@ -132,8 +132,9 @@ def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
     return maps
 
 
-def center_crops(photos: Photos, indices: range, size: int = 224) -> Tensor:
-    crops = []
+def center_crops(photos: Photos, indices: range) -> Tensor:
+    """The middle 224 x 224 pixels of these photographs, (B, 3, 224, 224) in [0, 1]."""
+    crops, size = [], 224
     for i in indices:
         image = photos.images[i]
         top, left = ((n - size) // 2 for n in image.shape[1:])
