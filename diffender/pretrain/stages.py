@@ -179,11 +179,11 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
     model = starting_model(recipe, scale_factor)
     empty, prompt = (model.text.tokenize([words]).to(recipe.device) for words in ("", MANUAL[0]))
     clean = model.text.tokenize(["clean"])[0, 1].item()
-    blank = model.blank_conditioning((model.cfg.image_size,) * 2)
     trainer = Trainer(model, recipe)
     averaged = trainer.ema.module
     for whose in (model, averaged):
         whose.vae.load_state_dict(vae)  # its decoder may be newer than the checkpoint's
+    blank = model.blank_conditioning((model.cfg.image_size,) * 2)
 
     def leave() -> None:
         save_tiny(trainer, vae_card)
