@@ -14,7 +14,7 @@ from diffender.classifiers.dataset import sample_items
 from diffender.config import EMBEDDED
 from diffender.losses import evasion
 from diffender.pretrain import __main__ as pretrain
-from diffender.pretrain import corpus, trainer, whole
+from diffender.pretrain import corpus, stages, trainer, whole
 from diffender.pretrain.corpus import (
     STATES,
     Crops,
@@ -181,8 +181,17 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
 
     common = ["--data", str(packed), "--out", str(out), "--batch", "2"]
     stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
-    stage(monkeypatch, "unet", *common, "--steps", "1", "--workers", "2")
+    seen = []
+
+    def watched(model, z_0, region, asked, *_args):
+        seen.append(asked.blank.clone())
+        return z_0.new_zeros(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "location_loss", watched)
+        stage(monkeypatch, "unet", *common, "--steps", "1", "--workers", "2", "--locate", "1")
     first = load_model("auto", out / "tiny.safetensors")
+    assert torch.allclose(seen[0], first.blank_conditioning((224, 224)), atol=0.02), "its own VAE, as float16"
     assert first.unet.cfg.prediction == "v"
     assert read_header(out / "tiny.safetensors")["training"]["steps"] == 1
     capsys.readouterr()
