@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +42,7 @@ from diffender.stable_diffusion.vae import Posterior
 from diffender.tuning import Shots, mixed
 from diffender.utils.errors import InputError
 from diffender.utils.images import load_png
+from diffender.utils.options import change
 from diffender.weights.prompts import contexts_for
 
 
@@ -275,6 +278,7 @@ def test_verdicts_by_hand():
     assert verdict([1] * 10, 1) == (1.0, 1.0, 1.0, 1.0)
     assert verdict([2, 1, 1], 1) == (0.0, pytest.approx(2 / 3), 0.0, 1.0)
     assert verdict([1, 2], 1) == (1.0, 0.5, 0.0, 1.0)  # one vote: an even number has no majority
+    assert verdict([1, 2, 2, 1], 1).majority == 0  # three votes
     assert thin(list(range(100)))[:1] + thin(list(range(100)))[-1:] == [0, 99]
 
 
@@ -326,6 +330,19 @@ def test_the_headline_takes_the_strongest_patch_picture_by_picture():
         assert row["worst"]["accuracy"] <= row["single"]["accuracy"]
     assert clean["worst"]["right"] == 2  # clean images are submitted again, too
     assert clean["majority"]["right"] == 3
+
+
+def test_undefended_are_right_under_every_patch_and_pairs_are_first_purifications():
+    records = [fake_record(str(i), 1, [1, 1], advp__transfer=[1, 0], advp__full=[0, 1]) for i in range(6)]
+    for i, record in enumerate(records):
+        record["attacks"]["advp/transfer"]["undefended"], record["masked"] = 1, 0.1 * i
+        record["attacks"]["advp/full"]["undefended"] = i % 2
+    results = summarize(records)
+    rows = {r["gradient"] or r["attack"]: r for r in results["rows"]}
+    told = [rows[name]["undefended"]["right"] for name in ("transfer", "full", "strongest on each image")]
+    assert told == [6, 3, 3]
+    assert rows["full"]["mcnemar"] == pytest.approx(2 / 64), "six of six get worse"
+    assert results["masked_clean"] == pytest.approx(0.25)
 
 
 def test_what_is_certified_is_counted():
@@ -404,6 +421,39 @@ def test_adaptive_attacks_start_from_the_transferred_patch(small):
     kinds = {"bpda": (adaptive, small.victim), "full": (adaptive, small.victim)}
     (_, base, _), *_ = craft(Plan("advp", attack, kinds), small, lambda *work: None, {})
     assert [torch.equal(init, base.state) for init in starts] == [True, True]
+
+
+def test_a_record_is_what_its_files_give_under_the_noise_of_each_verdict(small, tmp_path):
+    """Of a random defence that covers what is grey, and then all."""
+
+    def purify(x):
+        grey = ((x - 128 / 255).abs().amax(dim=1, keepdim=True) < 1e-3).float()
+        return (x + torch.randn(x.shape)).clamp(0, 1), grey.amax(dim=(2, 3), keepdim=True).expand_as(grey)
+
+    plain, plan = Plain(), Plan("grey", ATTACKS["grey"](area=0.25), {})
+    plain.w /= 40  # unsure
+    target = Defended(Purifier(purify, random=True), plain)
+    unrounded = small._replace(x=small.x + 0.0019, victim=Undefended(plain))
+    records = evaluate_batch(unrounded, Judge(target, 4), [plan], tmp_path)
+    found = [record["attacks"]["grey/transfer"] for record in records]
+    saved = torch.stack([load_png(tmp_path / "adv" / "grey" / "transfer" / f"{r['file']}.png") for r in records])
+    for x, told in ((small.x, records), (saved, found)):
+        noises = [target.sample_noise(["a", "b"], 0, "verdict", k) for k in range(4)]
+        alone, *logits = (plain(x), *(target(x, noise) for noise in noises))
+        assert [t["defended"] for t in told] == torch.stack(logits).argmax(dim=2).T.tolist()
+        sure = torch.stack([alone, logits[0]]).softmax(dim=2).amax(dim=2).T
+        assert torch.allclose(torch.tensor([t["confidence"] for t in told]), sure, atol=6e-5)
+    assert len({str(t["defended"]) for t in [*records, *found]}) > 1, "not all alike"
+    assert [(t["masks"]["recall"], t["masks"]["precision"]) for t in found] == [(1, 0.25)] * 2
+
+
+def test_patches_are_shared_by_attacks_of_the_same_settings_alone(small):
+    bases, areas = {}, []
+    for area in (0.1, 0.3, 0.1):
+        ((_, made, _),) = craft(Plan("grey", ATTACKS["grey"](area=area), {}), small, lambda *work: None, bases)
+        areas.append(made.mask.mean().item())
+    assert areas[0] == areas[2] < areas[1]
+    assert len(bases) == 2
 
 
 def test_certificates_of_hardened_go_into_the_records(target, photos, tmp_path):
@@ -532,6 +582,56 @@ def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
 def test_the_true_mask_cannot_help_where_no_patch_fools_the_classifier(bench, monkeypatch):
     monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, defense=None: 1.0)
     assert next(trust.masks(bench)).passed is None
+
+
+def test_accuracies_of_the_trust_report_are_means_over_draws_of_their_own(small):
+    drawn = []
+    victim = SimpleNamespace(sample_noise=lambda ids, seed, purpose, k: drawn.append(k) or k, classifier=lambda z: z)
+    right = F.one_hot(small.y, 4).float()
+    found = bench_of(victim, small.x, small.y).accuracy(small.x, lambda x, k: right if k == 0 else right.roll(1, 1))
+    assert found == 1 / trust.DRAWS
+    assert drawn == list(range(trust.DRAWS))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Tells what it is called with."""
+
+    eot: int = 1
+
+    def __call__(self, task, init):
+        return self.eot, task.victim, init
+
+
+def test_the_attack_is_made_again_with_what_is_changed_alone(small):
+    plan = Plan("advp", None, {"bpda": (None, "bpda"), "full": (Repeated(), "usual")})
+    bench = bench_of(None, small.x, small.y, plan=plan, state="state")
+    assert bench.attack() == (1, "usual", "state")
+    assert bench.attack("other", "init", eot=5) == (5, "other", "init")
+
+
+def test_at_random_as_much_is_painted_as_the_patch_covers(small, monkeypatch):
+    painted = []
+    black = SimpleNamespace(restore=lambda x, mask, noise: torch.zeros_like(x))
+    share = lambda self, x, defense: painted.append(defense(x, None).eq(0).float().mean()) or 1.0  # noqa: E731
+    monkeypatch.setattr(trust.Bench, "accuracy", share)
+    x = small.x.clamp_min(0.1)
+    mask = ATTACKS["grey"](area=0.15)(small).mask
+    list(trust.masks(bench_of(SimpleNamespace(defense=black, classifier=Plain()), x, small.y, mask=mask)))
+    assert painted == [mask.mean()] * 2
+
+
+def test_convergence_is_of_the_last_variant_that_has_gradients(small, tmp_path):
+    attacks = {"bpda": ATTACKS["advp"](iters=1), "auto": ATTACKS["advp"](iters=7), "queries": ATTACKS["sparse-rs"]()}
+    plan = Plan("advp", ATTACKS["grey"](), {kind: (attack, None) for kind, attack in attacks.items()})
+    through_files(tmp_path / "adv/advp/transfer", ["a", "b"], plan.base(small))
+    records = [fake_record(name, 1, [1], advp__transfer=[1], advp__bpda=[1], advp__auto=[1]) for name in ("a", "b")]
+    for record in records:
+        record["attacks"]["advp/bpda"]["loss"], record["attacks"]["advp/auto"]["loss"] = [1.0, 0.9], [1.0, 0.5]
+    task = small._replace(victim=Defended(Noted(), Plain()))
+    checks = trust.trust_report("quick", task, [plan], records, {"rows": []}, tmp_path)
+    told = {check["name"]: check["figure"] for check in checks}
+    assert told["the loss over 7 steps"].startswith("falls by 0.5")
 
 
 def test_checks_of_the_estimator_are_of_gradients_that_pass_it(bench):
@@ -734,6 +834,32 @@ def test_presets_fill_what_was_not_given():
     assert with_preset(Options(grad="All")).grad == strong.grad
     assert kinds(with_preset(Options(grad="all", defense="jpeg"))) == ["transfer", "bpda", "auto"]
     assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
+
+
+def test_budgets_go_to_the_attacks_that_they_are_for():
+    """On the classifier alone nothing is random but the place."""
+    opts = with_preset(Options(attack="advp,rhde", grad="bpda,evade", iters=7, iters_undefended=9, eot=4, restarts=3))
+    opts = change(opts, queries=50, queries_undefended=60, ste="sigmoid")
+    random = SimpleNamespace(sample_noise=lambda *_: 0, under=lambda backward: backward)
+    advp, rhde = plans.build_plans(opts, random)
+    assert (advp.base.iters, advp.base.eot, advp.base.restarts) == (9, 1, 1)
+    attack, backward = advp.adaptive["evade"]
+    assert (attack.iters, attack.eot, attack.restarts, backward.mode, backward.ste) == (7, 4, 3, "evade", "sigmoid")
+    assert (rhde.base.queries, rhde.base.iters, rhde.adaptive["queries"][0].queries) == (60, 9, 50)
+    (moving,) = plans.build_plans(change(opts, attack="advp", location="eot"), random)
+    assert (moving.base.eot, moving.adaptive["bpda"][0].eot) == (4, 4)
+    same, _ = plans.build_plans(opts, SimpleNamespace(sample_noise=lambda *_: None, under=random.under))
+    assert same.adaptive["bpda"][0].eot == 1, "a defence that is not random"
+    for preset, targeted in (("laptop", True), ("strong", False)):
+        (lavan,) = plans.build_plans(with_preset(Options(preset=preset, attack="lavan")), random)
+        assert lavan.base.targeted is targeted
+
+
+def test_evaluations_are_recorded_where_gradients_pass_through_restoration():
+    """Guidance takes two of a step."""
+    assert [replace(PAPER, guidance=g, steps=4).evaluations for g in (1.0, 7.5)] == [4, 8]
+    opts = change(Options(), steps=4, guidance=1.0)
+    assert [plans.recorded_steps(replace(opts, grad=grad)) for grad in ("bpda,evade", "bpda,full")] == [0, 4]
 
 
 def test_the_papers_settings():

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
-from diffender.report.page import chart, page, states, table_page
-from diffender.report.tables import csv_table, latex_table
+from diffender.report.page import chart, charts, page, states, table_page
+from diffender.report.tables import csv_table, latex_table, markdown
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_stages
 
@@ -84,6 +84,29 @@ def test_accuracies_as_csv_and_latex():
     assert lines[2].startswith(r"attack & gradient & undefended & fnc\_a, single & average")
     assert lines[-3].startswith(r"strongest on each image &  & 75.0 \% (3/4; 30-95)")
     assert all(line.count("&") == 7 and line.endswith(r" \\") for line in (lines[2], *lines[4:-2]))
+
+
+def test_every_number_stands_under_its_head():
+    p = lambda accuracy: {"right": accuracy, "n": 1, "accuracy": accuracy, "low": 0.0, "high": 1.0}  # noqa: E731
+    heads = {"undefended": "undefended", "single": "D, single", "average": "average", "worst": "worst of 3"}
+    heads["majority"] = "majority of 3"
+    row = {name: p(i / 10) for i, name in enumerate(heads, start=1)} | {"attack": "advp", "gradient": "full"}
+    scores = {"area": 0.05, "recall": 0.1, "precision": 0.2, "iou": 0.3, "auc": 0.4, "queries": 50, "seconds": 6.0}
+    text = markdown(results() | {"rows": [row], "masks": {"advp/full": scores}, "masked_clean": None})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    main, masks = (dict(zip(lines[i], lines[i + 2], strict=True)) for i in (0, 3))
+    assert [main[head].split()[0] for head in heads.values()] == ["10.0", "20.0", "30.0", "40.0", "50.0"]
+    named = ("patched", "recall", "precision", "IoU", "AUC of the map", "passes", "seconds an image")
+    assert [masks[head] for head in named] == ["5.0 %", "0.100", "0.200", "0.300", "0.400", "50", "6.0"]
+
+
+def test_accuracy_over_the_steps_falls_where_the_attack_fools(monkeypatch):
+    drawn = {}
+    draw = lambda title, curves, *_, **how: drawn.update({title: curves}) or []  # noqa: E731
+    monkeypatch.setattr("diffender.report.page.chart", draw)
+    charts(results(), RECORDS)
+    (right,) = (curves for title, curves in drawn.items() if title.startswith("accuracy that the attack saw"))
+    assert right == {"advp/transfer": [100, 0], "advp/full": [100, 0]}
 
 
 class Tags(HTMLParser):
@@ -280,6 +303,7 @@ def test_curves():
 
 def test_two_runs_are_compared_picture_by_picture(tmp_path):
     worse = [record(0), record(1, restored=3), record(2, restored=3), record(9)]
+    worse[2]["attacks"]["advp/full"]["defended"] = [1, 1, 1]
     for name, records in (("a", RECORDS), ("b", worse), ("c", [record(7)])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -289,8 +313,8 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
     assert lines[2:6] == [
         "| none | 66.7 % (2/3; 21-94) | 100.0 % (3/3; 44-100) | 0 | 1 | 1 |",
         "| advp/transfer | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
-        "| advp/full | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
-        "| strongest | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",
+        "| advp/full | 66.7 % (2/3; 21-94) | 66.7 % (2/3; 21-94) | 0 | 0 | 1 |",
+        "| strongest | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",  # right under both
     ]
     assert lines[-1].endswith(": first purifications, Wilson intervals of 95 %; p: McNemar, exact.")
     (tmp_path / "a" / "config.json").write_text('{"defense": "diffender"}')

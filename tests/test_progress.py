@@ -3,13 +3,17 @@
 import json
 import sys
 import types
+from dataclasses import dataclass
 
 import pytest
+import torch
 
+from diffender.attacks.expectation import Task
 from diffender.evaluation import curves
 from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
 from diffender.evaluation.options import Options, with_preset
+from diffender.evaluation.verdicts import Plan
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
@@ -37,6 +41,26 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, h
     monkeypatch.setattr(curves, "over_theta", None)  # what is there is not done again
     assert here(*args)[0] == 0
     assert json.loads((folder / "results.json").read_text())["curves"] == results["curves"]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An attack with a size."""
+
+    area: float = 0.05
+
+
+def test_curves_are_of_the_last_gradient_and_under_the_first_noise_of_the_verdicts(target, monkeypatch):
+    made, seen = [], []
+    monkeypatch.setattr(curves, "craft", lambda plan, *_: made.append((plan.base.area, list(plan.adaptive))) or [])
+    looks = lambda defense, x, noise: seen.append(noise) or x.expand(len(curves.THRESHOLDS), -1, -1, -1)  # noqa: E731
+    monkeypatch.setattr(curves, "at_thresholds", looks)
+    task = Task(target, torch.rand(1, 3, 32, 32), torch.zeros(1).long(), ["a"], 0)
+    plan = Plan("advp", Sized(), {kind: (Sized(), None) for kind in ("bpda", "evade")})
+    curves.over_area(task, plan)
+    curves.over_theta(task, {"label": 0, "attacks": {}}, None)
+    assert made == [(area, ["evade"]) for area in curves.AREAS]
+    assert torch.equal(seen[0].draws, target.sample_noise(["a"], 0, "verdict", 0).draws)
 
 
 def test_a_forecast_counts_the_gradients_that_are_taken(capsys):

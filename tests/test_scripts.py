@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,19 @@ from safetensors.torch import load_file
 
 import train
 from diffender import photographs
-from diffender.evaluation import certify
-from diffender.evaluation.options import Options
-from diffender.evaluation.records import open_run
+from diffender.classifiers.dataset import Batch
+from diffender.evaluation import certify, workers
+from diffender.evaluation import run as running
+from diffender.evaluation.options import Options, with_preset
+from diffender.evaluation.plan import mine
+from diffender.evaluation.records import open_run, read_records
 from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
+from diffender.utils.errors import InputError
+from diffender.utils.files import read_header
 from diffender.utils.images import STAGES, stage_files
+from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT, SMALL
 
 
@@ -140,6 +147,17 @@ def test_workers_of_torchrun_tune_the_prompts_of_one_process(tmp_path):
         assert torch.allclose(ctx, found[1][name], atol=1e-4)
 
 
+def test_every_image_is_one_workers_of_one_shard(monkeypatch):
+    """Of two shards with three processes each."""
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda names: None)
+    found = []
+    for shard in ("0/2", "1/2"):
+        for rank in range(3):
+            monkeypatch.setattr(workers, "start", lambda rank=rank: (rank, 3))
+            found += mine(workers.join(Options(shard=shard, name="w")), 50)
+    assert sorted(found) == list(range(50))
+
+
 def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     own, other = (tmp_path / "run" / f"per_image-{i}-of-2.jsonl" for i in (0, 1))
     assert open_run(tmp_path / "run", {"seed": 0}, own) == {}
@@ -148,6 +166,89 @@ def test_an_unfinished_line_is_cut_off_by_its_own_process_alone(tmp_path):
     assert open_run(tmp_path / "run", {"seed": 0}, own) == {"a": {"id": "a"}, "c": {"id": "c"}}
     assert own.read_text() == '{"id": "a"}\n'
     assert other.read_text().endswith('{"id": "d')
+
+
+def test_a_setting_more_or_less_is_another_run(tmp_path):
+    own = tmp_path / "run" / "per_image.jsonl"
+    open_run(tmp_path / "run", {"seed": 0, "theta": 2.0}, own)
+    for other in ({"seed": 0}, {"seed": 0, "theta": 2.0, "grow": 1.0}):
+        with pytest.raises(InputError, match="other settings"):
+            open_run(tmp_path / "run", other, own)
+
+
+def test_a_resumed_run_shares_all_that_its_results_depend_on(monkeypatch):
+    """Files by their content. The number of images may differ, and how they are worked on."""
+    monkeypatch.setattr(running, "hashes_of", lambda model, **files: {k: str(v) for k, v in files.items() if v})
+    settings = lambda name, value: running.resolved(with_preset(cli.change(Options(), **{name: value})))  # noqa: E731
+    usual = running.resolved(with_preset(Options()))
+    assert set(usual["sha256"]) == {"prompts"}
+    other = {"iters": 1, "iters_undefended": 1, "eot": 9, "restarts": 9, "queries": 9, "verdicts": 9, "seed": 9}
+    other |= {"theta": 9.0, "draws": 9, "area": 0.1, "grad": "bpda", "ste": "sigmoid", "evasion": 9.0, "defense": "lgs"}
+    other |= {"attack": "lavan", "prompt": "empty", "data": "folder", "classifier": "resnet50", "targeted": True}
+    for name, value in other.items():
+        assert settings(name, value) != usual, name
+    for name in ("generator", "patch_file", "classifier_weights", "prompts"):
+        assert f"a {name}" in settings(name, f"a {name}")["sha256"].values(), name
+    same = {"images": 3, "batch_size": 3, "eot_batch": 3, "trust": "off", "curves": "off", "name": "a", "shard": "1/2"}
+    for name, value in same.items():
+        assert settings(name, value) == usual, name
+
+
+def test_photographs_that_prompts_were_tuned_on_are_not_evaluated(monkeypatch):
+    asked = []
+    monkeypatch.setattr(running, "correct_subset", lambda *given: asked.append(given[-1]) or Batch([], None, None, []))
+    for prompt in ("tuned", "manual"):
+        running.load_images(with_preset(cli.change(Options(), prompt=prompt, quiet=True)), SimpleNamespace(bare=None))
+    assert asked == [frozenset(read_header(SHIPPED)["hashes"]), frozenset()]
+    assert len(asked[0]) >= 8
+
+
+def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(tmp_path, monkeypatch):
+    progress = SimpleNamespace(evaluations=0, through=lambda cost: None)
+
+    def judged(*_):
+        progress.evaluations += 6
+        seen = {"label": 1, "undefended": 1, "defended": [1], "masked": None, "attacks": {}}
+        return [{"id": i, "file": i} | seen for i in "ab"]
+
+    monkeypatch.setattr(running, "evaluate_batch", judged)
+    classifier = SimpleNamespace(mean=torch.zeros(1))
+    target = SimpleNamespace(undefended=lambda: None, undefended_is="", defense=None, classifier=classifier)
+    opts = with_preset(Options(attack="none", trust="off", curves="off"))
+    e = running.Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, [], {}, None)
+    batch = Batch(["a", "b"], torch.zeros(2, 3, 8, 8), torch.ones(2), [])
+    running.judge_part(e, batch, [0, 1], {}, progress, {})
+    records = read_records(tmp_path).values()
+    assert [r["unet_evaluations"] for r in records] == [3, 3]
+    results = running.finish(e, Batch(["b"], batch.x[1:], batch.y[1:], []))
+    assert (results["rows"][0]["single"]["n"], results["unet_evaluations"]) == (1, 3)
+    e.own.write_text("".join(json.dumps(record | {"seconds": 50.0}) + "\n" for record in records))
+    assert running.finish(e, batch)["seconds"] == pytest.approx(100, abs=5)
+
+
+def test_certified_are_right_answers_and_images_without_a_place_left(tmp_path, call, monkeypatch):
+    """Of three images one is read wrong, and one has all its places certified, but not with more masks."""
+
+    class Certifier:
+        def __init__(self, classifier, area, masks):
+            self.masks = masks
+
+        def __call__(self, x):
+            return 1 if x.max() > 0 else 2
+
+        def certified_places(self, x, label):
+            return x.max().item() / (self.masks - 2)
+
+    x = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 8, 8)
+    batch = Batch(["a", "b", "c"], x, torch.ones(3).long(), ["0", "1", "2"])
+    monkeypatch.setattr("diffender.defenses.patchcleanser.PatchCleanser", Certifier)
+    monkeypatch.setattr("diffender.classifiers.imagenet.load_classifier", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("diffender.classifiers.dataset.correct_subset", lambda *_: batch)
+    code, _, error = call(certify.main, "certify", "--masks", "3,4", "--out", "c", "--quiet")
+    assert code == 0, error
+    rows = json.loads((tmp_path / "c" / "results.json").read_text())["rows"]
+    names = ("right, without a patch", "certified wherever it is", "certified places")
+    assert [[row[name] for name in names] for row in rows] == [[2, 1, 1.5], [2, 0, 0.75]]
 
 
 def test_a_dry_run_tells_and_does_nothing(tmp_path, here):

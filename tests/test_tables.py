@@ -17,6 +17,7 @@ from diffender.defenses.fill import grey
 from diffender.evaluation.options import FIGURES, Options, with_preset
 from diffender.evaluation.records import append_records, read_finished
 from diffender.evaluation.verdicts import Verdict
+from diffender.paper import tables
 from diffender.paper.controls import FILLED, controls, elsewhere
 from diffender.paper.figures import DRAWN
 from diffender.paper.knowledge import draw_knowledge, known
@@ -34,6 +35,7 @@ from diffender.paper.tables import (
     pool,
     readings,
     run_table,
+    undefended,
 )
 from diffender.pipeline import Defended, DIFFender
 from diffender.report.page import table_page
@@ -128,6 +130,9 @@ def test_readings_of_a_run(tmp_path):
     assert by_column(run, ["a"])["advp"][0].single == 0
     told = readings("hardened", run, ["a"])
     assert {name: columns["advp"][0].single for name, columns in told.items()} == {"bpda": 0, "certified": 1}
+    found["advp/bpda"]["certified"] = False
+    append_records(tmp_path / "per_image.jsonl", [{"id": "b", "label": 1, "defended": [1], "attacks": found}])
+    assert readings("hardened", run, ["b"])["certified"]["advp"][0].single == 0, "not for every patch"
     run.target.defense = None
     assert list(readings("jpeg", run, ["a"])) == ["bpda"]
     seen = {key: readings(key, run, ["a"])["bpda"]["advp"][0].single for key in ("jpeg", "fnc")}
@@ -137,6 +142,30 @@ def test_readings_of_a_run(tmp_path):
     text = markdown(1, lines)
     assert "| DIFFender, hardened, certified at the patch's place | 100.0 (8/8; 68-100) |" in text
     assert "| DIFFender, hardened | **100.0 (8/8; 68-100)** |" in text
+
+
+def test_the_undefended_line_is_of_the_classifier_alone_where_rows_are_other_defences(tmp_path, monkeypatch):
+    attacks = {"advp/transfer": {"undefended": 2, "defended": [1]}}
+    append_records(tmp_path / "per_image.jsonl", [{"id": "a", "label": 1, "undefended": 1, "attacks": attacks}])
+    found = undefended(SimpleNamespace(folder=tmp_path, plans=[SimpleNamespace(name="advp")]), ["a"])
+    assert {name: verdicts[0].single for name, verdicts in found.items()} == {"clean": 1, "advp": 0}
+    monkeypatch.setattr(tables, "run_rows", lambda rows, *_, **how: ["undefended", *(row.key for row in rows)])
+    first = {n: tables.run_block(n, Options(), "efficientnet_lite0", 0)[0] for n in (1, 3, 4, 5, 6)}
+    assert first == {1: "undefended", 3: "NR", 4: "EP", 5: "undefended", 6: "undefended"}
+
+
+def test_a_folder_is_named_by_its_settings():
+    names = [tables.named(with_preset(change(Options(), seed=seed)), "jpeg").name for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_rows_that_need_other_photographs_are_told_of_them(monkeypatch):
+    """The ablation's prompts are each tuned without one term, and FNC's statistics are of what is tuned on."""
+    (row,) = chosen_rows(1, change(Options(), rows="fnc", tuning_data="photos"))
+    assert row.changes["defense"] == "fnc:statistics=photos"
+    monkeypatch.setattr(tables, "retuned", lambda opts, without: without)
+    left_out = {row.key: row.changes["prompts"] for row in chosen_rows(2, Options())}
+    assert left_out == {"without mask": "mask", "without feature": "feature", "without l1": "l1", "diffender": "none"}
 
 
 def test_no_defence_is_first_for_want_of_others():
