@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffender.attacks import ATTACKS, gdpa, rhde, stickers
-from diffender.attacks.expectation import Task, judge, judgements, kept_back, rank
+from diffender.attacks import ATTACKS, advp, gdpa, rhde, stickers
+from diffender.attacks.attack import steps_averaged_by
+from diffender.attacks.expectation import Course, Expectation, Task, judge, judgements, kept_back, rank
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side, random_mask, relocated, to_8bit
 from diffender.classifiers.dataset import Batch
 from diffender.noise import generator
@@ -176,13 +177,14 @@ class Scripted(torch.nn.Module):
         return torch.stack([logit, torch.zeros_like(logit)], dim=1)
 
 
-def test_four_steps_of_advp_by_hand():
-    """Gradients of norm 1; velocity 0.9 of the one before; steps of 0.05, 0.05, 0.025 and 0.0125 by its sign.
+@pytest.mark.parametrize("scale", [1, 10])
+def test_four_steps_of_advp_by_hand(scale):
+    """Gradients brought to norm 1; velocity 0.9 of the one before; steps of 0.05, 0.05, 0.025 and 0.0125 by its sign.
 
     upper   0.75   0.75 0.9 - 0.25 = 0.425   0.425 0.9 - 0.35 = 0.0325   0.03 - 0.5 < 0
     lower   0.25   0.25 0.9 - 0.75 < 0       < 0                         < 0
     """
-    victim = Scripted((0.75, 0.25), (-0.25, -0.75), (-0.35, -0.65), (-5.0, -5.0))
+    victim = Scripted((0.75 * scale, 0.25 * scale), (-0.25, -0.75), (-0.35, -0.65), (-5.0, -5.0))
     start = torch.full((1, 3, 2, 2), 0.5)
     task, init = Task(victim, start, torch.tensor([0]), ["a"], 0), torch.cat([start, torch.ones(1, 1, 2, 2)], dim=1)
     attack = ATTACKS["advp"](area=1.0, iters=4, eot=1)
@@ -350,6 +352,7 @@ def test_whether_a_victim_is_random_is_asked_of_one_image(batch):
         victim = SimpleNamespace(sample_noise=lambda ids, *_, noise=noise: asked.append(len(ids)) or noise)
         task = Task(victim, *batch, IDS, 0)
         assert (judgements(task, 5), kept_back(task, 2, 100)) == (passes, finals)
+        assert kept_back(task, 2, 11) == 0, "more than half of the queries"
     assert set(asked) == {1}
 
 
@@ -370,6 +373,13 @@ def test_a_patch_that_moves_is_judged_where_no_restart_was_tried(batch):
     assert not any(torch.equal(was[i], out.mask[i]) for was in seen for i in range(2))
 
 
+def test_a_patch_that_moves_is_chosen_and_restarted_at_places_of_their_own(batch, monkeypatch):
+    asked, masks = set(), advp.masks_for
+    monkeypatch.setattr(advp, "masks_for", lambda task, key, *given: asked.add(key) or masks(task, key, *given))
+    ATTACKS["advp"](area=0.2, iters=1, eot=1, restarts=2, location="eot")(Task(Linear(), *batch, IDS, 0))
+    assert asked >= {"attack 0/0", "attack 0 1/0", "choice/0", "restarts/0", "verdict/0"}
+
+
 def test_lavan_lowers_the_true_logit_against_the_target(batch):
     """Linear victim: z_y - z_t is linear in the pixels, so each ends at 0 or 1 by the sign of its weight."""
     x, y = batch
@@ -387,6 +397,35 @@ def test_lavan_lowers_the_true_logit_against_the_target(batch):
     margins = ATTACKS["advp"](area=0.2, iters=9, eot=1)(Task(victim, x, y, IDS, 0))
     assert torch.equal(runner_up.image, margins.image)
     assert (ATTACKS["lavan"]().area, ATTACKS["advp"]().area) == (0.02, 0.05)
+
+
+def test_shapes_corners_and_restarts_are_those_asked_for(batch):
+    task, plain = Task(Linear(), *batch, IDS, 0), ATTACKS["advp"](area=0.2)
+    for given, mask in (({"shape": "circle"}, {"shape": "circle"}), ({"location": "corner"}, {"corner": True})):
+        assert torch.equal(replace(plain, **given).home(task, ""), masks_for(task, "patch", 0.2, **mask))
+    for start in (plain.home, plain.first_pixels):
+        assert not torch.equal(start(task, ""), start(task, " 1"))
+
+
+def test_a_course_remembers_the_best_state_of_each_image():
+    course, none = Course(), torch.zeros(2)
+    for state, score in ((1.0, [1.0, 5.0]), (2.0, [3.0, 2.0]), (3.0, [2.0, 4.0])):
+        course.record(torch.full((2, 1), state), Expectation(none, none, none, torch.tensor(score)))
+    assert course.best[0].flatten().tolist() == [2.0, 1.0]
+
+
+def test_patches_are_judged_as_files_hold_them(batch):
+    judged = []
+
+    class Watched(Linear):
+        def forward(self, x, noise=None):
+            if not x.requires_grad:
+                judged.append(x)
+            return super().forward(x)
+
+    ATTACKS["advp"](area=0.2, iters=2, eot=1)(Task(Watched(), *batch, IDS, 0))
+    assert judged
+    assert all(torch.equal(x, to_8bit(x)) for x in judged)
 
 
 def test_advp_breaks_the_real_classifier(classifier, photos):
@@ -465,6 +504,80 @@ def test_gdpa_has_gradient_to_place_and_pattern():
     assert torch.autograd.gradcheck(lambda p, t: (gdpa.place(p, t, 12)[0] * weights).sum(), inputs)
 
 
+class Right(torch.nn.Module):
+    """Its only logit counts brightness, by how far to the right it is."""
+
+    def sample_noise(self, image_ids, seed, purpose, k=0):
+        return None
+
+    def forward(self, x, noise=None):
+        return (x * torch.arange(x.shape[-1]) / x.shape[-1]).sum(dim=(1, 2, 3))[:, None]
+
+
+def task_of(x, victim):
+    """The first logit is the loss."""
+    return Task(victim, x, torch.zeros(len(x)).long(), IDS[: len(x)], 0, lambda z: z[:, 0])
+
+
+def test_gdpa_moves_a_patch_to_where_the_loss_is_lower():
+    """By 8 pixels in the first third of the steps, then by 4, then by 2."""
+    task, white = task_of(torch.zeros(1, 3, 64, 64), Right()), torch.ones(1, 3, 9, 9)
+    theta = gdpa.to_theta(torch.tensor([[30, 30]]), 64, 9)
+    moved = [ATTACKS["gdpa"](iters=30).moved(task, white, theta, step, "") for step in (0, 10, 20)]
+    assert gdpa.to_corner(torch.cat(moved), 64, 9).tolist() == [[30, 30 - by] for by in (8, 4, 2)]
+
+
+def test_gdpa_starts_at_the_places_where_the_better_of_two_patches_does_best():
+    """In a dark image black takes away the more the farther right it is, and grey adds."""
+    attack, task = ATTACKS["gdpa"](area=0.02, restarts=3), task_of(torch.full((1, 3, 64, 64), 0.25), Right())
+    corners = attack.search(task, torch.zeros(1, 3, 9, 9))
+    assert (len(corners), corners[0][0, 1], corners[-1][0, 1]) == (49, 64 - 9, 0)
+    assert len({tuple(theta[0].tolist()) for _, theta in attack.starts(task, None)}) == 3
+
+
+def test_gdpa_has_a_rate_for_the_pattern_and_one_for_the_place_and_the_memory_that_it_tells(batch, monkeypatch):
+    made, adam, one = [], torch.optim.Adam, [t[:1] for t in batch]
+    monkeypatch.setattr(torch.optim, "Adam", lambda *given, **named: made.append(adam(*given, **named)) or made[-1])
+    for mode, rates in (("direct", [0.3, 0.01]), ("generator", [0.002])):
+        attack = ATTACKS["gdpa"](mode=mode, area=0.1, iters=1, eot=1, lr=0.3, lr_place=0.01, lr_net=0.002, width=2)
+        attack(Task(Linear(), *one, IDS[:1], 0))
+        groups = made[-1].param_groups
+        assert [group["lr"] for group in groups] == rates
+        assert {steps_averaged_by(group["betas"][0]) for group in groups} == {attack.averaged_steps}
+    assert [group["params"][0].ndim for group in made[0].param_groups] == [4, 2], "the pattern, then the place"
+
+
+def test_a_patch_of_gdpa_is_pasted_without_a_seam(monkeypatch):
+    """Of the colour of its image, between pixels: nothing is seen of it."""
+    monkeypatch.setattr(gdpa.GDPA, "moved", lambda self, task, pattern, theta, *_: theta)
+    shown, plain = [], torch.full((1, 3, SIZE, SIZE), 0.95)
+
+    class Watched(Linear):
+        def forward(self, x, noise=None):
+            if x.requires_grad:
+                shown.append(x.detach())
+            return super().forward(x)
+
+    side = patch_side(SIZE, 0.1)
+    start = gdpa.join(torch.full((1, 3, side, side), 0.95), torch.tensor([[0.13, -0.21]]))
+    ATTACKS["gdpa"](area=0.1, iters=1, eot=1)(Task(Watched(), plain, torch.tensor([0]), ["a"], 0), init=start)
+    assert torch.allclose(shown[0], plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "width", "lr"), [(24, 2, 5e-4), (24, 4, 2e-3), (16, 2, 5e-4)])
+def test_a_step_of_the_generator_moves_the_patch_as_far_as_the_authors_does(size, width, lr):
+    """Theirs, of Adam: 5e-4 for each of 802,816 features, which are about 2, over beta 3000."""
+    x, g = torch.rand(1, 3, size, size), torch.Generator().manual_seed(0)
+    net = gdpa.PatchGenerator(size, 5, g, width, blocks=1, lr=lr)
+    net.calibrate(x)
+    optimizer = torch.optim.Adam([net.to_location.weight], lr)
+    raw = lambda: (net(x)[1] / gdpa.bound(size, 5)).atanh()  # noqa: E731
+    before = raw()
+    before.sum().backward()
+    optimizer.step()
+    assert (before - raw()).tolist()[0] == pytest.approx([5e-4 * 802816 * 2 / 3000] * 2, rel=0.01)
+
+
 @pytest.mark.parametrize("mode", ["generator", "amortised"])
 def test_gdpa_by_network(mode, batch, tmp_path):
     """The generator of each image hurts it; one trained beforehand hurts images it was not trained on."""
@@ -500,6 +613,31 @@ def test_a_universal_patch_leads_to_its_target(batch):
     assert victim(pasted).softmax(dim=1)[:, target].mean() > 1.5 * before.mean()
 
 
+def test_every_epoch_has_an_order_of_its_own(batch):
+    rows = list(beforehand.batches(Batch(IDS, *batch, []), 8, 0, 3))
+    assert all(sorted(order) == list(range(8)) for order in rows)
+    assert rows[0] != rows[1] != rows[2]
+
+
+class Scaled(torch.nn.Module):
+    """Its only logit is the sum of the pixels times its noise: the gradient is that noise."""
+
+    def sample_noise(self, image_ids, seed, purpose, k=0):
+        return torch.stack([torch.randn(1, generator=generator(seed, i, purpose, k)) for i in image_ids])
+
+    def forward(self, x, noise):
+        return noise * x.sum(dim=(1, 2, 3))[:, None]
+
+
+def test_a_step_beforehand_follows_the_mean_over_fresh_noise():
+    w = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    task = task_of(w.detach(), Scaled())
+    loss = beforehand.descend(task, w + 1, torch.ones(1, 1, 2, 2), 5, torch.optim.SGD([w], 1.0), 4)
+    mean = torch.cat([task.noise("attack 5", k) for k in range(4)]).mean().item()
+    assert torch.allclose(w, torch.tensor(-mean))
+    assert loss == pytest.approx(12 * mean)
+
+
 # RHDE and its stickers
 
 
@@ -515,6 +653,66 @@ def test_stickers_stay_in_their_disc_at_any_angle():
         assert torch.allclose(turned[:, 3].mean(dim=(1, 2)), area, atol=5e-3)  # nothing is cut off
         side = stickers.side_for(name, 224, 0.1)
         assert stickers.render(name, torch.zeros(1), side)[0, 3].sum().item() / 224**2 == pytest.approx(0.1, rel=0.03)
+
+
+def test_stickers_turn_counter_clockwise():
+    still, turned = stickers.render("cat", torch.tensor([0.0, 90.0]), 64)
+    assert torch.allclose(turned, still.rot90(1, dims=(1, 2)), atol=0.02)
+
+
+def search_on(x, y, sigma=0.0, **given):
+    one = Task(Linear(sigma=sigma), x[:1], y[:1], IDS[:1], 0, lambda z: margin(z, y[:1]))
+    return rhde.Search(ATTACKS["rhde"](area=0.2, **given), one)
+
+
+def test_a_sticker_is_laid_over_the_image_as_its_genes_say(batch):
+    """At the lower left, turned by a quarter, of the middle opacity."""
+    search = search_on(*batch, opacity=(0.5, 1.0))
+    image, mask = search.paste(torch.tensor([[1.0, 0.0, 0.25, 0.5]]), torch.tensor([1]))
+    side = stickers.side_for(stickers.NAMES[1], SIZE, 0.2)
+    decal = 0.75 * stickers.render(stickers.NAMES[1], torch.tensor([90.0]), side)[0]
+    wanted = batch[0][:1].clone()
+    corner = wanted[0, :, SIZE - side :, :side]
+    corner.copy_(corner * (1 - decal[3]) + decal[:3])
+    assert torch.allclose(image, to_8bit(wanted), atol=1e-6)
+    assert torch.equal(mask[0, 0, SIZE - side :, :side], (decal[3] > 0).float())
+
+
+def seen_as(p, y):
+    """Probabilities (N, 5) of which p (N,) is that of class y, and the rest another's."""
+    return p[:, None] * torch.eye(5)[y] + (1 - p)[:, None] * torch.eye(5)[(y + 1) % 5]
+
+
+def test_rhde_stops_when_every_fresh_draw_is_fooled_and_not_before(batch):
+    search = search_on(*batch, sigma=0.3)
+    genes, sticker = torch.rand(1, 4), torch.zeros(1).long()
+    fooled, right = (rhde.Crowd(genes, sticker, seen_as(torch.tensor([p]), search.y)) for p in (0.1, 0.9))
+    search.ask = lambda genes, sticker, purpose: fooled
+    assert search.certain(fooled, 3)
+    search.ask = lambda genes, sticker, purpose: right if purpose == "certain 3 7" else fooled
+    assert not search.certain(fooled, 3)
+
+
+def test_rhde_searches_with_the_three_stickers_that_hurt_most_at_first(batch):
+    search = search_on(*batch)
+    search.ask = lambda genes, sticker, purpose: rhde.Crowd(genes, sticker, seen_as((9 - sticker) / 10, search.y))
+    assert set(search.first(None).sticker.tolist()) == {5, 6, 7}
+
+
+def test_rhde_steps_to_the_best_neighbour_and_breeds_around_the_best(batch):
+    """Here the true class is the surer the farther right the sticker is."""
+    search, asked = search_on(*batch, population=4, elite=0.25), []
+
+    def ask(genes, sticker, purpose):
+        asked.append(genes)
+        return rhde.Crowd(genes, sticker, seen_as(genes[:, 1], search.y))
+
+    search.ask = ask
+    genes = torch.tensor([[0.5, 0.5, 0.5, 0.5], *[[0.2, 0.9, 0.2, 0.2]] * 3])
+    after = search.generation(ask(genes, torch.zeros(4).long(), ""), "attack 1")
+    assert after.genes[0, 1] < 0.5
+    children = asked[-1]
+    assert (children == genes[0]).all(dim=1).any(), "of two parents alike"
 
 
 def test_rhde_energy_locks_on_the_runner_up_once(batch):
@@ -598,6 +796,36 @@ def test_of_patches_that_fool_alike_the_one_of_lower_loss_is_better():
     assert rank(torch.full((1, 2), -1e6), torch.tensor([[0.0, 1.0]])).argmax() == 1, "successes come first"
 
 
+def test_proposals_of_sparse_rs_repaint_less_and_less_then_flip_a_channel_of_a_pixel():
+    attack, g = ATTACKS["sparse-rs"](), torch.Generator().manual_seed(0)
+    pattern, corner = torch.rand(3, 16, 16, generator=g).round(), torch.tensor([40, 40])
+    early, stayed = attack.propose(pattern, corner, 96, 0.0, 0, g)
+    rows, columns = (found.unique() for found in (early != pattern).any(dim=0).nonzero().T)
+    box = early[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert box.shape[1:] == (10, 10), "0.4 of the patch"
+    assert (box == box[:, :1, :1]).all(), "one colour"
+    assert torch.equal(stayed, corner)
+    late, _ = attack.propose(pattern, corner, 96, 0.9, 0, g)
+    assert (late != pattern).sum() == 1
+    for progress, reach in ((0.0, 72), (0.99, 1)):
+        moved = [attack.propose(pattern, corner, 96, progress, 3, g)[1] - corner for _ in range(60)]
+        assert reach // 3 < torch.stack(moved).abs().max() <= reach
+
+
+def test_sparse_rs_compares_on_fresh_noise_that_both_share(batch):
+    noises = []
+
+    class Watched(Linear):
+        def forward(self, x, noise=None):
+            noises.append(noise)
+            return super().forward(x, noise)
+
+    ATTACKS["sparse-rs"](area=0.2, queries=12)(Task(Watched(sigma=0.3), *(t[:1] for t in batch), IDS[:1], 0))
+    assert len(noises) == 12
+    assert all(torch.equal(*pair) for pair in zip(noises[::2], noises[1::2], strict=True))
+    assert len(torch.cat(noises).unique(dim=0)) == 6
+
+
 # Ready-made patches and controls
 
 
@@ -610,6 +838,24 @@ def test_ready_patches_come_from_a_file_and_avoid_the_true_class(batch, tmp_path
     assert torch.allclose(out.image[out.mask.expand_as(x[:1]) == 1], torch.tensor(0.8))
     with pytest.raises(InputError, match="give --patch-file"):
         ATTACKS["ready"]()
+
+
+def test_ready_patches_are_drawn_at_random(tmp_path):
+    patches = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 4, 4).contiguous()
+    save_atomic({"patches": patches, "targets": torch.arange(5)}, tmp_path / "p.safetensors", {})
+    attack = ATTACKS["ready"](file=str(tmp_path / "p.safetensors"))
+    drawn = [attack.content(None, 9, 4, torch.Generator().manual_seed(i))[0, 0, 0].item() for i in range(20)]
+    assert len(set(drawn)) > 2
+
+
+def test_a_crop_is_another_piece_of_the_image_upside_down():
+    x = torch.rand(3, 8, 8)
+    pieces = x.unfold(1, 3, 1).unfold(2, 3, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 3, 3).flip(2)
+    found = set()
+    for seed in range(9):
+        crop = ATTACKS["crop"]().content(x, 0, 3, torch.Generator().manual_seed(seed))
+        found.add(int((pieces == crop).flatten(1).all(dim=1).nonzero()))
+    assert len(found) > 3
 
 
 def test_imagenet_patch_transfers_to_the_real_classifier(classifier, photos):
