@@ -3,6 +3,8 @@
 import io
 import math
 import re
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from diffender.classifiers.dataset import sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
 from diffender.config import Backward
 from diffender.defenses import DEFENSES, build, parse_defense
+from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fill import FILLS, harmonic
 from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_statistics
@@ -34,10 +38,14 @@ from diffender.defenses.smoothing import Smoothing
 from diffender.noise import generator
 from diffender.ops import resize
 from diffender.pipeline import Defended, DIFFender
+from diffender.pretrain import jedi as pretrained
 from diffender.pretrain.jedi import draw_mask
+from diffender.stable_diffusion.samplers import Step, ddim_step
+from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, q_sample
 from diffender.utils.errors import InputError
 from diffender.weights.prompts import contexts_for
 
+JEDI = import_module("diffender.defenses.jedi")  # a function of this name hides the file
 BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
 
 
@@ -119,6 +127,19 @@ def test_lgs_of_a_flat_picture_and_of_a_batch(photos):
     assert torch.equal(y, flat)
     assert torch.autograd.grad(y.sum(), flat)[0].isfinite().all()
     assert torch.equal(LGS()(photos)[1:2], LGS()(photos[1:2]))
+
+
+def test_lgs_scales_the_gradients_of_each_image(photos):
+    x = torch.cat([photos[:1], 0.2 * photos[1:2]])
+    assert torch.equal(LGS()(x)[1:], LGS()(x[1:]))
+
+
+def test_fills_take_nothing_from_under_the_mask():
+    x, mask = torch.full((1, 3, 16, 16), 0.2), torch.zeros(1, 1, 16, 16)
+    mask[..., 4:8, 4:8] = 1
+    hidden = x * (1 - mask) + 0.9 * mask
+    for name, colour in (("grey", 0.5), ("mean", 0.2), ("harmonic", 0.2)):
+        assert torch.allclose(FILLS[name](hidden, mask), x * (1 - mask) + colour * mask), name
 
 
 def test_harmonic_fill():
@@ -213,6 +234,14 @@ def test_fnc_statistics_are_those_of_the_images(classifier, photos):
     assert torch.equal(classifier.net.bn1.running_mean, before)
 
 
+def test_few_photographs_are_one_batch_of_statistics(target, photos, tmp_path):
+    rows = [f"{item.path},{item.label}\n" for item in sample_items()[:2]]
+    (tmp_path / "two.csv").write_text("file,label\n" + "".join(rows))
+    twin, plain = build(f"fnc:statistics={tmp_path / 'two.csv'}", target).classifier, target.classifier
+    stem = plain.net.conv_stem((photos[:2] - plain.mean) / plain.std)
+    assert torch.allclose(twin.net.bn1.running_mean, stem.mean(dim=(0, 2, 3)), atol=1e-5)
+
+
 def test_guided_gradients_are_positive_ones(classifier, photos):
     twin = guided(classifier)
     assert torch.equal(twin(photos[:1]), classifier(photos[:1]))
@@ -242,6 +271,32 @@ def test_dw_masks_the_one_place_that_the_network_looks_at(photos):
     assert 400 < mask.sum() < 900
     assert torch.equal(out, harmonic(x, mask))
     assert not torch.equal(out, x)
+
+
+class Spots(torch.nn.Module):
+    """A square, and a pixel far from it."""
+
+    def forward(self, x):
+        return x[..., 100:140, 60:100].sum(dim=(1, 2, 3))[:, None] + x[..., 200, 200].sum(dim=1, keepdim=True)
+
+
+def test_dw_erodes_lone_pixels_before_it_dilates(photos):
+    mask = DW(Spots(), sigma=0.1, quantile=0.9)(photos[:1])[1]
+    assert mask[..., 190:210, 190:210].sum() == 0
+    assert mask[..., 100:140, 60:100].all()
+
+
+class Minus(Spot):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def test_dw_keeps_its_proportions_and_sees_what_speaks_against_a_class(photos, monkeypatch):
+    square, asked = (slice(40, 60), slice(30, 50)), []
+    monkeypatch.setattr("diffender.defenses.dw.gaussian_blur", lambda x, *given: asked.append(given) or x)
+    masks = [DW(net(square))(photos[:1, :, :s, :s])[1] for s in (224, 112) for net in (Spot, Minus)]
+    assert asked == [(25, 4.0)] * 2 + [(13, 2.0)] * 2
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3])
 
 
 def test_jedi_constants_and_entropy():
@@ -280,6 +335,36 @@ def test_jedi_finds_noise(noisy):
     assert suspicious(torch.full((1, 3, 224, 224), 0.5), *OFFICIAL).sum() == 0
 
 
+def test_jedis_threshold_rises_with_the_entropy_of_the_image():
+    for i, rise in enumerate((0.32, 0.34, 0.35)):
+        mean, std = (s[i] for s in OFFICIAL)
+        low, high = (thresholds(torch.tensor(mean + k * std), i, *OFFICIAL).item() for k in (0, 1))
+        assert high - low == pytest.approx(rise, abs=1e-5)
+
+
+def test_jedi_looks_in_every_scale(noisy, monkeypatch):
+    every, usual, alone = suspicious(noisy, *OFFICIAL), thresholds, []
+    for k in range(3):
+        monkeypatch.setattr(JEDI, "thresholds", lambda mean, i, *s, k=k: usual(mean, i, *s) + (0 if i == k else 99))
+        alone.append(suspicious(noisy, *OFFICIAL))
+    assert torch.equal(every, torch.stack(alone).amax(dim=0))
+    assert not any(torch.equal(every, found) for found in alone)
+
+
+def test_jedi_sees_red_better_than_blue():
+    """In the weights of luma: 2 of 255 round to 1 in red, and to 0 in blue."""
+    x = torch.zeros(2, 3, 16, 16)
+    x[0, 0, :, 8:] = x[1, 2, :, 8:] = 2 / 255
+    found = entropy_windows(x, 9, 4).flatten(1).amax(dim=1)
+    assert found[0] > 0.9
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize("given", [{"min_area": 0.5}, {"threshold": 1.0}])
+def test_jedi_takes_no_region_too_small_and_nothing_that_its_autoencoder_is_unsure_of(noisy, given):
+    assert jedi(**given)(noisy)[1].sum() == 0
+
+
 def test_jedi_has_both_statistics():
     """Resized photographs are denser than the original's: its own raise the mean entropy, so more is flagged."""
     own, official = jedi(stats="own", completion="none"), jedi(completion="none")
@@ -297,6 +382,23 @@ def test_small_regions_go():
     assert left[0].sum() == 32
     assert left[0, 0, 1, 1] == 0
     assert left[1].sum() == 0
+
+
+def test_drawn_masks_cover_one_to_ten_per_cent():
+    """Ellipses as well."""
+    g = generator("areas")
+    areas = [draw_mask(g).mean().item() for _ in range(600)]
+    assert sum(areas) / 600 == pytest.approx(0.055, rel=0.03)
+    assert 0.008 < min(areas) < max(areas) < 0.11
+
+
+def test_clean_statistics_are_over_images(monkeypatch):
+    """Of their mean entropies, in each scale."""
+    monkeypatch.setattr(pretrained, "list_items", lambda data: [SimpleNamespace(path=i) for i in (1.0, 2.0, 3.0)])
+    monkeypatch.setattr(pretrained, "load_image", lambda value, cfg: torch.tensor(value))
+    monkeypatch.setattr(pretrained, "entropy_windows", lambda x, window, stride: window * x)
+    mean, std = pretrained.clean_statistics(SimpleNamespace(data="", seed=0, images=3, size=224))
+    assert (mean, std) == ([18, 26, 34], [9, 13, 17])
 
 
 def test_autoencoder_completes_masks():
@@ -422,6 +524,26 @@ def test_rows_agree_as_defined():
     assert fewer > 200
 
 
+def test_certificates_are_of_rows_that_agree_and_windows_that_hide_all():
+    g, x, held = generator("certificates"), torch.zeros(3, 30, 30), []
+    for _ in range(40):
+        cleanser = Told(Bright(), 0.028, masks=3)
+        windows = cleanser.windows(30)
+        n = len(windows)
+        table = (torch.rand(n, n, generator=g) > 0.9).long()
+        answers = {(i, j): int(table[min(i, j), max(i, j)]) for i in range(n) for j in range(n)}
+        object.__setattr__(cleanser, "answers", answers)
+        object.__setattr__(cleanser, "asked", [])
+        right = [all(answers[i, j] == 0 for j in range(n)) for i in range(n)]
+        assert cleanser.right_rows(x, 0) == right
+        top, left = torch.randint(0, 29, (2,), generator=g).tolist()
+        patch = F.pad(torch.ones(1, 2, 2), (left, 28 - left, top, 28 - top))  # where windows overlap, in several
+        hiding = [a <= top <= a + side - 2 and b <= left <= b + side - 2 for a, b, side in windows]
+        held.append(any(r for r, h in zip(right, hiding, strict=True) if h))
+        assert cleanser.certified(x, 0, patch) == held[-1]
+    assert 5 < sum(held) < 35
+
+
 class Undecided(PatchCleanser):
     def agreed(self, x):
         return None
@@ -445,6 +567,18 @@ def test_hardened_believes_windows_first(target, photos):
     assert torch.equal(toy.defense(x, noise).image[:1], target.defense(x, noise).image[:1])
     undecided = Hardened(target.defense, Undecided(target.classifier, 0.05))
     assert all(torch.equal(a, b) for a, b in zip(undecided(photos[:2], noise), plain, strict=True))
+
+
+def test_hardened_covers_and_certifies_the_place_of_the_patch(target):
+    """The window that hides the patch is the mask; certificates are each image's own."""
+    toy = Hardened(target.defense, PatchCleanser(Bright(), 0.05, masks=2))
+    x = torch.full((1, 3, 224, 224), 0.5)
+    x[..., 215, 215] = 1
+    window = toy.cleanser.hidden(x[0], [(3, 3)])
+    assert torch.equal(toy(x, toy.sample_noise(["a"], 0, "test")).mask, window)
+    x = torch.full((2, 3, 30, 30), 0.5)
+    x[:, :, 4, 4] = 1
+    assert toy.certified(x, [0, 0], torch.stack([spot(4, 4), spot(28, 28)])) == [True, False]
 
 
 def test_evade_sees_hardened_through_a_window(target, photos):
@@ -522,6 +656,18 @@ def test_diffpure_without_noise_is_the_round_trip(target, photos):
     once, twice = (strong.defense(photos[:1], noise).image for _ in range(2))
     assert torch.equal(once, twice)
     assert (once - pure.defense(photos[:1], noise).image).abs().mean() > 0.01
+
+
+def test_two_steps_of_diffpure_by_hand(model):
+    """From 300 over 150 to 0, each noise in its place."""
+    context, x = model.encode_text([""]), torch.rand(1, 3, 32, 32)
+    pure = DiffPure(model, context, model.blank_conditioning((32, 32)), t_star=0.3, steps=2)
+    noise, a = pure.sample_noise(["a"], 0, "test"), ALPHAS_CUMPROD
+    z = q_sample(model.encode(x, noise[:, 0]), noise[:, 1], a[300])
+    for t, end, k in ((300, 150, 2), (150, 0, 3)):
+        eps = model.eps(z, t, context, pure.blank)
+        z = ddim_step(z, eps, Step(t, a[t], a[end]), 1.0, noise[:, k])
+    assert torch.allclose(pure(x, noise), model.decode(z).clamp(0, 1), atol=1e-5)
 
 
 def test_borrowed_models_work_at_the_size_of_diffender(model, classifier, photos):
