@@ -35,7 +35,7 @@ from diffender.evaluation.verdicts import (
 from diffender.losses import decoy, evasion, evasion_max
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
-from diffender.pipeline import Defended, DIFFender, Undefended, WithFreshNoise
+from diffender.pipeline import Defended, DIFFender, Localized, Undefended, WithFreshNoise
 from diffender.report.page import headline
 from diffender.report.tables import accuracies, markdown, trust_table
 from diffender.stable_diffusion.vae import Posterior
@@ -184,6 +184,30 @@ def test_modes_differ_in_gradient_alone(target, attacked):
             assert not torch.allclose(gradients[a], gradients[b], rtol=1e-3), (a, b)
 
 
+class Sketch(DIFFender):
+    """Masks what is bright; what it paints depends on the image, on the mask and on the number of steps."""
+
+    def localize(self, x, noise, backward=None, posterior=None):
+        bright = x.mean(dim=1, keepdim=True)
+        return Localized(*[straight_through((bright > 0.5).float(), bright)] * 3)
+
+    def restore(self, x, mask, noise, steps=None):
+        return x.square() * (1 + mask) / (steps or 4)
+
+
+def test_a_mode_holds_constant_what_it_says(target):
+    """Restoration in bpda-mask, all but its surrogate's steps in surrogate, nothing in full."""
+    plain, x = target.defense, torch.rand(1, 3, 64, 64).requires_grad_()
+    defense = Sketch(plain.model, plain.contexts, plain.cfg, (64, 64))
+    mask, weights = defense.localize(x, None).mask, torch.randn(x.shape)
+    whole, short = (defense.restore(x, mask, None, steps) for steps in (None, 1))
+    painted = {"bpda-mask": whole.detach(), "surrogate": straight_through(whole, short), "full": whole}
+    for mode, x_hat in painted.items():
+        images = (defense(x, None, Backward(mode, surrogate_steps=1)).image, x * (1 - mask) + x_hat * mask)
+        got, wanted = (torch.autograd.grad((i * weights).sum(), x, retain_graph=True)[0] for i in images)
+        assert torch.allclose(got, wanted, atol=1e-5), mode
+
+
 @pytest.mark.parametrize(("hide", "hidden"), [("mean", evasion), ("max", evasion_max)])
 def test_the_penalty_is_hiding_and_decoy_by_their_weights(target, photos, hide, hidden):
     victim = Defended(
@@ -214,6 +238,13 @@ def test_the_highest_latent_of_a_patch():
     assert mean[0, 0, 5, 5] < 0.02
     assert (evasion_max(z - 1, patch, 2.5) < value).all()
     assert torch.autograd.gradcheck(lambda z: evasion_max(z, patch.double(), 2.5), z.detach().double().requires_grad_())
+
+
+def test_a_latent_counts_by_how_much_of_it_the_patch_covers():
+    z, patch = torch.full((1, 1, 4, 4), 3.0), torch.zeros(1, 1, 32, 32)
+    patch[..., :4, :4] = 1
+    quarter = torch.tensor(3.0 - 0.25 * torch.tensor(4.0).log().item() - 2.0)
+    assert evasion_max(z, patch, 2.0).item() == pytest.approx(F.softplus(quarter).item())
 
 
 def test_straight_through_estimators(target, attacked):

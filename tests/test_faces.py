@@ -99,6 +99,30 @@ def test_images_are_counted_by_their_decimals_alone():
     assert sorted(names, key=natural) == ["img2.jpg", "img10.jpg", "x²1.jpg", "²1.jpg"]
 
 
+def test_probes_are_counted_by_their_numbers(tmp_path):
+    for name, files in (("Ann", ("img2", "img10")), ("Bob", ("a", "b"))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / f"{file}.jpg").touch()
+    probes = split_faces(list_faces(str(tmp_path))).probes
+    assert [probe.id for probe in probes] == ["Ann/img2", "Bob/a"]
+
+
+@pytest.mark.parametrize("name", RECOGNIZERS)
+def test_faces_are_normalised_as_published(name):
+    """(255 x - 127.5) / 128."""
+    cfg = RECOGNIZERS[name]
+    assert [(1 - m) / s for m, s in zip(cfg.mean, cfg.std, strict=True)] == pytest.approx([127.5 / 128] * 3, rel=1e-6)
+
+
+def test_mobilefacenet_averages_pixels_where_it_sees_fewer():
+    net, seen = MobileFaceNet().eval(), []
+    net.conv1.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    net(torch.tensor([0.0, 1.0]).repeat(112).expand(1, 3, 224, 224))
+    assert seen[0].shape == (1, 3, 112, 96)
+    assert (seen[0][..., 2:-2] - 0.5).abs().max() < 0.2
+
+
 @pytest.mark.parametrize(("name", "size", "left"), [("facenet", 160, 45), ("mobilefacenet", 224, 56)])
 def test_an_lfw_face_is_the_middle(tmp_path, name, size, left):
     """In the proportions that the network was trained on: 137 of 160 pixels are 6 of 7."""
@@ -117,6 +141,11 @@ def test_pairs_of_lfw(tmp_path):
     assert different == (tmp_path / "Ann" / "Ann_0001.jpg", tmp_path / "Bob" / "Bob_0002.jpg", False)
 
 
+def test_pairs_of_a_csv(tmp_path):
+    (tmp_path / "pairs.csv").write_text("file_a,file_b,same\na.jpg,b.jpg,1\na.jpg,c.jpg,0\n")
+    assert [same for *_, same in read_pairs(tmp_path / "pairs.csv", tmp_path)] == [True, False]
+
+
 def test_verification_by_hand():
     distances = torch.tensor([0.1, 0.9, 0.2, 0.8] * 5)
     same = torch.tensor([True, False, True, False] * 5)
@@ -125,6 +154,10 @@ def test_verification_by_hand():
     assert 0.2 <= result.threshold < 0.8
     assert verify(distances, ~same, folds=5).accuracy <= 0.5
     assert verify(distances, same, folds=9).accuracy == 1, "folds of 2 and of 3 pairs"
+    odd = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.25, 0.4])
+    assert verify(odd, same[:6], folds=3).accuracy == pytest.approx(5 / 6), "no fold chooses its own threshold"
+    torn = torch.tensor([0.1, 0.4, 0.5, 0.7, 0.8, 0.95]).repeat(2)
+    assert verify(torn, same[:12], folds=2).threshold == pytest.approx(0.6), "the middle of three that are as good"
     with pytest.raises(InputError, match="20 pairs are too few for 11 folds"):
         verify(distances, same, folds=11)
 

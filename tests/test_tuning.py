@@ -7,14 +7,15 @@ import torch
 
 import train
 from diffender import tuning as tunings
-from diffender.attacks.expectation import Task
+from diffender.attacks.expectation import Attacked, Task
+from diffender.classifiers.dataset import Batch
 from diffender.config import DIFFenderConfig, TuningConfig
 from diffender.losses import TuningLoss, feature_distance, mask_cross_entropy, restoration_l1
 from diffender.noise import generator
 from diffender.pipeline import Defended, DIFFender, Localized, Purified
 from diffender.prompts import PromptPair
 from diffender.stable_diffusion.vae import Posterior
-from diffender.tuning import Shots, Tuning, Work, eq_7, tune
+from diffender.tuning import Share, Shots, Tuning, Work, eq_7, tune
 from diffender.utils.files import sha256
 from diffender.utils.options import change
 from diffender.weights.prompts import SHIPPED
@@ -80,6 +81,20 @@ def test_the_rate_falls_to_zero_over_all_batches_of_all_rounds(prompts):
         tuning.schedule.step()
     assert rates[::3] == pytest.approx([0.05, 0.025])
     assert tuning.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_step_of_adam_is_its_rate_and_a_share_of_a_batch_gives_its_share(tuned, monkeypatch):
+    monkeypatch.setattr(tunings, "eq_7", mean_context)
+    cfg, told = TuningConfig(lr=0.05), []
+    for share in (1.0, 0.25):
+        prompts = PromptPair(16, 64, generator("prompts"))
+        start, tuning = prompts.ctx_locate.detach().clone(), Tuning(prompts, cfg, 1)
+        empty = tuned.defense.contexts.empty
+        told.append(tunings.step(tuned, tuning, Share(nowhere(), share), empty, cfg, lambda *tensors: None))
+        assert (prompts.ctx_locate - start).abs().median().item() == pytest.approx(0.05, rel=0.01)
+        assert tuning.optimizer.param_groups[0]["lr"] < 0.05, "the next one is smaller"
+    for name in ("total", "grad_L", "grad_R"):
+        assert told[1][name] == pytest.approx(0.25 * told[0][name], rel=1e-4)
 
 
 def test_every_round_has_noise_of_its_own(tuned, prompts, monkeypatch):
@@ -219,6 +234,34 @@ def test_new_attacks_start_from_the_first_ones():
     starts[:, 3] = torch.arange(16) < 4  # where they are
     made = train.attack_through(change(train.Options(), adaptive_iters=1), task, starts)
     assert torch.allclose(made, starts[:, :3] * starts[:, 3:])
+
+
+def test_what_the_first_of_two_processes_tunes_on(call, model, monkeypatch):
+    """Half of the batch, towards the features of the clean images."""
+    x, told = torch.rand(2, 3, 8, 8), []
+    made = Attacked(1 - x, x[:, :1].round(), x, *torch.zeros(3, 2))
+
+    class Same(torch.nn.Module):
+        features = staticmethod(lambda x: [x])
+
+    def stop(opts, target, tuning, work, *_):
+        told.append(work)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("diffender.classifiers.imagenet.load_classifier", lambda *_: Same())
+    monkeypatch.setattr("diffender.factory.open_model", lambda *_: model)
+    monkeypatch.setattr(DIFFender, "posterior", lambda self, x: x)
+    monkeypatch.setattr(train, "photographs", lambda *_: Batch(["a", "b"], x, torch.zeros(2).long(), ["0", "1"]))
+    monkeypatch.setattr(train, "attack_alone", lambda *_: made)
+    monkeypatch.setattr(train, "join", lambda opts: (0, 2))
+    monkeypatch.setattr(train, "tune_and_save", stop)
+    small = ("--shots", "2", "--held-out", "0", "--no-keep", "--out", "p.safetensors")
+    assert call(train.main, "train.py", *small)[0] == 0
+    (work,) = told
+    assert [(rows.tolist(), share) for rows, share in work.batches] == [([0], 0.5)]
+    every = work.every
+    assert [torch.equal(t, x) for t in (every.clean, *every.features, 1 - every.attacked)] == [True] * 3
+    assert torch.equal(every.posterior, every.attacked)
 
 
 def test_a_tuning_goes_on_with_the_same_classifier_alone():
