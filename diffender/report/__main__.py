@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from diffender.evaluation.records import read_config, read_records
@@ -43,12 +44,12 @@ def filled(document: str, results: Path) -> str:
 def compare(a: Path, b: Path) -> str:
     """Two runs on the images and attacks that they share: who is right where the other is not, by the first
     purification of each; McNemar's exact p. `strongest` counts an image under all shared attacks. Runs are named by
-    their defences, or by their folders if these are the same.
+    their defences, or by their folders if these are the same. What their attackers differ in is said beneath.
 
     Raises InputError where they share no images, or images of one name are not the same.
     """
     from diffender.evaluation.metrics import counted, mcnemar, proportion
-    from diffender.evaluation.options import OURS
+    from diffender.evaluation.options import BUDGET, OURS, PatchOptions
 
     left, right = (read_records(folder) for folder in (a, b))
     ids = [i for i in left if i in right]
@@ -78,7 +79,12 @@ def compare(a: Path, b: Path) -> str:
     x, y = (OURS.get(name, name) for name in (config.get("defense", "") for config in configs))
     x, y = (a.name, b.name) if x == y else (x, y)
     head = (f"{len(ids)} images", f"{x} right", f"{y} right", f"only {x}", f"only {y}", "p")
-    return f"{table(head, rows)}\n`{command()}`: first purifications, Wilson intervals of 95 %; p: McNemar, exact.\n"
+    attackers = ("classifier", "seed", *BUDGET, *(f.name for f in fields(PatchOptions)))
+    told = [(name, *(config.get(name) for config in configs)) for name in attackers]
+    differ = ", ".join(f"{name} ({one} and {other})" for name, one, other in told if one != other)
+    note = f" **The attackers differ**: {differ}." if differ else ""
+    said = "first purifications, Wilson intervals of 95 %; p: McNemar, exact."
+    return f"{table(head, rows)}\n`{command()}`: {said}{note}\n"
 
 
 def main() -> None:
