@@ -8,6 +8,8 @@ from PIL import Image
 from diffender.classifiers.dataset import correct_subset, list_items, load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS, HALF, Classifier, ClassifierConfig, as_map, load_classifier
 from diffender.utils.errors import InputError
+from diffender.weights.loading import load_model
+from diffender.weights.prompts import contexts_for
 from tests.conftest import SHARED
 
 
@@ -166,3 +168,10 @@ def test_accuracy_on_nips17_is_that_of_a_working_classifier(classifier):
     x = torch.stack([load_image(item.path, classifier.cfg) for item in items])
     right = (classifier(x).argmax(dim=1) == torch.tensor([item.label for item in items])).float().mean()
     assert right > 0.8
+
+
+def test_loading_takes_none_of_the_callers_random_numbers():
+    before = torch.get_rng_state()
+    contexts_for("tuned", load_model("tiny"))
+    load_classifier("efficientnet_lite0")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffender.noise import CPU, put_back
 from diffender.utils.errors import InputError, check_finite, nearest
 from diffender.utils.files import check_fit, load_tensors
 from diffender.weights.official import fetched
@@ -149,7 +150,8 @@ def load_classifier(
             f"{classes} classes of your own need --classifier-weights, the file of a network trained on them"
         )
     own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
+    with put_back(CPU):  # which the first weights are drawn from
+        net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)
     if weights is not None:
