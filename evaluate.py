@@ -22,6 +22,7 @@ import json
 from diffender.evaluation.options import Options, names, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import sources
 from diffender.evaluation.records import read_records
+from diffender.utils.errors import InputError
 from diffender.utils.options import parse, run
 
 
@@ -48,6 +49,8 @@ def main() -> None:
         print(run_table(opts.table, given) if opts.table is not None else run_figure(opts.figure, given))
         return
     experiment = prepare(opts)
+    if given.eot not in (None, experiment.opts.eot):
+        raise InputError(f"--eot {given.eot}: {opts.defense} draws no noise, so all samples are the same; leave it out")
     batch = load_images(opts, experiment.target)
     done = len(read_records(experiment.folder).keys() & set(batch.ids))
     if not opts.run.quiet:

@@ -91,6 +91,12 @@ def main() -> None:
             f"--adaptive {opts.tuning.adaptive} with --rounds {opts.tuning.rounds}: no round would be compared; give "
             "at most as many, or --held-out 0"
         )
+    if opts.adaptive_iters != Options.adaptive_iters and not opts.tuning.adaptive:
+        raise InputError(
+            f"--adaptive-iters {opts.adaptive_iters} is read by --adaptive alone: add that, or leave it out"
+        )
+    if opts.tuning.printed_eq4 and opts.tuning.without == "mask":
+        raise InputError("--printed-eq4 and --without mask: there is no Eq. 4 then; leave one of them out")
     # Imported after the options are known to be good: torch and timm take seconds.
     import torch
 

@@ -24,7 +24,7 @@ from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.options import PRESETS, Options, refuse_conflicts, refuse_unread, with_preset
-from diffender.evaluation.plan import build_plans, default_name
+from diffender.evaluation.plan import as_drawn, build_plans, default_name
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
@@ -114,7 +114,7 @@ def benchmark(
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):
             raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
         asked = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget, "images": len(images)}
-        opts = options_for(victim, asked, options)
+        opts = as_drawn(options_for(victim, asked, options), victim)
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)

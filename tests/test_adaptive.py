@@ -20,7 +20,7 @@ from diffender.evaluation import trust
 from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.options import Options, kinds, with_preset
+from diffender.evaluation.options import Options, attacks, kinds, with_preset
 from diffender.evaluation.verdicts import (
     Judge,
     Plan,
@@ -879,11 +879,23 @@ def test_budgets_go_to_the_attacks_that_they_are_for():
     assert (rhde.base.queries, rhde.base.iters, rhde.adaptive["queries"][0].queries) == (60, 9, 50)
     (moving,) = plans.build_plans(change(opts, attack="advp", location="eot"), random)
     assert (moving.base.eot, moving.adaptive["bpda"][0].eot) == (4, 4)
-    same, _ = plans.build_plans(opts, SimpleNamespace(sample_noise=lambda *_: None, under=random.under))
-    assert same.adaptive["bpda"][0].eot == 1, "a defence that is not random"
+    same = SimpleNamespace(sample_noise=lambda *_: None)
+    drawn = [plans.as_drawn(change(opts, location=place), who).eot for who in (random, same) for place in (None, "eot")]
+    assert drawn == [4, 4, 1, 4], "a defence that is not random needs one sample, of a patch that stays"
     for preset, targeted in (("laptop", True), ("strong", False)):
         (lavan,) = plans.build_plans(with_preset(Options(preset=preset, attack="lavan")), random)
         assert lavan.base.targeted is targeted
+
+
+def test_an_attack_by_any_other_name_is_refused(monkeypatch):
+    for name, made, says in (
+        ("mine", lambda task: task, r"ATTACKS\['mine'\] is .*; an attack is a class that inherits from Attack"),
+        ("a/b", ATTACKS["grey"], "ATTACKS has 'a/b'; names are of a-z, 0-9 and -"),
+        ("all", ATTACKS["grey"], "neither all nor none"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=says):
+            patch.setitem(ATTACKS, name, made)
+            attacks(Options(attack="grey"))
 
 
 def test_evaluations_are_recorded_where_gradients_pass_through_restoration():

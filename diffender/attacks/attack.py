@@ -24,6 +24,7 @@ class Attack:
     """
 
     access: ClassVar[str] = "none"
+    moves: ClassVar[float] = 0.0  # forward passes that a step takes besides its samples, on average
     flags: ClassVar[dict[str, str]] = {}  # of a command line, where a flag and its field have different names
 
     area: float = option(0.05, "Share of the image that the patch covers.", low=0.0005, high=1)
@@ -48,8 +49,7 @@ class Attack:
         `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback` hears after
         each step what share of the work is done.
         """
-        if task.x.shape[-2] != task.x.shape[-1]:
-            raise InputError(f"images of {tuple(task.x.shape[-2:])} pixels; attacks take square ones: crop them")
+        check_square(task.x)
         if not task.x.is_floating_point():
             raise InputError(f"images of dtype {task.x.dtype}; they are floating point in [0, 1]: divide by 255")
         if self.access != "none" and not hasattr(task.victim, "sample_noise"):
@@ -66,6 +66,11 @@ class Attack:
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)
 
+    @property
+    def averaged_steps(self) -> float:
+        """How many steps' gradients a plain mean needs to be as steady as a step's direction."""
+        return 1.0
+
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
         """The loss that the attacker minimises, from logits (B, K) to (B,)."""
         return partial(margin, y=task.y)
@@ -78,6 +83,12 @@ class Attack:
         """The only attempt."""
         (attacked,) = attempts
         return attacked
+
+
+def check_square(x: Tensor) -> None:
+    """Raises InputError for images (B, 3, H, W) that no attack takes."""
+    if x.shape[-2] != x.shape[-1]:
+        raise InputError(f"images of {tuple(x.shape[-2:])} pixels; attacks take square ones: crop them")
 
 
 def steps_averaged_by(momentum: float) -> float:
@@ -98,17 +109,11 @@ class GradientAttack(Attack):
     """An attack by the mean gradient over fresh noise; the best attempt is chosen on noise that none has seen."""
 
     access: ClassVar[str] = "gradient"
-    moves: ClassVar[float] = 0.0  # forward passes that a step takes besides its samples, on average
 
     iters: int = option(100, "Steps.", low=1)
     eot: int = option(10, "Noise samples in each step.", low=1)
     eot_batch: int = option(1, "How many of them side by side. Changes results by rounding.", low=1)
     restarts: int = option(1, "Attempts, of which each image keeps the best.", low=1)
-
-    @property
-    def averaged_steps(self) -> float:
-        """How many steps' gradients a plain mean needs to be as steady as a step's direction."""
-        return 1.0
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         return best_attempt(task, attempts, self.eot, self.eot_batch)

@@ -5,6 +5,7 @@ Torch is imported inside the functions, so that --help and mistakes on the comma
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,8 +192,9 @@ def refuse_conflicts(opts: Options) -> None:
         raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
     if opts.frames and opts.table != 7:
         raise InputError("--frames is for --table 7, which judges photographs of printed patches")
-    if opts.name and (Path(opts.name).is_absolute() or ".." in Path(opts.name).parts):
-        raise InputError(f"--name is {opts.name}; it is a folder within runs/")
+    place = None if opts.name is None else Path(opts.name)
+    if place is not None and (place.is_absolute() or ".." in place.parts or not place.parts):
+        raise InputError(f"--name is {opts.name!r}; it is a folder within runs/")
     if opts.patch.gdpa_mode == "amortised" and (opts.curves == "all" or opts.trust == "full"):
         raise InputError("--gdpa-mode amortised has a generator for one size: leave out --curves all and --trust full")
     if opts.dry_run and (opts.table or opts.figure):
@@ -234,7 +236,13 @@ def kinds(opts: Options) -> list[str]:
 def attacks(opts: Options) -> dict[str, type[Attack]]:
     """The attacks asked for, by name. Raises InputError for others."""
     from diffender.attacks import ATTACKS, PAPER_ATTACKS
+    from diffender.attacks.attack import Attack
 
+    for name, cls in ATTACKS.items():
+        if not (isinstance(cls, type) and issubclass(cls, Attack)):
+            raise InputError(f"ATTACKS[{name!r}] is {cls!r}; an attack is a class that inherits from Attack")
+        if not re.fullmatch(r"[a-z0-9-]+", name) or name in ("all", "none"):
+            raise InputError(f"ATTACKS has {name!r}; names are of a-z, 0-9 and -, and neither all nor none")
     names = {"all": list(PAPER_ATTACKS), "none": []}.get(opts.attack, opts.attack.split(","))
     if unknown := sorted(set(names) - set(ATTACKS)):
         raise InputError(
@@ -280,8 +288,13 @@ def refuse_unread(opts: Options) -> None:
         "curves": (opts.curves, alone, single),
         "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
         "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
+        "trust_images": (opts.trust_images != Options.trust_images, "--trust quick and full", opts.trust != "off"),
         "name": (opts.name, alone, single),
-        "prompts": (defense.prompts, "--defense diffender --prompt tuned", ours and defense.prompt_kind == "tuned"),
+        "prompts": (
+            defense.prompts,
+            "--defense diffender --prompt tuned, and tables other than 2",
+            ours and defense.prompt_kind == "tuned" and number != 2,
+        ),
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
     if number == 3 and "restore" in defense.method:
         conditions["restore"] = (True, "tables other than 3", False)

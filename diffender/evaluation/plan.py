@@ -86,14 +86,18 @@ def attack_flags(opts: Options) -> dict[str, Any]:
     return vars(opts.patch) | {k: getattr(opts, k) for k in ("iters", "eot", "eot_batch", "restarts", "queries")}
 
 
+def as_drawn(opts: Options, target: Defended) -> Options:
+    """The options with EOT 1 where all samples of a step would be the same: without noise, at one place."""
+    same = target.sample_noise(["0"], 0, "plan") is None and opts.patch.location != "eot"
+    return replace(opts, eot=1) if same else opts
+
+
 def build_plans(opts: Options, target: Defended) -> list[Plan]:
     """What each attack does to the classifier alone, where nothing is random but the place, and to the defence."""
     from diffender.evaluation.verdicts import Plan
 
     given = attack_flags(opts)
     eot = opts.eot if opts.patch.location == "eot" else 1
-    if target.sample_noise(["0"], 0, "plan") is None:  # all samples would be the same
-        given["eot"] = eot
     by_queries = {"queries": opts.queries_undefended, "iters": opts.iters_undefended}
     by_gradient = {"iters": opts.iters_undefended, "eot": eot, "restarts": 1}
     plans = []

@@ -41,19 +41,24 @@ def open_run(folder: Path, config: dict, own: Path) -> dict[str, dict]:
     Each process appends to its `own` file; a last line there that a killed run left unfinished is cut off.
     """
     path = folder / "config.json"
-    config = json.loads(json.dumps(config))
-    if path.is_file():
-        other = read_config(folder)
-        changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
-        if changed:
-            raise InputError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name or --out"
-            )
-    else:
+    refuse_other(folder, config)
+    if not path.is_file():
         place_for(path)
         write_json(path, config)
     cut_tail(own)
     return read_records(folder)
+
+
+def refuse_other(folder: Path, config: dict) -> None:
+    """Raises InputError where the folder holds a run with another configuration."""
+    if not (folder / "config.json").is_file():
+        return
+    config, other = json.loads(json.dumps(config)), read_config(folder)
+    changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
+    if changed:
+        raise InputError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name or --out"
+        )
 
 
 def read_config(folder: Path) -> dict:

@@ -13,14 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffender.attacks.attack import check_square
 from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
 from diffender.defenses import parse_defense
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.options import OURS, Options, attacks, shard_of
-from diffender.evaluation.plan import batches, build_plans, build_target, config_of, default_name, describe, mine
-from diffender.evaluation.records import append_records, open_run, read_config, read_records
+from diffender.evaluation.plan import (
+    as_drawn,
+    batches,
+    build_plans,
+    build_target,
+    config_of,
+    default_name,
+    describe,
+    mine,
+)
+from diffender.evaluation.records import append_records, open_run, read_records, refuse_other
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
 from diffender.factory import dtype_name, hashes_of, open_items
@@ -67,6 +77,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
     open_items(opts.target)  # what does not exist shows before anything is loaded
     target = build_target(opts, model)
+    opts = as_drawn(opts, target)
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = shard_of(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
@@ -94,10 +105,13 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     opts = experiments[0].opts
     if len(set(file_names(batch.ids))) < len(batch.ids):
         raise InputError("two images have names that differ in / and __ alone, so they would share files; rename one")
+    if attacks(opts):
+        check_square(batch.x)
     for e in experiments:
         refuse_seen(e.opts, batch)
         refuse_hidden_noise(e.target, batch.x[:1].to(e.device))
-    there = [read_records(e.folder) if opts.dry_run else open_run(e.folder, e.config, e.own) for e in experiments]
+        refuse_other(e.folder, e.config)
+    there = [read_records(e.folder) for e in experiments]
     for e, records in zip(experiments, there, strict=True):
         refuse_changed(e.folder, records, batch)
     parts = batches(opts, mine(opts, len(batch.ids)))
@@ -110,11 +124,12 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         announce(opts, forecasts)
     if opts.dry_run:
         return
+    follow = [TRACKERS[opts.track](e.folder, e.config) for e in experiments]
     for e in experiments:
+        open_run(e.folder, e.config, e.own)
         if not (e.folder / "env.json").is_file():  # of the first process: one that resumes may have another machine
             write_json(e.folder / "env.json", environment(e.device))
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
-    follow = [TRACKERS[opts.track](e.folder, read_config(e.folder)) for e in experiments]
     total = sum(f.work for f in forecasts)
     costs = [f.parts for f in forecasts]
     with (

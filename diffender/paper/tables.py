@@ -179,7 +179,9 @@ def run_table(number: int, opts: Options) -> str:
 def run_table_7(opts: Options) -> str:
     """The same of the table of filmed patches: from the photographs that --frames names, or by simulation."""
     if opts.frames and not Path(opts.frames).is_file():
-        raise InputError(f"--frames {opts.frames}: no such file; give a csv of file, label, configuration")
+        raise InputError(
+            f"--frames {opts.frames}: no such file; give a csv of file, label, configuration and, if you like, clean"
+        )
     own = with_preset(change(opts, attack="none", trust="off", data=opts.frames or opts.target.data, name="tables"))
     experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
     batch = None if opts.frames else load_images(own, experiment.target)
