@@ -77,8 +77,9 @@ class Defender:
             self.names = class_names() if opts.classes is None else [str(i) for i in range(opts.classes)]
 
     def __call__(self, image: "Image.Image", name: str = "image") -> Found:
-        """An image of any size and mode; noise follows from its name."""
+        """An image of any size and mode, turned upright where the camera says how; noise follows from its name."""
         import PIL.Image
+        from PIL import ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
         from diffender.classifiers.dataset import as_rgb
@@ -87,7 +88,7 @@ class Defender:
         started = time.monotonic()
         if not isinstance(image, PIL.Image.Image):
             raise InputError(f"an image is a {type(image).__name__}; give a PIL image, or a tensor (B, 3, H, W)")
-        image = as_rgb(image)
+        image = as_rgb(ImageOps.exif_transpose(image))
         x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
         defense = self.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):

@@ -223,6 +223,16 @@ def test_images_are_taken_as_they_are_seen(tmp_path):
     assert open_image(tmp_path / "moving.webp").getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_a_turned_photograph_is_defended_upright_from_python_as_by_the_command(tmp_path, photo):
+    defense, exif = diffender.load(draws=1, steps=1), Image.Exif()
+    exif[0x0112] = 6
+    photo.resize((90, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    restored = diffender.defend(Image.open(tmp_path / "turned.jpg"), defense)
+    assert restored.size == (60, 90)
+    upright = open_image(tmp_path / "turned.jpg", upright=True)
+    assert restored.tobytes() == diffender.defend(upright, defense).tobytes()
+
+
 def test_tensors_are_defended_as_pictures_are(photo):
     """Whatever their proportions; and a defence that cannot work at these says so, as do things that are no images."""
     from torchvision.transforms.functional import pil_to_tensor
