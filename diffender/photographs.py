@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffender.config import PAPER, DefenseOptions, ModelOptions, RunOptions
 from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError, named_images, nearest
-from diffender.utils.files import sha256, whole, write_text
+from diffender.utils.files import printable, sha256, whole, write_text
 from diffender.utils.interruption import patient
 from diffender.utils.options import check_options, flat, option, parse, part, run, settings
 from diffender.utils.progress import bar
@@ -185,7 +185,7 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         if not inside:
             raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent
-        found += [("__".join(p.relative_to(root).with_suffix("").parts), p) for p in inside]
+        found += [(printable("__".join(p.relative_to(root).with_suffix("").parts)), p) for p in inside]
     if not found:
         raise InputError("no images given; name files or folders")
     names = set()
@@ -247,7 +247,7 @@ def main() -> None:
                 may_stop()
     records = list(read_records(own.parent).values())
     write_text(own.with_name("report.html"), photographs_page(records, own.parent, resolved(opts), command()))
-    print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {opts.out}")
+    print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {printable(opts.out)}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from diffender.photographs import Defender, find_images, main, working_size
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
 from diffender.utils.errors import InputError
+
+FAST = ("--draws", "1", "--steps", "1", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,24 @@ def test_the_command(tmp_path, photo, call):
     code, _, error = run(tmp_path / "more.png", classifier="none")
     assert code == 2
     assert "other settings (classifier)" in error
+
+
+def test_a_name_that_is_no_utf_8_is_shown_and_linked(tmp_path, photo, call):
+    (tmp_path / "in").mkdir()
+    file, out = (os.fsdecode(os.fsencode(tmp_path) + end) for end in (b"/in/\xff.jpg", b"/out\xff"))
+    try:
+        photo.resize((30, 20)).save(file)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    code, told, error = call(main, "defend", file, *FAST, "--out", out)
+    assert code == 0, error
+    assert f"results in {tmp_path}/out\\xff" in told
+    (record,) = map(json.loads, Path(out, "per_image.jsonl").read_text().splitlines())
+    assert (record["id"], record["file"]) == ("\\xff", file)
+    assert Path(out, "\\xff_restored.png").is_file()
+    page = Path(out, "report.html").read_text("utf-8")
+    assert 'href="../in/%FF.jpg"' in page and 'href="%5Cxff_restored.png"' in page
+    assert "in/\\xff.jpg" in page, "the command"
 
 
 def test_in_one_line_from_python(photo, pasted):

@@ -195,12 +195,12 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
 
 def figure(stage: str, file: Path, folder: Path, told: Answer | None, width: int = WIDTH) -> dict:
     """An image for the template, and where its file lies from the page, which is beside `folder`."""
-    return {
-        "name": stage,
-        "uri": inline(file, width),
-        "file": quote(Path(os.path.relpath(file, folder.parent)).as_posix()),
-        "answer": told,
-    }
+    return {"name": stage, "uri": inline(file, width), "file": link(file, folder.parent), "answer": told}
+
+
+def link(file: Path, folder: Path) -> str:
+    """Where a file lies from a page in this folder. Its name may be no UTF-8."""
+    return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
 
 
 def harm(record: dict) -> float:
@@ -239,7 +239,7 @@ def table_page(title: str, text: str, runs: Mapping[str, Path], folder: Path) ->
     return render(
         title=title,
         accuracy={"head": head, "rows": cells, "note": " ".join(notes).replace("`", "")},
-        runs={name: quote(Path(os.path.relpath(run / "report.html", folder)).as_posix()) for name, run in runs.items()},
+        runs={name: link(run / "report.html", folder) for name, run in runs.items()},
     )
 
 

@@ -132,6 +132,11 @@ def digest(tensors: dict[str, Tensor], header: dict) -> str:
     return total.hexdigest()
 
 
+def printable(text: str) -> str:
+    """A file's name, or a command line, that can be shown and written: bytes that are no UTF-8 as \\xff."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
 def one_line(e: BaseException) -> str:
     return ascii(" ".join(str(e).split()))[1:-1][:200]
 

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffender.utils.files import printable
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,7 +31,7 @@ def command(from_here: bool = False) -> str:
         program = f"-m {spec.name.removesuffix('.__main__')}"
     else:
         program = sys.argv[0] if from_here else Path(sys.argv[0]).name
-    return f"python {program} {shlex.join(sys.argv[1:])}".rstrip()
+    return printable(f"python {program} {shlex.join(sys.argv[1:])}".rstrip())
 
 
 def machine(device: torch.device) -> str:
