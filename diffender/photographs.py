@@ -12,6 +12,7 @@ done, and the exit code is 1. Ctrl-C stops after the image in hand, and the same
     found = diffender.Defender()(Image.open("photo.jpg"))        # with the mask and the map
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -166,8 +167,8 @@ def working_size(size: tuple[int, int], cfg: "ModelConfig") -> tuple[int, int]:
 
 
 def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
-    """(name, file) of every image given or in a folder given, but not in `out`; names are the files' paths, made
-    unique."""
+    """(name, file) of every image given or in a folder given, but not in `out`; names are the files' paths, shortened
+    and made unique."""
     from diffender.classifiers.dataset import KINDS, SUFFIXES
 
     if web := next((p for p in paths if "://" in p), None):
@@ -185,7 +186,7 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         if not inside:
             raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent
-        found += [(printable("__".join(p.relative_to(root).with_suffix("").parts)), p) for p in inside]
+        found += [(short(printable("__".join(p.relative_to(root).with_suffix("").parts))), p) for p in inside]
     if not found:
         raise InputError("no images given; name files or folders")
     names = set()
@@ -195,6 +196,12 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         names.add(name)
         found[i] = name, file
     return found
+
+
+def short(name: str) -> str:
+    """A name of 200 bytes at most, since files add to it; a longer one ends in a hash of the whole."""
+    full = name.encode()
+    return name if len(full) <= 200 else f"{full[:180].decode(errors='ignore')}_{hashlib.sha256(full).hexdigest()[:16]}"
 
 
 def readable(path: Path) -> bool:

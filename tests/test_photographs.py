@@ -153,6 +153,21 @@ def test_a_name_that_is_no_utf_8_is_shown_and_linked(tmp_path, photo, call):
     assert "in/\\xff.jpg" in page, "the command"
 
 
+def test_long_names_are_shortened_and_stay_apart(tmp_path, photo, call):
+    (tmp_path / "in").mkdir()
+    names = ["a" * 250, "a" * 249 + "b", "é" * 120 + "a", "short"]
+    for name in names:
+        photo.resize((30, 20)).save(tmp_path / f"in/{name}.jpg")
+    code, told, error = call(main, "defend", "in", *FAST, "--out", "out")
+    assert code == 0, error
+    records = map(json.loads, (tmp_path / "out/per_image.jsonl").read_text().splitlines())
+    ids = {Path(record["file"]).stem: record["id"] for record in records}
+    assert ids["short"] == "short" and len(set(ids.values())) == len(names)
+    for name, shown in ids.items():
+        assert len(shown.encode()) <= 200 and shown[:80] == name[:80]
+        assert (tmp_path / f"out/{shown}_restored.png").is_file()
+
+
 def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
