@@ -215,6 +215,18 @@ def readable(path: Path) -> bool:
     return True
 
 
+def refuse_unread(opts: Options) -> None:
+    """Raises InputError for a flag that nothing in this command reads."""
+    tuned, looked = opts.defense.prompt_kind == "tuned", opts.classifier != "none"
+    for flag, value, reader, there in (
+        ("--prompts", opts.defense.prompts, "--prompt tuned", tuned),
+        ("--classifier-weights", opts.classifier_weights, "--classifier", looked),
+        ("--classes", opts.classes, "--classifier", looked),
+    ):
+        if value is not None and not there:
+            raise InputError(f"{flag} {value} is read by {reader} alone: add that, or leave it out")
+
+
 def resolved(opts: Options) -> dict:
     """The settings that all images in one --out share."""
     from diffender.factory import dtype_name, hashes_of
@@ -228,6 +240,7 @@ def resolved(opts: Options) -> dict:
 
 def main() -> None:
     opts = parse(Options, __doc__)
+    refuse_unread(opts)
     images = find_images(opts.paths, Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image

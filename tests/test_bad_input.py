@@ -160,6 +160,9 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --prompt manual --prompts {bad}/other.safetensors", "--prompts is read by --defense diffender"),
     ("evaluate --fold 1", "--fold is read by a run with a face recogniser alone"),
     ("evaluate --folds 2", "--folds is read by --table 6 alone"),
+    ("defend {bad}/dot.png --prompt manual --prompts a", "--prompts a is read by --prompt tuned alone"),
+    ("defend {bad}/dot.png --classifier-weights a", "--classifier-weights a is read by --classifier alone"),
+    ("defend {bad}/dot.png --classes 5", "--classes 5 is read by --classifier alone: add that, or leave it out"),
 ]
 OUT_OF_RANGE = [
     *(case for name in ("draws", "steps", "batch-size", "micro-batch", "images", "iters", "iters-undefended", "eot",
@@ -315,6 +318,8 @@ FILES = [
     ("evaluate --vae gone", "no file gone"),
     (f"evaluate --locate-unet {TINY}", "holds an unknown UNet"),
     ("evaluate --classifier-weights gone.safetensors", "no file gone.safetensors"),
+    ("defend {bad}/dot.png --prompts gone.safetensors", "no file gone.safetensors"),
+    ("defend {bad}/dot.png --classifier efficientnet_lite0 --classifier-weights gone.safetensors", "no file gone"),
     ("evaluate --classifier-weights {bad}/text.safetensors", "is not a whole safetensors file"),
     ("evaluate --classifier-weights {bad}/other.safetensors", "other.safetensors"),
     ("faces --pairs {bad}/pairs.csv --classifier-weights {bad}/text.safetensors", "is not a whole safetensors file"),
