@@ -16,7 +16,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -228,14 +228,19 @@ def refuse_unread(opts: Options) -> None:
 
 
 def resolved(opts: Options) -> dict:
-    """The settings that all images in one --out share."""
-    from diffender.factory import dtype_name, hashes_of
+    """The settings in effect, given or not, that all images in one --out share."""
+    from diffender.factory import config_of, dtype_name, hashes_of
     from diffender.weights.prompts import SHIPPED
 
-    prompts = opts.defense.prompts or SHIPPED
-    hashes = hashes_of(opts.defense.model, classifier=opts.classifier_weights, prompts=prompts)
-    dtype = dtype_name(opts.defense.model, opts.run.device)
-    return settings(opts, "paths", "out") | {"sha256": hashes, "dtype": dtype}
+    asked = opts.defense
+    prompts = (asked.prompts or SHIPPED) if asked.prompt_kind == "tuned" else None
+    return settings(opts, "paths", "out") | {
+        "model": "tiny" if asked.model.embedded else asked.model.model,
+        "prompt": asked.prompt_kind,
+        **asdict(config_of(asked.model, asked.method)),
+        "dtype": dtype_name(asked.model, opts.run.device),
+        "sha256": hashes_of(asked.model, classifier=opts.classifier_weights, prompts=prompts),
+    }
 
 
 def main() -> None:
@@ -247,8 +252,9 @@ def main() -> None:
     from diffender.report.page import photographs_page
 
     defender, failed = Defender(opts), []
+    config = resolved(opts)
     own = Path(opts.out) / "per_image.jsonl"
-    done = {name: r["sha256"] for name, r in open_run(own.parent, resolved(opts), own).items()}
+    done = {name: r["sha256"] for name, r in open_run(own.parent, config, own).items()}
     with patient(f"stopped between two images; go on with: {command(from_here=True)}") as may_stop:
         for name, file in bar(images, "defending", opts.run.quiet, unit=" images"):
             try:
@@ -266,7 +272,7 @@ def main() -> None:
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
     records = list(read_records(own.parent).values())
-    write_text(own.with_name("report.html"), photographs_page(records, own.parent, resolved(opts), command()))
+    write_text(own.with_name("report.html"), photographs_page(records, own.parent, config, command()))
     print(f"{len(images) - len(failed)} of {len(images)} images defended; results in {printable(opts.out)}")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)

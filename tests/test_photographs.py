@@ -168,6 +168,26 @@ def test_long_names_are_shortened_and_stay_apart(tmp_path, photo, call):
         assert (tmp_path / f"out/{shown}_restored.png").is_file()
 
 
+def test_settings_are_those_in_effect_whether_given_or_not(tmp_path, photo, call):
+    photo.resize((30, 20)).save(tmp_path / "a.png")
+
+    def run(*flags):
+        code, _, error = call(main, "defend", "a.png", *FAST, "--out", "out", *flags)
+        return code, error
+
+    assert run() == (0, "")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    effective = diffender.load(draws=1, steps=1).cfg
+    told = config["model"], config["prompt"], config.get("theta"), config.get("noise_ratio")
+    assert told == ("tiny", "tuned", effective.theta, effective.noise_ratio)
+    assert "noise_ratio" in (tmp_path / "out/report.html").read_text("utf-8")
+    same = ("--theta", str(effective.theta), "--prompt", "tuned", "--model", "tiny")
+    assert run(*same) == (0, "")
+    for flags in (("--theta", "2.5"), ("--prompt", "manual")):
+        code, error = run(*flags)
+        assert code == 2 and f"other settings ({flags[0][2:]}" in error
+
+
 def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
