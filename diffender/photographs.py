@@ -173,6 +173,8 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
 
     if web := next((p for p in paths if "://" in p), None):
         raise InputError(f"{web} is a web address; download it, and give the file")
+    if "" in paths:
+        raise InputError("one of the images has an empty name; name files or folders, . for this folder")
     found = []
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() not in SUFFIXES and not readable(path):
@@ -246,6 +248,8 @@ def resolved(opts: Options) -> dict:
 def main() -> None:
     opts = parse(Options, __doc__)
     refuse_unread(opts)
+    if not opts.out:
+        raise InputError("--out is empty; name a folder for the results, . for this one")
     images = find_images(opts.paths, Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image

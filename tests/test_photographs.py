@@ -84,6 +84,8 @@ def test_names_of_images(tmp_path):
         find_images((), tmp_path / "out")
     with pytest.raises(InputError, match="notes.txt is no image"):
         find_images((str(tmp_path / "notes.txt"),), tmp_path / "out")
+    with pytest.raises(InputError, match="an empty name"):
+        find_images(("",), tmp_path / "out")
     with pytest.raises(InputError, match="is a web address"):
         find_images(("https://example.org/a.png",), tmp_path / "out")
     (tmp_path / "empty").mkdir()
@@ -186,6 +188,16 @@ def test_settings_are_those_in_effect_whether_given_or_not(tmp_path, photo, call
     for flags in (("--theta", "2.5"), ("--prompt", "manual")):
         code, error = run(*flags)
         assert code == 2 and f"other settings ({flags[0][2:]}" in error
+
+
+def test_an_empty_out_is_refused(tmp_path, photo, call):
+    photo.resize((30, 20)).save(tmp_path / "a.png")
+    assert call(main, "defend", "a.png", "--out", "") == (
+        2,
+        "",
+        "defend: --out is empty; name a folder for the results, . for this one\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_in_one_line_from_python(photo, pasted):
