@@ -5,8 +5,9 @@
 
 For every image NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
 a line in per_image.jsonl; report.html shows them all. The model works at its own resolution and keeps the image's
-proportions; pixels outside the mask stay as they were. Files that cannot be read are named at the end, the rest is
-done, and the exit code is 1. Ctrl-C stops after the image in hand, and the same command goes on. In Python:
+proportions; pixels outside the mask stay as they were. A classifier is not asked about an image with one side more than
+20 times the other. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
+stops after the image in hand, and the same command goes on. In Python:
 
     diffender.defend(Image.open("photo.jpg")).save("clean.png")
     found = diffender.Defender()(Image.open("photo.jpg"))        # with the mask and the map
@@ -58,7 +59,7 @@ class Found(NamedTuple):
     restored: "Image.Image"
     mask: "Image.Image"  # white: taken for a patch and painted over
     heatmap: "Image.Image"  # the difference map, stretched to its own range
-    record: dict  # size, masked share, largest z-score, seconds; what the classifier sees
+    record: dict  # size, masked share, largest z-score, seconds; what the classifier sees, if it can
 
 
 class Defender:
@@ -97,16 +98,22 @@ class Defender:
         restored, mask, heatmap = map(to_image, (out.image[0], out.mask[0], stretch(out.heatmap, x.shape[-2:])[0]))
         record = {"size": list(image.size), "masked": round(out.mask.mean().item(), 5)}
         record["largest_z_score"] = round(out.z_score.max().item(), 2)
-        if self.classifier is not None:
-            record |= {"before": self.look(image), "after": self.look(restored)}
+        if seen := self.look(image):
+            record |= {"before": seen, "after": self.look(restored)}
         return Found(restored, mask, heatmap, record | {"seconds": round(time.monotonic() - started, 2)})
 
-    def look(self, image: "Image.Image") -> dict:
-        """What the classifier sees in an RGB image, fitted to it as its training was."""
+    def look(self, image: "Image.Image") -> dict | None:
+        """What the classifier sees in an RGB image, fitted to it as its training was; None without a classifier, or
+        where the image is too long for it."""
         from diffender.classifiers.dataset import fit_image
 
-        assert self.classifier is not None  # else nobody looks
-        p = self.classifier(fit_image(image, self.classifier.cfg)[None].to(self.classifier.mean)).softmax(dim=1)[0]
+        if self.classifier is None:
+            return None
+        try:
+            x = fit_image(image, self.classifier.cfg)
+        except InputError:
+            return None
+        p = self.classifier(x[None].to(self.classifier.mean)).softmax(dim=1)[0]
         best = p.argmax().item()
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
 

@@ -200,6 +200,16 @@ def test_an_empty_out_is_refused(tmp_path, photo, call):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_an_image_too_long_for_the_classifier_is_defended_without_it(tmp_path, photo, call):
+    photo.resize((3, 500)).save(tmp_path / "long.png")
+    flags = (*FAST, "--out", "out", "--classifier", "efficientnet_lite0")
+    code, _, error = call(main, "defend", "long.png", *flags)
+    assert code == 0, error
+    record = json.loads((tmp_path / "out/per_image.jsonl").read_text())
+    assert record["size"] == [3, 500] and "before" not in record and "after" not in record
+    assert Image.open(tmp_path / "out/long_restored.png").size == (3, 500)
+
+
 def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
