@@ -141,9 +141,9 @@ def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **
 def defend(
     images: "Tensor | Image.Image | Sequence[Image.Image]", defense: "DIFFender | None" = None, seed: int = 0
 ) -> Any:
-    """Images as they would be without patches, of the kind and size that was given.
+    """Images as they would be without patches, of the size that was given: a tensor for a tensor, else in RGB.
 
-    images: a tensor (B, 3, H, W), float32 in [0, 1], which gradients reach; a PIL image of any mode, or several.
+    images: a tensor (B, 3, H, W), float32 in [0, 1], which gradients reach; a PIL image of 8 or 16 bits, or several.
     defense: of `load`; without it, that around the embedded model. Noise follows from the seed and from the place of an
     image among them.
     """

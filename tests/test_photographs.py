@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageChops
 
 import diffender
-from diffender.classifiers.dataset import open_image, sample_items
+from diffender.classifiers.dataset import as_rgb, open_image, sample_items
 from diffender.photographs import Defender, find_images, main, working_size
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
@@ -208,6 +208,25 @@ def test_an_image_too_long_for_the_classifier_is_defended_without_it(tmp_path, p
     record = json.loads((tmp_path / "out/per_image.jsonl").read_text())
     assert record["size"] == [3, 500] and "before" not in record and "after" not in record
     assert Image.open(tmp_path / "out/long_restored.png").size == (3, 500)
+
+
+def test_images_without_pixels_and_of_32_bits_are_refused(tmp_path):
+    dark, deep = np.full((4, 4), 200, np.int32), np.full((4, 4), 70_000, np.int32)
+    for i, (image, says) in enumerate((
+        (Image.fromarray(deep), r"an image of 32 bits \(mode I\); allowed are 8 and 16 bits"),
+        (Image.fromarray(-deep), "32 bits"),
+        (Image.fromarray(dark), "32 bits"),
+        (Image.fromarray(dark.astype(np.float32)), r"32 bits \(mode F\)"),
+    )):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            diffender.defend(image)
+        image.save(tmp_path / f"{i}.tif")
+        with pytest.raises(InputError, match=rf"{i}\.tif is an image of 32 bits"):
+            open_image(tmp_path / f"{i}.tif")
+    assert as_rgb(Image.fromarray(dark << 8)).getpixel((0, 0)) == (200, 200, 200), "a file of 16 bits, to some Pillow"
+    for size in ((5, 0), (0, 5)):
+        with pytest.raises(InputError, match=f"an image of {size[0]} x {size[1]} pixels; give one that has some"):
+            diffender.defend(Image.new("RGB", size))
 
 
 def test_in_one_line_from_python(photo, pasted):

@@ -208,25 +208,38 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
 def open_image(path: Path, upright: bool = False) -> Image.Image:
     """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
-    file that is missing, no image, or one of more than 179 million pixels, Pillow's limit."""
+    file that is missing, no image, one of 32 bits, or one of more than 179 million pixels, Pillow's limit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+    except InputError as e:
+        raise InputError(f"{path} is {e}") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
         raise InputError(f"cannot read image {path}: {reason}; wanted are {KINDS}") from e
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB: 16 bits become 8, and what is transparent becomes white."""
+    """An image in RGB: 16 bits become 8, and what is transparent becomes white. Raises InputError for one without
+    pixels, and for one of 32 bits, whose range nobody knows."""
+    if not all(image.size):
+        raise InputError(f"an image of {image.width} x {image.height} pixels; give one that has some")
+    if image.mode == "F" or image.mode == "I" and not is_16_bit(image):
+        raise InputError(f"an image of 32 bits (mode {image.mode}); allowed are 8 and 16 bits a channel: convert it")
     if image.mode.startswith("I"):  # Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether an image of mode I, in which Pillow also opens files of 16 bits, has values of as many and no fewer."""
+    values = np.asarray(image)
+    return bool(values.min() >= 0 and 255 < values.max() < 1 << 16)
 
 
 def fit_image(image: Image.Image, cfg: ClassifierConfig) -> Tensor:
