@@ -17,6 +17,7 @@ from diffender.photographs import Defender, find_images, main, working_size
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
 from diffender.utils.errors import InputError
+from diffender.utils.files import sha256
 
 FAST = ("--draws", "1", "--steps", "1", "--quiet")
 
@@ -229,6 +230,18 @@ def test_images_without_pixels_and_of_32_bits_are_refused(tmp_path):
             diffender.defend(Image.new("RGB", size))
 
 
+def test_the_page_shows_no_other_file_in_place_of_a_photograph(tmp_path, photo, call):
+    photo.resize((30, 20)).save(tmp_path / "a.png")
+    photo.resize((20, 20)).save(tmp_path / "b.png")
+    assert call(main, "defend", "a.png", *FAST, "--out", "out")[0] == 0
+    assert 'href="../a.png"' in (tmp_path / "out/report.html").read_text("utf-8")
+    (tmp_path / "a.png").write_text("no image any more")
+    code, told, _ = call(main, "defend", "a.png", "b.png", *FAST, "--out", "out")
+    assert code == 1 and "1 of 2 images defended" in told
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert 'href="../a.png"' not in page and 'href="a_restored.png"' in page and 'href="../b.png"' in page
+
+
 def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
@@ -257,8 +270,9 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     }
     shared = {"largest_z_score": 3.1}
     records = [
-        {"id": n, "file": str(tmp_path / f"{n}_photo.png"), "masked": m} | shared | more
+        {"id": n, "file": str(file), "sha256": sha256(file), "masked": m} | shared | more
         for n, m, more in zip(names, (0.0, 0.25), ({}, seen), strict=True)
+        if (file := tmp_path / f"{n}_photo.png")
     ]
     html = photographs_page(records, tmp_path, {"seed": 0}, "python -m diffender defend")
     assert "In 1 of 2 photographs something was masked, 25.0 % of their pixels on average." in html

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from diffender.classifiers.dataset import as_rgb
 from diffender.evaluation.metrics import counted
 from diffender.report.tables import accuracies, cost
+from diffender.utils.files import sha256
 from diffender.utils.images import stage_files
 
 WIDTH = 224  # of an image on the page
@@ -279,8 +280,9 @@ def photograph(record: dict, folder: Path) -> dict:
         for stage, when in (("photograph", "before"), ("restored", "after"))
         if (seen := record.get(when))
     }
-    original = Path(record["file"])  # where it was when it was defended
-    stages = ({"photograph": original} if original.is_file() else {}) | files
+    original = Path(record["file"])  # where it was when it was defended; another file may be there now
+    there = original.is_file() and sha256(original) == record["sha256"]
+    stages = ({"photograph": original} if there else {}) | files
     shown = [figure(s, f, folder / "images", told.get(s), 2 * WIDTH) for s, f in stages.items()]
     name = "what was masked"
     return {
@@ -288,7 +290,7 @@ def photograph(record: dict, folder: Path) -> dict:
         "label": f"{100 * record['masked']:.1f} % masked, largest z-score {record['largest_z_score']}",
         "states": photograph_states(record),
         "clean": [],
-        "rows": [{"name": name, "figures": shown, "before": "photograph" if original.is_file() else None}],
+        "rows": [{"name": name, "figures": shown, "before": "photograph" if there else None}],
         "shown": {name},
     }
 
