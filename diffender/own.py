@@ -6,8 +6,6 @@
 [0, 1] to logits. What evaluate.py writes is written to runs/NAME, with the same report, and the results are returned.
 """
 
-import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,12 +21,13 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
-from diffender.evaluation.options import PRESETS, Options, refuse_conflicts, refuse_unread, with_preset
+from diffender.evaluation.options import PRESETS, Options, attacks, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import as_drawn, build_plans, default_name
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
+from diffender.utils.code import code_digest, digest
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, check_options, flat, leaves, settings
 
@@ -221,29 +220,7 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     hashes = {what: digest(found) for what, found in tensors.items()}
-    return found | {"torch": torch.__version__, "sha256": hashes | {"code": code_digest(victim)}}
-
-
-def code_digest(victim: nn.Module) -> str:
-    """sha256 of what tensors do not tell of a victim: its parts' methods and plain attributes. Parts of this package
-    are left out, since their settings are told by themselves."""
-    purifiers = [m.purify for m in victim.modules() if isinstance(m, Purifier)]
-    foreign = [m for m in victim.modules() if type(m).__module__.partition(".")[0] != "diffender"]
-    told: list = []
-    for part in (*foreign, *purifiers):
-        kind = part if inspect.isfunction(part) else type(part)
-        functions = [f for f in (part, *vars(kind).values()) if inspect.isfunction(f)]
-        constants = [[c for c in f.__code__.co_consts if not inspect.iscode(c)] for f in functions]
-        plain = {k: v for k, v in getattr(part, "__dict__", {}).items() if isinstance(v, int | float | str | tuple)}
-        plain.pop("training", None)
-        code = [(f.__code__.co_code, f.__code__.co_names) for f in functions]
-        told += [kind.__qualname__, plain, code, constants]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """sha256 of the values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return found | {
+        "torch": torch.__version__,
+        "sha256": hashes | {"code": code_digest(victim, *attacks(opts).values())},
+    }

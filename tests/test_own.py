@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from diffender.evaluation.options import Options, with_preset
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
-from diffender.own import AnyModel, code_digest, digest, resolved
+from diffender.own import AnyModel, resolved
 from diffender.pipeline import DIFFender
 from diffender.report.__main__ import compare
+from diffender.utils.code import code_digest, digest
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
 
@@ -373,6 +376,95 @@ def test_what_tensors_do_not_tell_of_a_model_counts(classifier):
     told = [code_digest(v) for v in victims]
     assert len(set(told)) == len(told)
     assert told == [code_digest(v) for v in victims]
+
+
+def scaled_by(k):
+    return lambda x: x * k
+
+
+def by_default(k):
+    def purify(x, k=k, *, shift=k):
+        return k * x + shift
+
+    return purify
+
+
+def within(body):
+    """A purifier whose inner function has this body."""
+    found = {}
+    exec(f"def purify(x):\n def inner(y):\n  return {body}\n return inner(x)", found)
+    return found["purify"]
+
+
+def held(value):
+    module = Scaled(1)
+    module.held = value
+    return module
+
+
+class Plain:
+    """No module, but an object that can be called."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, x):
+        return self.value * x
+
+
+SETTING, HELPER = 1, scaled_by(1)
+
+
+def by_globals(x):
+    return HELPER(x) * SETTING
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        scaled_by,
+        by_default,
+        lambda k: within(f"y * {k}"),
+        lambda k: type("Derived", (type("Base", (Scaled,), {"forward": scaled_by(k)}),), {})(1),
+        lambda k: type("WithConstant", (Scaled,), {"constant": k})(1),
+        lambda k: held([k]),
+        lambda k: held({"k": k}),
+        lambda k: held({k}),
+        lambda k: held(torch.tensor(k)),
+        lambda k: held(np.array([k])),
+        lambda k: held([Scaled(k)]),
+        lambda k: held(partial(scaled_by, k)),
+        lambda k: held(SimpleNamespace(k=k)),
+        lambda k: held(JPEG(k).__call__),
+        lambda k: nn.Sequential(nn.MaxPool2d(k)),
+        Plain,
+    ],
+)
+def test_what_a_function_or_module_holds_counts(make):
+    """Twice made with the same value it is the same, with another it is another."""
+    one, again, two = (code_digest(diffender.Purifier(make(k))) for k in (1, 1, 2))
+    assert one == again != two
+
+
+@pytest.mark.parametrize(("name", "value"), [("SETTING", 2), ("HELPER", scaled_by(2)), ("HELPER", lambda x: x)])
+def test_what_a_function_reads_of_its_module_counts(name, value, monkeypatch):
+    victim = diffender.Purifier(by_globals)
+    before = code_digest(victim)
+    monkeypatch.setitem(globals(), name, value)
+    assert code_digest(victim) != before
+
+
+def test_an_attack_of_ones_own_counts_by_its_code(monkeypatch, images):
+    """One that is entered again as another class does not go on with the results of the first."""
+    opts, victim, y = with_preset(Options(attack="mine")), AnyModel(Bright(), images), torch.tensor([0, 1, 2])
+
+    def entered(cls):
+        monkeypatch.setitem(diffender.ATTACKS, "mine", cls)
+        return resolved(opts, victim, images, y)
+
+    one, two = (type("Mine", (diffender.AdvP,), {"towards": scaled_by(k)}) for k in (1, 2))
+    assert entered(one) == entered(one) != entered(two)
+    assert entered(diffender.AdvP) != entered(diffender.LaVAN)
 
 
 def test_purifiers_that_do_not_fit_are_named(classifier, images):
