@@ -446,6 +446,13 @@ def test_what_a_function_or_module_holds_counts(make):
     assert one == again != two
 
 
+def test_the_order_of_a_set_does_not_count():
+    """It follows from how it was filled where hashes collide, and differs between processes where it is of words."""
+    assert list(frozenset([0, 8])) != list(frozenset([8, 0]))
+    for a, b in ((within("y in {0, 8}"), within("y in {8, 0}")), (held({0, 8}), held({8, 0}))):
+        assert code_digest(diffender.Purifier(a)) == code_digest(diffender.Purifier(b))
+
+
 @pytest.mark.parametrize(("name", "value"), [("SETTING", 2), ("HELPER", scaled_by(2)), ("HELPER", lambda x: x)])
 def test_what_a_function_reads_of_its_module_counts(name, value, monkeypatch):
     victim = diffender.Purifier(by_globals)

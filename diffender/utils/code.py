@@ -1,6 +1,6 @@
 """What a run depends on and its settings do not tell: the values of tensors, and models and attacks of the user's own.
 
-A run goes on with the same model alone.
+A digest is the same in every process, so that a run goes on with the same model alone.
 """
 
 import dis
@@ -50,8 +50,10 @@ def account(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return [value.dtype.str, account(value.tolist(), seen)]
     if isinstance(value, CodeType):
         return [value.co_code.hex(), value.co_names, account(value.co_consts, seen)]
-    if isinstance(value, tuple | set | frozenset):
+    if isinstance(value, tuple):
         return ["tuple", *(account(v, seen) for v in value)]
+    if isinstance(value, set | frozenset):  # their order differs between processes
+        return ["set", *sorted((account(v, seen) for v in value), key=repr)]
     if id(value) in seen:
         return seen[id(value)][0]
     seen[id(value)] = (len(seen), value)
