@@ -453,6 +453,12 @@ def test_the_order_of_a_set_does_not_count():
         assert code_digest(diffender.Purifier(a)) == code_digest(diffender.Purifier(b))
 
 
+def test_addresses_that_torch_compile_leaves_do_not_count():
+    one, two = Scaled(1), Scaled(1)
+    one._torchdynamo_wrapper_id, two._torchdynamo_wrapper_id = id(one), id(two)
+    assert code_digest(one) == code_digest(two)
+
+
 @pytest.mark.parametrize(("name", "value"), [("SETTING", 2), ("HELPER", scaled_by(2)), ("HELPER", lambda x: x)])
 def test_what_a_function_reads_of_its_module_counts(name, value, monkeypatch):
     victim = diffender.Purifier(by_globals)

@@ -84,7 +84,7 @@ def inside(value: Any) -> Iterator[Any]:
         if top(type(value)) == OURS:
             yield getattr(value, "purify", None)
         else:
-            yield {k: v for k, v in vars(value).items() if k not in EVERY}
+            yield {k: v for k, v in vars(value).items() if k not in EVERY and not k.startswith("_torchdynamo")}
             yield [*value._forward_pre_hooks.values(), *value._forward_hooks.values()]
         yield dict(value.named_children())
         yield dict((*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)))
