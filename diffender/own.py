@@ -201,13 +201,12 @@ def refuse_foreign(options: dict[str, Any]) -> None:
 
 
 def title(victim: Defended | AnyModel) -> str:
-    """What the report calls the defence."""
-    if isinstance(victim, AnyModel):
-        return type(victim.model).__name__
+    """What the report calls the defence. What is not this package's is marked, so that no name of it is taken."""
     if isinstance(victim.defense, DIFFender):
         return "hardened" if isinstance(victim.defense, Hardened) else "diffender"
-    purify = getattr(victim.defense, "purify", victim.defense)
-    return getattr(purify, "__name__", type(purify).__name__)
+    own = victim.model if isinstance(victim, AnyModel) else getattr(victim.defense, "purify", victim.defense)
+    name = getattr(own, "__name__", type(own).__name__)
+    return f"{name if name.isidentifier() else 'purifier'} (own)"
 
 
 def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -> dict:

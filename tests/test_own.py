@@ -16,15 +16,16 @@ from torch import nn
 import diffender
 import evaluate
 from diffender.classifiers.dataset import Batch
+from diffender.defenses import DEFENSES
 from diffender.defenses.hardened import Hardened
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.evaluation import certify
-from diffender.evaluation.options import Options, with_preset
+from diffender.evaluation.options import OURS, Options, is_ours, with_preset
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
 from diffender.noise import from_seed
-from diffender.own import AnyModel, resolved
+from diffender.own import AnyModel, options_for, resolved, title
 from diffender.pipeline import DIFFender
 from diffender.report.__main__ import compare
 from diffender.utils.code import code_digest, digest
@@ -178,7 +179,22 @@ def test_a_purifier_of_ones_own(images, classifier, photos):
     y = classifier(photos[:1]).argmax(dim=1)
     results = diffender.benchmark(victim, photos[:1], y, gradient="bpda,auto", name="own", trust="off", **FAST)
     assert [r["gradient"] for r in results["rows"]] == ["", "transfer", "bpda", "auto", ""]
-    assert results["defense"] == "Dim"
+    assert results["defense"] == "Dim (own)"
+
+
+def test_a_title_is_no_name_of_this_package(classifier, images):
+    """So a class that is called Diffender is neither taken for DIFFender nor for any other defence."""
+
+    def hardened(x):
+        return x
+
+    for own in (type("Diffender", (nn.Module,), {})(), hardened, JPEG(50), lambda x: x, type("A|B*<i>`", (), {})()):
+        victim = diffender.Defended(diffender.Purifier(own), classifier)
+        assert not is_ours(options_for(victim, {"preset": "smoke", "grad": None}, {}))
+        assert title(victim).removesuffix(" (own)").isidentifier()
+        assert title(victim) not in (*OURS, *DEFENSES)
+    model = AnyModel(type("Hardened", (Bright,), {})(), images)
+    assert not is_ours(options_for(model, {"preset": "smoke", "grad": None}, {}))
 
 
 def test_the_defence_itself(target, classifier, photos):
