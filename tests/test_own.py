@@ -499,5 +499,40 @@ def test_an_attack_of_ones_own_counts_by_its_code(monkeypatch, images):
 def test_purifiers_that_do_not_fit_are_named(classifier, images):
     with pytest.raises(InputError, match="the defence is a Scaled, without sample_noise; wrap it: diffender.Purifier"):
         diffender.Defended(Scaled(1), classifier)
-    with pytest.raises(InputError, match="it keeps the images' shape"):
-        diffender.Purifier(lambda x: x[..., 1:])(images[:1])
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize(
+    ("purify", "says"),
+    [
+        (lambda x: None, "returns a NoneType; it returns a tensor of images"),
+        (lambda x: [x], "returns a list; it"),
+        (lambda x: (x, x, x), "returns a tuple of 3; it"),
+        (lambda x: (None, x[:, :1]), "returns a tuple of 2 that holds a NoneType; it"),
+        (lambda x: (x, "mask"), "returns a tuple of 2 that holds a str; it"),
+        (lambda x: x.numpy(), "returns a ndarray; it"),
+        (
+            lambda x: x[..., 1:],
+            "makes images .1, 3, 64, 63., torch.float32, cpu of images .1, 3, 64, 64.; return images",
+        ),
+        (lambda x: x.double(), "torch.float64, cpu of .*; return images .1, 3, 64, 64., torch.float32, cpu$"),
+        (lambda x: (x, x[:, :1] > 1), "makes masks .1, 1, 64, 64., torch.bool"),
+        (lambda x: (x, x[:, 0]), "makes masks .1, 64, 64., torch.float32, cpu of .*; return masks .1, 1, 64, 64., "),
+        (lambda x: (x, x), "makes masks .1, 3, 64, 64., torch.float32"),
+        (lambda x: (x, x[:, :1, 1:]), "makes masks .1, 1, 63, 64."),
+        (lambda x: 255 * x, "images with values in .*; they lie in .0, 1.: divide by 255$"),
+        (lambda x: (x, 255 * x[:, :1]), "masks with values in"),
+    ],
+)
+def test_what_a_purifier_returns_is_checked(purify, says, random, images):
+    defense = diffender.Purifier(purify, random=random)
+    with pytest.raises(InputError, match=says):
+        defense(images[:1], defense.sample_noise(["a"], 0, "test"))
+
+
+def test_a_purifier_may_return_no_mask_and_change_its_images_in_place(images):
+    x = images.clone()
+    out = diffender.Purifier(lambda x: (x.mul_(0.5), None))(x)
+    assert torch.equal(x, images)
+    assert torch.equal(out.image, 0.5 * images)
+    assert out.mask is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +28,8 @@ from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError, nearest
 
 Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
+
+FAR = 10  # values beyond are no longer those of an image, clamped or not
 
 
 @runtime_checkable
@@ -61,12 +64,41 @@ class Purifier(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         if isinstance(self.purify, Diffusing):
-            return Purified(self.purify(x, drawn(noise)))
-        out = seeded(self.purify, x, drawn(noise)) if self.random else self.purify(x)
-        image, mask = out if isinstance(out, tuple) else (out, None)
-        if image.shape != x.shape:
-            raise InputError(f"the purifier makes {tuple(image.shape)} of {tuple(x.shape)}; it keeps the images' shape")
-        return Purified(image, mask)
+            return Purified(*checked(self.purify(x.clone(), drawn(noise)), x))
+        answer = partial(answered, self.purify)
+        return Purified(*(seeded(answer, x, drawn(noise)) if self.random else answer(x)))
+
+
+def answered(purify: Purify, x: Tensor) -> tuple[Tensor, ...]:
+    """What a purifier makes of a copy of x, which it may change in place."""
+    return checked(purify(x.clone()), x)
+
+
+def checked(out: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """What a purifier makes of x: images, and masks if it has them. Raises InputError for anything else."""
+    image, mask = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    parts = {"images": image} if mask is None else {"images": image, "masks": mask}
+    for part in parts.values():
+        if not isinstance(part, Tensor):
+            told = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+            told += f" that holds a {type(part).__name__}" * (part is not out)
+            raise InputError(
+                f"the purifier returns {told}; it returns a tensor of images (B, 3, H, W), or a tuple of that and a "
+                "tensor of masks (B, 1, H, W)"
+            )
+    for (what, part), channels in zip(parts.items(), (3, 1), strict=False):
+        wanted = (len(x), channels, *x.shape[-2:])
+        if (part.shape, part.dtype, part.device) != (wanted, x.dtype, x.device):
+            raise InputError(
+                f"the purifier makes {what} {tuple(part.shape)}, {part.dtype}, {part.device} of images "
+                f"{tuple(x.shape)}; return {what} {wanted}, {x.dtype}, {x.device}"
+            )
+        low, high = part.detach().aminmax()
+        if max(-low, high) > FAR:
+            raise InputError(
+                f"the purifier makes {what} with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255"
+            )
+    return tuple(parts.values())
 
 
 class Entry(NamedTuple):
