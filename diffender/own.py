@@ -109,9 +109,11 @@ def benchmark(
         if classes < 2:
             raise InputError(f"the model has logits (B, {classes}); classes are 2 or more: return a logit for each")
         y = as_labels(labels, len(images), classes)
-        names = named or victim.classifier.names or (None if classes == IMAGENET else [str(i) for i in range(classes)])
-        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence) or len(names) != classes):
-            raise InputError(f"names are {names!r:.99}; they are a list of {classes}, one for each class")
+        names = victim.classifier.names if named is None else named
+        if names is None and classes != IMAGENET:
+            names = [str(i) for i in range(classes)]
+        if names is not None and not are_names(names, classes):
+            raise InputError(f"names are {names!r:.99}; they are a list of {classes} strings, one for each class")
         asked = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget, "images": len(images)}
         opts = as_drawn(options_for(victim, asked, options), victim)
         name = opts.name or default_name(opts)
@@ -185,6 +187,12 @@ def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tens
     if y.shape != (images,) or not whole or not 0 <= y.min() <= y.max() < classes:
         raise InputError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; {wanted}")
     return y.long()
+
+
+def are_names(names: Any, classes: int) -> bool:
+    """Whether they are a list of strings, one for each class."""
+    several = isinstance(names, Sequence) and not isinstance(names, str)
+    return several and len(names) == classes and all(isinstance(name, str) for name in names)
 
 
 def refuse_foreign(options: dict[str, Any]) -> None:

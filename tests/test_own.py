@@ -279,7 +279,10 @@ class Column(nn.Module):
 def test_wrong_input_is_one_clear_line(images, classifier):
     y, own = [0, 1, 2], diffender.Defended(diffender.Purifier(nn.Identity()), Bright())
     for model, given, says in (
-        (Bright(), {"names": TEN[:2]}, "a list of 10, one for each class"),
+        (Bright(), {"names": TEN[:2]}, "a list of 10 strings, one for each class"),
+        (Bright(), {"names": []}, "names are ..; they are a list of 10 strings"),
+        (Bright(), {"names": list(range(10))}, "names are .0, 1, .*; they are a list of 10 strings"),
+        (Bright(), {"names": np.array(TEN)}, "they are a list of 10 strings"),
         (Bright(), {"names": "cat"}, "a list of 10"),
         (Bright(), {"names": 4}, "names are 4; they are a list of 10"),
         (Bright(), {"gradient": "full"}, "has its own gradient alone"),
