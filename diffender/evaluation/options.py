@@ -192,15 +192,24 @@ def refuse_conflicts(opts: Options) -> None:
         raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
     if opts.frames and opts.table != 7:
         raise InputError("--frames is for --table 7, which judges photographs of printed patches")
-    place = None if opts.name is None else Path(opts.name)
-    if place is not None and (place.is_absolute() or ".." in place.parts or not place.parts):
-        raise InputError(f"--name is {opts.name!r}; it is a folder within runs/")
+    if opts.name is not None and not is_folder_within(opts.name):
+        told = opts.name[:99].replace("\0", r"\0")
+        raise InputError(f"--name is {told}; it is a folder within runs/: give a name of 1 to 255 bytes")
     if opts.patch.gdpa_mode == "amortised" and (opts.curves == "all" or opts.trust == "full"):
         raise InputError("--gdpa-mode amortised has a generator for one size: leave out --curves all and --trust full")
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     if (opts.table or opts.figure) and opts.defense != "diffender":
         raise InputError(f"--defense {opts.defense}: tables and figures choose their defences; leave it out")
+
+
+def is_folder_within(name: str) -> bool:
+    """Whether a folder may have this name and lies within the one that it is told from."""
+    parts = Path(name).parts
+    lengths = [len(part.encode(errors="replace")) for part in parts]
+    return (
+        bool(parts) and max(lengths) < 256 and "\0" not in name and ".." not in parts and not Path(name).is_absolute()
+    )
 
 
 def tidy(names: str, until: str | None = None) -> str:
