@@ -49,7 +49,7 @@ class AnyModel(Defended):
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
         with put_back(one.device):  # the caller's numbers stay as they are
-            first, second = model(one), model(one)
+            first, second = answer(model, one), model(one)
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
@@ -105,7 +105,7 @@ def benchmark(
     check_images(images)
     with left_as_it_was(model):
         victim = as_victim(model, images)
-        classes = victim.classifier(images[:1].to(victim.classifier.mean.device)).shape[1]
+        classes = answer(victim.classifier, images[:1].to(victim.classifier.mean.device)).shape[1]
         if classes < 2:
             raise InputError(f"the model has logits (B, {classes}); classes are 2 or more: return a logit for each")
         y = as_labels(labels, len(images), classes)
@@ -174,6 +174,19 @@ def as_victim(model: nn.Module, images: Tensor) -> Defended:
             "normalisation are known: Classifier(net, ClassifierConfig(...)) of diffender.classifiers.imagenet"
         )
     return model
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    """model(x). Raises InputError for weights of a type that does not take x."""
+    try:
+        return model(x)
+    except RuntimeError as e:  # others may be meant: a model may convert what it is given
+        others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype != x.dtype}
+        if not others or "type" not in str(e):
+            raise
+        raise InputError(
+            f"the model's weights are {', '.join(sorted(others))}; benchmark takes float32: call .float()"
+        ) from e
 
 
 def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 import diffender
 import evaluate
 from diffender.classifiers.dataset import Batch
+from diffender.classifiers.imagenet import Classifier, ClassifierConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.hardened import Hardened
 from diffender.defenses.jpeg import JPEG
@@ -130,6 +131,18 @@ def test_a_random_model_knows_no_batch(images):
         diffender.benchmark(Bright(2.0), images, y, name=f"batch {n}", batch_size=n, eot=2, **FAST) for n in (1, 3)
     ]
     assert results[0]["rows"] == results[1]["rows"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_other_weights_is_told_to_be_float32(dtype, images):
+    net = nn.Sequential(nn.Conv2d(3, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(dtype)
+    says = f"the model's weights are {str(dtype)[6:]}; benchmark takes float32: call .float..$"
+    wrapped = diffender.Defended(
+        diffender.Purifier(nn.Identity()), Classifier(net, ClassifierConfig("", 64, 64, (0, 0, 0), (1, 1, 1), ()))
+    )
+    for model in (net, wrapped):
+        with pytest.raises(InputError, match=says):
+            diffender.benchmark(model, images, [0, 1, 2])
 
 
 def test_noise_that_no_seed_repeats_is_refused(images):
