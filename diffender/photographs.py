@@ -118,7 +118,7 @@ class Defender:
         return {"class": best, "label": self.names[best], "confidence": round(p[best].item(), 4)}
 
 
-def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **method: Any) -> "DIFFender":
+def load(name: str | Path = "tiny", device: str = "auto", prompt: str | None = None, **method: Any) -> "DIFFender":
     """The defence around a model, with the prompts and settings that suit it, as the commands open it.
 
     name is that of the embedded model, or the path of a checkpoint; `prompt` is tuned, manual or empty; `method`
@@ -128,6 +128,7 @@ def load(name: str = "tiny", device: str = "auto", prompt: str | None = None, **
     from diffender.factory import open_defense, pick_device
     from diffender.stable_diffusion.model import MODELS
 
+    name = str(name) if isinstance(name, Path) else name
     model = ModelOptions(model=name) if name in MODELS else ModelOptions(weights=name)
     if unknown := sorted(method.keys() - flat(PAPER).keys()):
         raise InputError(

@@ -253,6 +253,8 @@ def test_in_one_line_from_python(photo, pasted):
     assert diffender.defend(one, defense).tobytes() == both[0].tobytes()
     with pytest.raises(InputError, match="no file"):
         diffender.load("nothing.safetensors")
+    with pytest.raises(InputError, match="no file or folder nothing.safetensors"):
+        diffender.load(Path("nothing.safetensors"))
     with pytest.raises(InputError, match=r"no file or folder tinny; .* the name of a model: tiny, .*nearest: tiny"):
         diffender.load("tinny")
 
