@@ -49,7 +49,7 @@ class AnyModel(Defended):
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
         with put_back(one.device):  # the caller's numbers stay as they are
-            first, second = answer(model, one), model(one)
+            first, second = answer(model, one.clone()), model(one.clone())
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
@@ -60,6 +60,7 @@ class AnyModel(Defended):
         return seeds(image_ids, seed, purpose, k) if self.random else None
 
     def forward(self, x: Tensor, noise: Any = None) -> Tensor:
+        x = x.clone()  # the model may change it in place
         return self.model(x) if noise is None else seeded(self.model, x, noise)
 
     def looks(self, x: Tensor, noises: Sequence[Any], batch: int = 1) -> Iterator[tuple[Purified, Tensor]]:

@@ -116,6 +116,18 @@ def test_rounding_is_not_randomness(images):
     assert AnyModel(Bright(spread=2.0), images).random
 
 
+def test_a_model_may_change_its_images_in_place(images):
+    class Halves(Bright):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    before = images.clone()
+    victim = AnyModel(Halves(), images)
+    assert not victim.random
+    assert torch.equal(victim(images), Bright()(0.5 * before))
+    assert torch.equal(images, before)
+
+
 def test_a_random_model_knows_no_batch(images):
     victim = AnyModel(Bright(spread=2.0), images)
     ids = ["a", "b", "c"]
