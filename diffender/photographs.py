@@ -63,7 +63,10 @@ class Found(NamedTuple):
 
 
 class Defender:
-    """The defence for PIL images of any size and mode; opts as on the command line, `defense` if it is open already."""
+    """The defence for PIL images of any size, of 8 or 16 bits; opts as on the command line.
+
+    `defense` is given if it is open already.
+    """
 
     def __init__(self, opts: Options | None = None, defense: "DIFFender | None" = None):
         from diffender.classifiers.imagenet import class_names, load_classifier
@@ -79,7 +82,7 @@ class Defender:
             self.names = class_names() if opts.classes is None else [str(i) for i in range(opts.classes)]
 
     def __call__(self, image: "Image.Image", name: str = "image") -> Found:
-        """An image of any size and mode, turned upright where the camera says how; noise follows from its name."""
+        """An image of any size, turned upright where the camera says how; noise follows from its name."""
         import PIL.Image
         from PIL import ImageOps
         from torchvision.transforms.functional import pil_to_tensor
