@@ -252,6 +252,10 @@ def test_tasks_that_do_not_fit_are_refused(batch):
         (Task(Linear(), x, y[:1], IDS, 0), f"{len(x)} images, 1 labels and {len(IDS)} ids; each image has"),
         (Task(Linear(), x, y, ["a"], 0), f"{len(x)} images, {len(y)} labels and 1 ids"),
         (Task(Linear(), (255 * x).byte(), y, IDS, 0), "images of dtype torch.uint8; they are floating point in [0, 1]"),
+        (Task(Linear(), x, y.tolist(), IDS, 0), "labels are a list; they are a tensor (B,) of whole numbers, int64"),
+        (Task(Linear(), x, y.float(), IDS, 0), "labels are of torch.float32, (8,); they are a tensor (B,)"),
+        (Task(Linear(), x, y[:, None], IDS, 0), "labels are of torch.int64, (8, 1); they are a tensor (B,)"),
+        (Task(Linear(), x[:0], y[:0], [], 0), "a task of no images; give one or more"),
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             attack(task)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, best_attempt
@@ -57,11 +58,15 @@ class Attack:
                 f"the victim is a {type(task.victim).__name__}; give Defended(defense, classifier), or "
                 "Undefended(classifier)"
             )
-        if not isinstance(task.y, Tensor):
-            raise InputError(f"labels are a {type(task.y).__name__}; they are a tensor (B,) of whole numbers")
+        y = task.y
+        if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != torch.int64:
+            told = f"of {y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise InputError(f"labels are {told}; they are a tensor (B,) of whole numbers, int64")
         if not len(task.x) == len(task.y) == len(task.image_ids):
             counts = f"{len(task.x)} images, {len(task.y)} labels and {len(task.image_ids)} ids"
             raise InputError(f"a task of {counts}; each image has a label and an id")
+        if not len(y):
+            raise InputError("a task of no images; give one or more")
         task = task._replace(loss=self.loss(task))
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)
