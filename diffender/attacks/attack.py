@@ -62,8 +62,8 @@ class Attack:
         if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != torch.int64:
             told = f"of {y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise InputError(f"labels are {told}; they are a tensor (B,) of whole numbers, int64")
-        if not len(task.x) == len(task.y) == len(task.image_ids):
-            counts = f"{len(task.x)} images, {len(task.y)} labels and {len(task.image_ids)} ids"
+        if not len(task.x) == len(y) == len(task.image_ids):
+            counts = f"{len(task.x)} images, {len(y)} labels and {len(task.image_ids)} ids"
             raise InputError(f"a task of {counts}; each image has a label and an id")
         if not len(y):
             raise InputError("a task of no images; give one or more")

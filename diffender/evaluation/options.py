@@ -204,7 +204,7 @@ def refuse_conflicts(opts: Options) -> None:
 
 
 def is_folder_within(name: str) -> bool:
-    """Whether a folder may have this name and lies within the one that it is told from."""
+    """Whether this can be the name of a folder within another one."""
     parts = Path(name).parts
     lengths = [len(part.encode(errors="replace")) for part in parts]
     return (

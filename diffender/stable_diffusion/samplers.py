@@ -25,9 +25,9 @@ class Step(NamedTuple):
 def ddim_grid(steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
-    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Beware of
-    one step, which is at t = 1, of two or three, which start at t = 501 and 667, and of 501 to 999, which start at
-    t = N: there z_t should not yet, or hardly, be noise.
+    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Restoration
+    starts from pure noise, but one step is at t = 1, two start at t = 501, three at 667, and 501 to 999 at t = N: the
+    model does not expect pure noise there.
     """
     check_steps(steps)
     stride = TRAIN_STEPS // steps
