@@ -14,7 +14,7 @@ from diffender.faces.identification import RECOGNIZERS, identify, list_faces, sp
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
-from diffender.utils.files import sha256
+from diffender.utils.files import printable, sha256
 from diffender.weights.loading import RANDOM, WEIGHTS, exact_convolutions, load_model, settings_of
 from diffender.weights.prompts import contexts_for
 from diffender.weights.reading import folder_files
@@ -75,7 +75,7 @@ def open_classifier(opts: TargetOptions) -> Classifier:
         return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
     classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes, RECOGNIZERS)
     if opts.classes is not None:
-        classifier.names = own_classes(opts.data, opts.classes)
+        classifier.names = [*map(printable, own_classes(opts.data, opts.classes))]
     return classifier
 
 

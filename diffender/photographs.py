@@ -13,7 +13,6 @@ stops after the image in hand, and the same command goes on. In Python:
     found = diffender.Defender()(Image.open("photo.jpg"))        # with the mask and the map
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffender.config import PAPER, DefenseOptions, ModelOptions, RunOptions
 from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError, named_images, nearest
-from diffender.utils.files import printable, sha256, whole, write_text
+from diffender.utils.files import printable, sha256, short, whole, write_text
 from diffender.utils.interruption import patient
 from diffender.utils.options import check_options, flat, option, parse, part, run, settings
 from diffender.utils.progress import bar
@@ -209,12 +208,6 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         names.add(name)
         found[i] = name, file
     return found
-
-
-def short(name: str) -> str:
-    """A name of 200 bytes at most, since files add to it; a longer one ends in a hash of the whole."""
-    full = name.encode()
-    return name if len(full) <= 200 else f"{full[:180].decode(errors='ignore')}_{hashlib.sha256(full).hexdigest()[:16]}"
 
 
 def readable(path: Path) -> bool:

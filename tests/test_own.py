@@ -1,6 +1,8 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -368,12 +370,16 @@ def test_a_digest_tells_values_apart():
 
 
 def test_folders_of_ones_own_classes(tmp_path, call, photos):
-    """A folder for each class, a network with so many outputs: attacked from the command line, with their names."""
+    """A folder for each class, a network with so many outputs: attacked from the command line, with their names,
+    however long and whatever their bytes."""
     net = timm.create_model("efficientnet_lite0", num_classes=2)
     net.classifier.bias.data[0] = 100.0  # it sees cats everywhere
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     for name, photo in zip(("cats", "dogs"), photos, strict=False):
         save_png(photo, tmp_path / "pets" / name / "a.png")
+    cat, odd = tmp_path / "pets/cats/a.png", "b" * 230
+    with suppress(OSError):  # not every file system takes such names
+        cat.rename(os.fsdecode(os.fsencode(cat.parent) + b"/\xff" + odd.encode() + b".png"))
     common = ["--data", "pets", "--classifier", "efficientnet_lite0", "--classes", "2"]
     weights = ["--classifier-weights", "net.safetensors"]
 
@@ -383,7 +389,9 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
 
     code, error = run(*common, *weights, "--preset", "smoke", "--attack", "none", "--trust", "off", "--name", "own")
     assert code == 0, error
-    assert json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))["names"] == ["cats", "dogs"]
+    results = json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))
+    assert results["names"] == ["cats", "dogs"]
+    assert results["ids"] == ["cats/a" if cat.exists() else f"cats/\\xff{odd}"]
     code, error = run(*common, *weights, "--images", "1", "--masks", "2", "--out", "certified", main=certify.main)
     assert code == 0, error
     assert json.loads((tmp_path / "certified/results.json").read_text("utf-8"))["rows"][0]["n"] == 1
@@ -395,7 +403,7 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
     code, error = run(*common, *weights, "--classes", "3")
     assert (code, len(error.splitlines())) == (2, 1)
     assert "pets has 2 folders (cats, dogs); --classes 3 wants one for each class" in error
-    (tmp_path / "labels.csv").write_text("file,label\npets/cats/a.png,2\n")
+    (tmp_path / "labels.csv").write_text("file,label\npets/dogs/a.png,2\n")
     code, error = run("--data", "labels.csv", "--classes", "2", *weights)
     assert (code, len(error.splitlines())) == (2, 1)
     assert "line 2: label '2'; labels are 0 to 1" in error

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffender.classifiers.imagenet import Classifier, ClassifierConfig
 from diffender.noise import generator
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line, sha256
+from diffender.utils.files import one_line, printable, sha256
 
 LONGEST = 20  # longer side over shorter side, at most
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -65,6 +65,7 @@ def list_items(data: str, classes: int | None = None) -> list[Item]:
         raise InputError(f"no data at {data!r}; give samples, a folder of wnid folders, or a csv with file and label")
     if not items:
         raise InputError(f"no images in {data}; wanted are {KINDS}")
+    items = [item._replace(id=printable(item.id)) for item in items]
     if twice := [name for name, n in Counter(item.id for item in items).items() if n > 1]:
         raise InputError(f"{data} has more than one image {twice[0]}, whatever their kind; rename or remove one")
     return items

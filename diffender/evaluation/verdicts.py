@@ -15,6 +15,7 @@ from diffender.attacks.expectation import Attacked, Task, Victim
 from diffender.attacks.patch import to_8bit
 from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, proportion
 from diffender.pipeline import Defended, Purified
+from diffender.utils.files import short
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
 Attack = Callable[..., Attacked]
@@ -187,8 +188,8 @@ def through_files(folder: Path, names: Sequence[str], made: Attacked) -> tuple[T
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
-    """Names of files for images, of which ids in folders have slashes."""
-    return [i.replace("/", "__") for i in ids]
+    """Names of files for images, of which ids in folders have slashes, or are long."""
+    return [short(i.replace("/", "__")) for i in ids]
 
 
 def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:

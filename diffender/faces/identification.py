@@ -17,7 +17,7 @@ from diffender.classifiers.dataset import SUFFIXES, Item, load_image, read_csv
 from diffender.classifiers.imagenet import HALF, Classifier, ClassifierConfig
 from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.utils.errors import InputError
-from diffender.utils.files import check_fit, load_tensors
+from diffender.utils.files import check_fit, load_tensors, printable
 
 STD = (128 / 255,) * 3  # (255 x - 127.5) / 128
 RECOGNIZERS = {
@@ -66,10 +66,10 @@ def split_faces(faces: Sequence[tuple[str, Path]], fold: int = 0) -> Faces:
     probes, gallery = [], []
     for label, person in enumerate(names):
         for i, path in enumerate(sorted(of[person], key=lambda p: natural(p.name))):
-            (probes if i == fold else gallery).append(Item(f"{person}/{path.stem}", path, label))
+            (probes if i == fold else gallery).append(Item(printable(f"{person}/{path.stem}"), path, label))
     if not probes:
         raise InputError(f"--fold {fold}: nobody has so many images; the largest is {max(map(len, of.values())) - 1}")
-    return Faces(probes, gallery, names)
+    return Faces(probes, gallery, [*map(printable, names)])
 
 
 def natural(name: str) -> list:

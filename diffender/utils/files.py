@@ -137,6 +137,12 @@ def printable(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
+def short(name: str) -> str:
+    """A name of 200 bytes at most, since files add to it; a longer one ends in a hash of the whole."""
+    full = name.encode()
+    return name if len(full) <= 200 else f"{full[:180].decode(errors='ignore')}_{hashlib.sha256(full).hexdigest()[:16]}"
+
+
 def one_line(e: BaseException) -> str:
     return ascii(" ".join(str(e).split()))[1:-1][:200]
 
