@@ -218,7 +218,7 @@ def test_out_of_memory_is_one_line_with_the_flags_that_help(monkeypatch, fail, h
     code, _, error = here(*SMALL, "--attack", "none", "--quiet", "--name", "m")
     assert code == 2
     flags = "--max-memory or --micro-batch or --batch-size or --eot-batch"
-    assert f"out of memory; give a lower {flags}: what is written stays, and the same command" in error
+    assert f"out of memory; give a lower {flags}: what is written stays; start the same command again" in error
     assert len(error.strip().splitlines()) == 1
 
 

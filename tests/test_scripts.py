@@ -345,6 +345,20 @@ def test_ablation_changes_one_choice_at_a_time(tmp_path):
 
 
 @pytest.mark.slow
+def test_ablation_attacks_anew_through_what_is_changed(tmp_path):
+    budget = ("--images", "1", "--iters-anew", "2", "--eot", "1")
+    results = ablation(tmp_path, "--study", "restoring,defender,attacker", *budget)
+    assert len({row["l1_patch"] for row in results["restoring"]}) == len(results["restoring"]) == 6
+    for study, count in (("defender", 8), ("attacker", 6)):
+        base, *others = results[study]
+        assert len(others) == count - 1 and base["robust"]["n"] == 1
+        assert any(row["auc"] != base["auc"] for row in others), "of another patch"
+    harder = {row["setting"]: row["auc"] for row in results["defender"]}
+    assert harder["theta 1.0"] != harder["base"], "the attacker knows theta, of which the map knows nothing"
+    assert "then evade, 2 steps, EOT 1" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
 def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
     results = ablation(tmp_path, "--study", "parts,noise,examples", "--images", "2")
     parts = {row["setting"]: row for row in results["parts"]}

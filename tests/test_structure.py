@@ -8,7 +8,7 @@ import pytest
 
 from diffender.__main__ import COMMANDS
 from diffender.attacks.gdpa import MODES
-from diffender.config import Backward, DIFFenderConfig
+from diffender.config import EMBEDDED, Backward, DIFFenderConfig
 from diffender.evaluation.options import PatchOptions
 from diffender.faces.__main__ import Options as FaceOptions
 from diffender.faces.identification import RECOGNIZERS
@@ -132,6 +132,17 @@ def test_names_that_stand_twice_are_the_same():
     found = {"score": SCORES, "sampler": SAMPLERS, "hide": EVASIONS, "gdpa_mode": MODES, "classifier": RECOGNIZERS}
     assert {flag: choices[flag] for flag in found} == {flag: tuple(names) for flag, names in found.items()}
     assert (*ablation.STUDIES, "examples") == ablate.STUDIES
+
+
+@pytest.mark.parametrize("study", ["choices", "restoring", "defender", "attacker"])
+def test_studies_change_one_choice_at_a_time(study):
+    base, *others = ablation.STUDIES[study]("tuned", EMBEDDED)
+    assert (base.prompt, base.cfg, base.backward) == ("tuned", EMBEDDED, Backward("evade"))
+    told = [vars(s.cfg) | vars(s.backward) | {"prompt": s.prompt} for s in (base, *others)]
+    for setting, values in zip(others, told[1:], strict=True):
+        ((name, value),) = ((k, v) for k, v in values.items() if v != told[0][k])
+        assert setting.name == f"{name} {value}"
+        assert (name in vars(Backward())) == (study == "attacker")
 
 
 @pytest.mark.parametrize("program", ["evaluate.py", "train.py", "diffender", *(m for m, _ in COMMANDS.values())])

@@ -2,12 +2,19 @@
 
     python -m diffender ablate --data PHOTOS --images 96 --out results/choices
     python -m diffender ablate --study parts,noise --data PHOTOS --images 128 --out results/parts
+    python -m diffender ablate --study defender,attacker --data PHOTOS --images 24 --out results/hiding
 
-Photographs that the classifier gets right are attacked on the classifier alone. `choices` then localises
-with one choice changed at a time; choose by it, on photographs that no evaluation is made on. `parts` purifies and
-classifies with empty, manual and tuned prompts, without restoration, and with the true mask (the paper's Tables 3 and
-4). `noise` follows the difference map over the noise ratio (its Figs. 3 and 4). `examples` shows the first photographs:
-reconstructed by the VAE, attacked, restored with the true mask and with the localised one.
+Photographs that the classifier gets right are attacked on the classifier alone. The studies:
+
+    choices    localises with one choice changed at a time; choose by it, on photographs that no evaluation is made on
+    parts      purifies and classifies with empty, manual and tuned prompts, without restoration, and with the true mask
+               (the paper's Tables 3 and 4)
+    noise      follows the difference map over the noise ratio (the paper's Figs. 3 and 4)
+    restoring  restores the true mask, with one choice of restoration changed at a time
+    defender   changes one choice of the localiser at a time; each is attacked anew by `evade`, which knows it
+    attacker   changes one choice of `evade` at a time
+    examples   shows the first photographs: reconstructed by the VAE, attacked, restored with the true mask and with
+               the localised one
 """
 
 from dataclasses import dataclass
@@ -16,7 +23,7 @@ from diffender.config import RunOptions, TargetOptions
 from diffender.utils.errors import InputError
 from diffender.utils.options import option, parse, part, run
 
-STUDIES = ("choices", "parts", "noise", "examples")
+STUDIES = ("choices", "parts", "noise", "restoring", "defender", "attacker", "examples")
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,18 @@ class Options:
         None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
     )
     iters: int = option(100, "Steps of the attack.", low=1)
+    iters_anew: int = option(40, "Steps of the attack on the defence, in the studies defender and attacker.", low=1)
+    eot: int = option(2, "Noise samples in each of those steps.", low=1)
     out: str = option("runs/ablation", "Output folder for results.json, table.md and images.")
 
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    if unknown := set(opts.study.split(",")) - {*STUDIES}:
+    studies, anew = set(opts.study.split(",")), (opts.iters_anew, opts.eot)
+    if unknown := studies - {*STUDIES}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
+    if anew != (Options.iters_anew, Options.eot) and not studies & {"defender", "attacker"}:
+        raise InputError("--iters-anew and --eot are read by --study defender and attacker alone; leave them out")
     from diffender.paper.ablation import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)

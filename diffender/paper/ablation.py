@@ -1,7 +1,7 @@
 """Studies of the parts of the defence, one choice changed at a time; paper.ablate is their command."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from diffender.attacks.attack import Attack
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
-from diffender.config import DIFFenderConfig
-from diffender.evaluation.metrics import map_auc, mask_scores, percent
+from diffender.config import Backward, DIFFenderConfig
+from diffender.evaluation.metrics import counted, map_auc, mask_scores, percent, proportion
 from diffender.factory import config_of, hashes_of, open_classifier, open_items, open_model, pick_device
 from diffender.paper.ablate import Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
@@ -32,12 +32,15 @@ from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
 from diffender.weights.prompts import SHIPPED, contexts_for
 
+EVADE = Backward("evade")
+
 
 class Setting(NamedTuple):
     name: str
     prompt: str
     cfg: DIFFenderConfig
     oracle: bool = False  # the true mask instead of the localised one
+    backward: Backward = EVADE  # of the attacker in the studies ANEW
 
 
 CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
@@ -49,11 +52,15 @@ CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
     "sigma": (0.0, 1.0),
     "dilation": (1, 3, 5),
 }
+RESTORING = {"steps": (1, 2, 4, 8), "guidance": (1.0, 3.0), "sampler": ("ddim", "dpmpp")}
+DEFENDER = {"prompt": ("manual", "tuned"), "noise_ratio": (0.1, 0.2, 0.3), "theta": (1.0, 1.5, 2.0)}
+DEFENDER |= {"score": ("z", "mad"), "grow": (0.0, 1.0)}
+ATTACKER = {"evasion": (1.0, 3.0, 10.0, 30.0), "hide": ("mean", "max"), "decoy": (0.0, 1.0)}  # fields of Backward
 
 
-def choices(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+def choices(prompt: str, base: DIFFenderConfig, changes: Mapping[str, tuple] = CHOICES) -> list[Setting]:
     settings = [Setting("base", prompt, base)]
-    for field, values in CHOICES.items():
+    for field, values in changes.items():
         for value in values:
             if field == "prompt" and value != prompt:
                 settings.append(Setting(f"prompt {value}", value, base))
@@ -81,7 +88,27 @@ def noise(_prompt: str, base: DIFFenderConfig) -> list[Setting]:
     ]
 
 
-STUDIES = {"choices": choices, "parts": parts, "noise": noise}
+def restoring(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    return [s._replace(oracle=True) for s in choices(prompt, base, RESTORING)]
+
+
+def defender(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    return choices(prompt, base, DEFENDER)
+
+
+def attacker(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    changed = [(name, value) for name, values in ATTACKER.items() for value in values]
+    others = [(name, value) for name, value in changed if value != getattr(EVADE, name)]
+    anew = [Setting(f"{n} {v}", prompt, base, backward=replace(EVADE, **{n: v})) for n, v in others]
+    return [Setting("base", prompt, base), *anew]
+
+
+STUDIES = {
+    "choices": choices, "parts": parts, "noise": noise, "restoring": restoring, "defender": defender,
+    "attacker": attacker,
+}  # fmt: skip
+ANEW = {"defender", "attacker"}  # each setting is attacked anew, by an attacker who knows it
+PURIFYING = {"parts", "restoring"} | ANEW
 
 
 def ablate(opts: Options) -> None:
@@ -101,13 +128,14 @@ def ablate(opts: Options) -> None:
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
     attacked = attack_all(attack, task, opts.batch_size, opts.run.quiet)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
+    anew = f"; then evade, {opts.iters_anew} steps, EOT {opts.eot}" if ANEW & set(names) else ""
     results = {
         "command": command(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(device),
         "images": len(batch.ids),
         "seed": opts.run.seed,
-        "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps",
+        "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps{anew}",
         "options": flat(opts) | asdict(base),
         "sha256": hashes_of(asked.model, prompts=prompts),
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
@@ -120,8 +148,13 @@ def ablate(opts: Options) -> None:
         settings = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
         results[name] = []
         for s in settings:
-            defense = DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg)
-            results[name].append(measure(opts, name, Defended(defense, classifier), s, batch, attacked))
+            target = Defended(DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg), classifier)
+            shown = attacked
+            if name in ANEW:
+                harder = replace(attack, iters=opts.iters_anew, eot=opts.eot)
+                known = task._replace(victim=target.under(s.backward))
+                shown = attack_all(harder, known, opts.batch_size, quiet=True, init=attacked.state)
+            results[name].append(measure(opts, name, target, s, batch, shown))
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
     write_text(out / "table.md", markdown(results))
@@ -130,10 +163,10 @@ def ablate(opts: Options) -> None:
     print(f"\n{markdown(results)}")
 
 
-def attack_all(attack: Attack, task: Task, size: int, quiet: bool) -> Attacked:
-    """A task's images attacked, `size` at a time."""
+def attack_all(attack: Attack, task: Task, size: int, quiet: bool, init: Tensor | None = None) -> Attacked:
+    """A task's images attacked, `size` at a time, from the states `init` of an earlier attack."""
     parts = bar(slices(size, task.image_ids), "attacking", quiet)
-    done = [attack(task.part(rows)) for rows in parts]
+    done = [attack(task.part(rows), None if init is None else init[rows]) for rows in parts]
     return Attacked(*map(torch.cat, zip(*done, strict=True)))
 
 
@@ -149,7 +182,7 @@ def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
 def measure(
     opts: Options, study: str, target: Defended, setting: Setting, batch: Batch, attacked: Attacked
 ) -> dict[str, object]:
-    """Means over the photographs: of map and mask; for `parts`, of what the classifier sees after purification."""
+    """Means over the photographs: of map and mask; in PURIFYING, of what the classifier sees after purification."""
     defense, judge = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
     for rows in slices(opts.batch_size, batch.ids):
@@ -160,7 +193,7 @@ def measure(
         if study != "noise":
             clean = defense.localize(x, noise)
             values["clean_area"] = clean.mask.mean(dim=(1, 2, 3))
-        if study == "parts":
+        if study in PURIFYING:
             unharmed = x if setting.oracle else composite(x, defense.restore(x, clean.mask, noise), clean.mask)
             covered = mask if setting.oracle else found.mask
             purified = composite(image, defense.restore(image, covered, noise), covered)
@@ -173,8 +206,11 @@ def measure(
             columns.setdefault(name, []).append(value.cpu())
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
     error = joined["auc"].std().item() / len(batch.ids) ** 0.5 if len(batch.ids) > 1 else 0.0
-    means = {name: values.mean().item() for name, values in joined.items()}
-    return {"setting": setting.name, "prompt": setting.prompt, **asdict(setting.cfg)} | means | {"auc_error": error}
+    means: dict[str, object] = {name: values.mean().item() for name, values in joined.items()}
+    if study in PURIFYING:
+        means["robust"] = proportion(joined["robust_right"].tolist())
+    told = {"setting": setting.name, "prompt": setting.prompt, "oracle": setting.oracle, **asdict(setting.cfg)}
+    return told | means | {"auc_error": error}
 
 
 def map_columns(found: Localized, mask: Tensor) -> dict[str, Tensor]:
@@ -218,14 +254,31 @@ def markdown(results: dict) -> str:
         head = ("setting", "AUC", "inside / outside", "recall", "precision", "IoU", "masked when clean")
         rows = [(r["setting"], *mask_cells(r), percent(r["clean_area"])) for r in results["choices"]]
         tables.append(table(head, rows))
-    if "parts" in results:
+    for study in (name for name in ("parts", "restoring") if name in results):
         head = ("defence", "clean", "attacked", "recall", "precision", "IoU", "masked when clean", "error in the patch")
         blank = ("",) * 4
         rows = [("undefended", "100.0 %", percent(results["undefended"]), *blank, "")]
-        for r in results["parts"]:
-            masks = blank if r["setting"].startswith("true mask") else (*mask_cells(r)[2:], percent(r["clean_area"]))
-            clean = "" if r["setting"].startswith("true mask") else percent(r["clean_right"])
+        for r in results[study]:
+            masks = blank if r["oracle"] else (*mask_cells(r)[2:], percent(r["clean_area"]))
+            clean = "" if r["oracle"] else percent(r["clean_right"])
             rows.append((r["setting"], clean, percent(r["robust_right"]), *masks, f"{r['l1_patch']:.3f}"))
+        tables.append(table(head, rows))
+    for study in (name for name in ("defender", "attacker") if name in results):
+        head = ("setting", "attacked", "recall", "IoU", "AUC", "clean", "masked when clean")
+        rows = []
+        for r in results[study]:
+            auc, _, recall, _, iou = mask_cells(r)
+            rows.append(
+                (
+                    r["setting"],
+                    counted(r["robust"]),
+                    recall,
+                    iou,
+                    auc,
+                    percent(r["clean_right"]),
+                    percent(r["clean_area"]),
+                )
+            )
         tables.append(table(head, rows))
     if "noise" in results:
         prompts = CHOICES["prompt"]

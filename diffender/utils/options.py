@@ -246,7 +246,7 @@ def settings(opts: Any, *free: str) -> dict:
 
 
 SPARING = ("max_memory", "micro_batch", "batch_size", "eot_batch")  # what takes less memory when it is lower
-KEPT = "what is written stays, and the same command with the same --name or --out goes on"
+KEPT = "what is written stays; start the same command again, with the same --name or --out"
 FAULTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space: {KEPT}") | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO),
     "choose another place, or change its permissions",
