@@ -53,7 +53,11 @@ def work(args: argparse.Namespace) -> None:
         with torch.no_grad():
             return task.victim.defense(task.x, task.noise("benchmark")).mask
 
+    vae = clean.victim.defense.model.vae
+    with torch.no_grad():
+        z = vae.encode(x)
     runs = {PASS: lambda: forward(patched), CLEAN: lambda: forward(clean)}
+    runs |= {"encoding": torch.no_grad()(lambda: vae.encode(x)), "decoding": torch.no_grad()(lambda: vae.decode(z))}
     runs |= {f"a step, {mode}": lambda mode=mode: step(patched, mode, keep=True) for mode in MODES}
     seconds, outputs = in_turn(runs, args.repeats)
     if not outputs[PASS].any() or (args.steps == NOW and outputs[CLEAN].any()):

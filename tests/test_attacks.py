@@ -1,5 +1,6 @@
 """Attacks: geometry, what they may change, and that they hurt."""
 
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -657,6 +658,18 @@ def test_stickers_stay_in_their_disc_at_any_angle():
         assert torch.allclose(turned[:, 3].mean(dim=(1, 2)), area, atol=5e-3)  # nothing is cut off
         side = stickers.side_for(name, 224, 0.1)
         assert stickers.render(name, torch.zeros(1), side)[0, 3].sum().item() / 224**2 == pytest.approx(0.1, rel=0.03)
+
+
+def test_no_window_for_a_square_of_their_area_hides_a_sticker():
+    """Their longer sides, where a tenth or more is opaque, as docs/hardened.md has them."""
+    sides = []
+    for name in stickers.NAMES:
+        visible = stickers.render(name, torch.arange(0, 360, 15.0), stickers.side_for(name, 224, 0.05))[:, 3] > 0.1
+        rows, columns = (visible.any(dim=d).float() for d in (2, 1))
+        spans = [(v * torch.arange(1, v.shape[1] + 1)).amax(1) - v.argmax(1) for v in (rows, columns)]
+        sides += torch.maximum(*spans).tolist()
+    assert (min(sides), max(sides)) == (56, 75)
+    assert min(sides) > math.isqrt(round(0.05 * 224**2))
 
 
 def test_stickers_turn_counter_clockwise():
