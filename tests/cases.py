@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ def ours_sampler(model: LatentDiffusion, dtype: torch.dtype) -> dict[str, Tensor
     return out
 
 
-def small_model_file(folder: Path) -> Path:
+def small_model_file(folder: Path, header: dict[str, Any] | None = None) -> Path:
     """A whole model in a small file of ours, with its configuration and checksum."""
     tiny = MODELS["tiny"]
     cfg = replace(
@@ -208,5 +209,5 @@ def small_model_file(folder: Path) -> Path:
     model = LatentDiffusion(cfg)
     fill_random(model, torch.Generator().manual_seed(0))
     path = folder / "small.safetensors"
-    save_model(model, path, {})
+    save_model(model, path, header or {})
     return path

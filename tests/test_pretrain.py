@@ -2,19 +2,23 @@
 
 import csv
 import json
+import math
 import shutil
 import sys
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffender.classifiers.dataset import sample_items
 from diffender.config import EMBEDDED
 from diffender.losses import evasion
+from diffender.noise import generator
 from diffender.pretrain import __main__ as pretrain
-from diffender.pretrain import corpus, stages, trainer, whole
+from diffender.pretrain import corpus, latents, locating, stages, trainer, whole
 from diffender.pretrain.corpus import (
     STATES,
     Crops,
@@ -28,10 +32,14 @@ from diffender.pretrain.corpus import (
 from diffender.pretrain.locating import Asked, hide, location_loss, score
 from diffender.pretrain.options import Recipe
 from diffender.pretrain.stages import early, early_layers
-from diffender.stable_diffusion.text import tokenizer
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.stable_diffusion.schedule import noise_timestep
+from diffender.stable_diffusion.text import TextTransformer, tokenizer
+from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
 from diffender.weights.loading import WEIGHTS, load_model
+from tests.cases import small_model_file
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +83,24 @@ def test_samples_say_what_was_pasted(photos):
     assert all(s.region.any() == ("clean" not in s.caption) for s in samples)
 
 
+def test_pastes_are_seen_and_named_and_masks_do_not_follow_them(photos, monkeypatch):
+    monkeypatch.setattr(corpus, "random_content", lambda photos, size, g: (torch.full((3, size, size), 2.0), "text"))
+    samples = [training_sample(photos, i % 20, 64, torch.Generator().manual_seed(i)) for i in range(40)]
+    pasted = [s for s in samples if s.region.any()]
+    assert 10 < len(pasted) < 30
+    for s in pasted:
+        assert s.caption.endswith(("adversarial", "text patch"))
+        assert (s.image * s.region).max() > 1.4, "content of brightness 2, three quarters opaque at least"
+        assert not torch.equal(s.mask, s.region)
+
+
+def test_photographs_are_flipped_sideways_alone():
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).kron(torch.ones(32, 32, dtype=torch.uint8))
+    crops = [corpus.random_crop(image.expand(3, -1, -1), 64, (1, 1), generator(i)) for i in range(9)]
+    corners = {tuple((255 * crop[0, ::63, ::63]).flatten().round().tolist()) for crop in crops}
+    assert corners == {(1, 2, 3, 4), (2, 1, 4, 3)}
+
+
 def test_the_nth_sample_is_always_the_same(photos, model):
     samples = Samples(photos, 64, model.text.tokenize, seed=0)
     for a, b in zip(samples[7], samples[7], strict=True):
@@ -108,6 +134,49 @@ def test_eq_4_in_pretraining_knows_the_region_and_regions_hide_from_it(model, ph
     assert loss(region, steps=3) > loss(region), "a region that hides is harder to find"
 
 
+def test_eq_4_in_pretraining_by_hand(monkeypatch):
+    """Scores of 0 lie 2.5 under the threshold, at levels that localisation looks from; what is empty does not hide."""
+    levels, asked = [], Asked(torch.zeros(2, 1, 1), None)
+    monkeypatch.setattr(locating, "score", lambda model, z, noise, t, asked: levels.append(t) or 0 * z[:, :1])
+    z_0, region, g = torch.zeros(64, 4, 4, 4), torch.zeros(64, 1, 4, 4), torch.Generator().manual_seed(0)
+    region[:32, :, :2, :2] = 1  # an eighth of all
+    wanted = math.log(1 + math.exp(-2.5)) + 2.5 / 8
+    assert location_loss(None, z_0, region, asked, 0, g).item() == pytest.approx(wanted)
+    assert 100 <= levels[0].min() < noise_timestep(EMBEDDED.noise_ratio) < levels[0].max() < 400
+    monkeypatch.setattr(locating, "hide", lambda *given: pytest.fail("asked to hide"))
+    location_loss(None, z_0, 0 * region, asked, 3, g)
+
+
+def test_samples_are_encoded_as_they_are_asked_for():
+    """Grey under the mask; the mask by its nearest pixel, the region by its share of a latent; latents as scaled."""
+    seen = []
+
+    def posterior(x):
+        seen.append(x.float())
+        return torch.zeros(2, 1, 4, 8, 8).unbind()
+
+    model = SimpleNamespace(vae=SimpleNamespace(posterior=posterior))
+    x, mask, region = torch.full((1, 3, 64, 64), 0.9), torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., :32, :32], region[..., :4] = 1, 1
+    found = latents.encode(model, x, mask, torch.zeros(1, 77), region)
+    assert torch.allclose(seen[1], x * (1 - mask) + 0.5 * mask)
+    assert (found["mask"].sum(), found["mask"][0, 0, 0, 0].item()) == (16, True)
+    assert found["region"][0, 0, 0].tolist() == [0.5] + [0] * 7
+    moments = torch.cat([torch.ones(1, 4, 64, 64), torch.zeros(1, 4, 64, 64)], dim=1)
+    drawn = latents.sample_latents(moments, 0.2, torch.Generator().manual_seed(0))
+    assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0.2, 0.2), rel=0.05)
+
+
+def test_a_growing_store_gives_the_new_samples_and_some_that_it_has(monkeypatch):
+    monkeypatch.setattr(latents, "fresh_batches", lambda *_: ({"n": torch.arange(2) + 2 * n} for n in range(9)))
+    recipe = Recipe(stage="unet", device=torch.device("cpu"), batch=6, reuse=3)
+    told = [batch["n"].tolist() for batch in latents.reused_batches(recipe, None, range(54))]
+    for n, batch in enumerate(told):
+        assert batch[:2] == [2 * n, 2 * n + 1]
+        assert all(0 <= i < 2 * n + 2 for i in batch)
+    assert len({i for batch in told for i in batch[2:]}) > 9
+
+
 def test_memory_is_pinned_for_a_training_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, pinned in (("cpu", False), ("cuda:1", True)):
@@ -132,6 +201,32 @@ def test_averaged_weights_forget_where_training_began(one_weight):
     assert one.ema.module.weight.item() > 0.8
 
 
+def test_rates_averages_and_gradients_of_a_training(one_weight):
+    """Warm-up over 100 steps, a cosine down to 2 %, gradients of norm 1, an average that --ema bounds."""
+    net, one = one_weight
+    for step, steps, share in ((0, 10**9, 0.01), (99, 10**9, 1), (1000, 2000, 0.51), (2000, 2000, 0.02)):
+        one.step, one.recipe = step, replace(one.recipe, decay=True, steps=steps)
+        one.update(1e3 * net.weight.sum())
+        assert one.optimizer.param_groups[0]["lr"] == pytest.approx(one.recipe.lr * share)
+        assert net.weight.grad.abs().item() == pytest.approx(1, rel=1e-4)
+    for step, decay in ((0, 0.1), (10**6, 0.999)):
+        one.step, averaged = step, torch.ones(1)
+        one.average([averaged], [torch.zeros(1)], None)
+        assert averaged.item() == pytest.approx(decay)
+
+
+def test_a_training_goes_on_with_its_averages_and_its_optimizer(one_weight):
+    net, one = one_weight
+    for _ in zip(one.steps(), range(3)):  # noqa: B905
+        one.update((net.weight - 1).square().sum())
+    one.save()
+    again = trainer.Trainer(torch.nn.Linear(1, 1, bias=False), one.recipe)
+    assert again.ema.module.weight.item() == one.ema.module.weight.item() != net.weight.item()
+    assert again.model.weight.item() == net.weight.item()
+    assert again.optimizer.state_dict()["state"][0]["step"] == 3
+    assert again.left() == range(one.step, 60)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(one_weight):
     net, one = one_weight
     for _ in zip(one.steps(), range(3)):  # noqa: B905
@@ -142,6 +237,83 @@ def test_a_gradient_that_is_not_finite_changes_nothing(one_weight):
     with pytest.raises(InputError, match="gradients were not finite, .*lower --lr"):
         for _ in range(trainer.SKIPPED):
             one.update((net.weight * torch.nan).sum())
+
+
+def test_a_step_of_the_unet_by_hand(model, monkeypatch, tmp_path):
+    """Predictions of 0, so the error is that of the noise, 1, and of v it is 1 / a_t; averaged weights are kept."""
+    asked, words, made = [], [], []
+
+    def predict_noise(self, unet, z_t, t, contexts, conditioning):
+        asked.append((t, conditioning))
+        return 0 * z_t[:, None]
+
+    def embed(self, tokens):
+        words.append(tokens)
+        return self.embeddings.token_embedding(tokens)
+
+    n, captions = 64, model.text.tokenize(["clean", "adversarial"])
+    moments, nothing = torch.zeros(n, 8, 28, 28), torch.zeros(n, 1, 28, 28)
+    batch = {"image": moments, "masked": moments, "mask": nothing, "region": nothing, "tokens": captions.repeat(32, 1)}
+    monkeypatch.setattr(LatentDiffusion, "predict_noise", predict_noise)
+    monkeypatch.setattr(TextTransformer, "embed", embed)
+    monkeypatch.setattr(stages, "Trainer", lambda *given: made.append(trainer.Trainer(*given)) or made[0])
+    monkeypatch.setattr(stages, "reused_batches", lambda *_: [batch] * 2)
+    monkeypatch.setattr(stages, "location_loss", lambda model, z, region, asked, *_: 5 + asked.contexts.float().mean())
+    for name in ("plot_losses", "show_inpainting"):
+        monkeypatch.setattr(stages, name, lambda *_: None)
+    init = small_model_file(tmp_path, {"training": {"vae": {"scale_factor": 1.0}}})
+    given = {"data": tmp_path, "out": tmp_path, "init": init, "batch": n, "focus": 0.25, "locate": 2.0}
+    stages.train_unet(Recipe(stage="unet", device=torch.device("cpu"), steps=2, lr=100.0, **given))
+    (t, conditioning), told = asked[0], json.loads((tmp_path / "unet.jsonl").read_text())
+    ours, saved = made[0].ema.module, load_model("auto", tmp_path / "tiny.safetensors")
+    assert torch.equal(conditioning[:16], ours.blank_conditioning((224, 224)).expand(16, -1, -1, -1))
+    assert conditioning[16:, 0].sum() == 0
+    assert 100 <= t[:16].min() < t[:16].max() < 500 < 800 < t[16:].max()
+    assert told["mse"] == pytest.approx(1, rel=0.01)
+    assert told["loss"] - 2 * told["mask"] == pytest.approx((1 / ours.alphas_cumprod[t]).mean().item(), rel=0.03)
+    dropped = (words[0] == model.text.tokenize([""])).all(dim=1)
+    assert 3 < dropped[::2].sum() < 17, "of clean images about 30 %"
+    assert not dropped[1::2].any(), "no caption of a paste"
+    norms = [m.text.final_layer_norm.weight for m in (saved, ours, made[0].model)]
+    assert torch.allclose(norms[0], norms[1], atol=1e-3)
+    assert not torch.allclose(norms[1], norms[2], atol=0.05)
+
+
+def test_a_step_of_the_vae_by_hand(folder, photos, monkeypatch, tmp_path):
+    """Its KL term is that of Gaussians of variance 2; latents are scaled to a deviation of 1."""
+
+    def posterior(self, x):
+        mean = F.avg_pool2d(x[:, :1], 8).repeat(1, 4, 1, 1)
+        return Posterior(mean, torch.full_like(mean, 2.0).log())
+
+    x = torch.rand(4, 3, 32, 32)
+    monkeypatch.setattr(AutoencoderKL, "posterior", posterior)
+    monkeypatch.setattr(stages, "batches", lambda *_: [x])
+    for name in ("plot_losses", "save_png"):
+        monkeypatch.setattr(stages, name, lambda *_: None)
+    given = {"data": folder, "out": tmp_path, "init": small_model_file(tmp_path), "steps": 1, "crop": 32}
+    stages.train_vae(Recipe(stage="vae", device=torch.device("cpu"), **given))
+    told, of_one = json.loads((tmp_path / "vae.jsonl").read_text()), stages.center_crops(photos, range(1))
+    kl = (posterior(None, x).mean.square().mean().item() + 1 - math.log(2)) / 2
+    assert told["kl"] == pytest.approx(kl, rel=1e-4)
+    scale_factor = read_header(tmp_path / "vae.safetensors")["scale_factor"]
+    assert (scale_factor * posterior(None, of_one).mean).std().item() == pytest.approx(1)
+
+
+def test_stages_share_the_minutes_that_are_left(monkeypatch, tmp_path):
+    """A stage that takes its time leaves the others theirs."""
+    clock, asked = [0.0], []
+
+    def took(recipe, on_save=None):
+        asked.append(recipe.minutes)
+        clock[0] += 60 * recipe.minutes
+
+    monkeypatch.setattr(whole, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for name in ("train_vae", "train_unet"):
+        monkeypatch.setattr(whole, name, took)
+    (tmp_path / "out").mkdir()
+    whole.train_all(Recipe(stage="all", device=torch.device("cpu"), out=tmp_path / "out", minutes=100.5))
+    assert asked == pytest.approx([30, 20, 50])
 
 
 def test_parts_are_those_of_the_last_model(tmp_path):
