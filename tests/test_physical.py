@@ -8,6 +8,7 @@ import torch
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
 from diffender.noise import generator
+from diffender.paper import physical
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, homography, photograph, print_patch, warp
 from diffender.pipeline import Undefended
 
@@ -68,21 +69,45 @@ def test_a_frame_is_a_function_of_what_it_drew(photos):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+def steady(**given):
+    """A frame of 65 x 65 pixels that changes nothing, but for what is given."""
+    still = {"pose": torch.tensor([[0.0, 0.0, 1.0]]), "gain": torch.ones(1, 3), "gamma": torch.ones(1, 1)}
+    still |= dict.fromkeys(("bias", "blur", "grain"), torch.zeros(1, 1))
+    return draw_frame([Pose()], 65, generator("steady"))._replace(**still | given)
+
+
 def test_beyond_the_picture_lies_the_clean_scene():
     """A patch at the border is seen once."""
     scene = torch.full((1, 3, 65, 65), 0.5)
     x = scene.clone()
     x[..., :20, :20] = 1
-    frame = draw_frame([Pose(distance=3)], 65, generator("far"))
-    plain = frame._replace(
-        gain=torch.ones(1, 3),
-        bias=torch.zeros(1, 1),
-        gamma=torch.ones(1, 1),
-        blur=torch.zeros(1, 1),
-        grain=torch.zeros(1, 1),
-    )
-    brighter = photograph(x, scene, plain)[0, 0] > 0.6
+    far = steady(pose=torch.tensor([[0.0, 0.0, 3.0]]))
+    brighter = photograph(x, scene, far)[0, 0] > 0.6
     assert 0 < brighter.sum() < 60
+
+
+def test_a_photograph_by_hand(monkeypatch):
+    """Gamma is a power; from twice as far a pixel sees twice as much; blur is told in pixels of 299."""
+    x, sigmas, blurred = torch.full((1, 3, 65, 65), 0.5), [], physical.blur
+    monkeypatch.setattr(physical, "blur", lambda x, sigma: sigmas.extend(sigma) or blurred(x, sigma))
+    assert torch.allclose(photograph(x, x, steady(gamma=torch.tensor([[2.0]]))), 0.5 * x, atol=1e-5)
+    assert sigmas == [0, 0]
+    photograph(x, x, steady(pose=torch.tensor([[0.0, 0.0, 2.0]]), blur=torch.tensor([[1.5]])))
+    assert sigmas[2:] == pytest.approx([0.5 * 3**0.5, 1.5 * 65 / 299])
+
+
+def test_a_frame_is_two_degrees_and_five_per_cent_off_its_pose_at_most():
+    frame, most = draw_frame([Pose(15, -15, 2.0)] * 200, 4, generator("off")), torch.tensor([2.0, 2.0, 0.1001])
+    off = (frame.pose - torch.tensor([15.0, -15.0, 2.0])).abs().amax(dim=0)
+    assert (off < most).all()
+    assert (off > 0.9 * most).all()
+
+
+def test_print_loses_colour(photos):
+    mask = torch.ones(1, 1, 224, 224)
+    chroma = [print_patch(photos[:1], mask, torch.tensor([[ink]])).std(dim=1).mean().item() for ink in (0.0, 0.5, 1.0)]
+    assert chroma[1] == pytest.approx(chroma[0] / 2, rel=1e-3)
+    assert chroma[2] < 1e-6
 
 
 def test_print_stays_in_its_range_and_its_place(photos):

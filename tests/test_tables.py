@@ -4,23 +4,32 @@ import csv
 import io
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, sample_items
-from diffender.config import DIFFenderConfig
+from diffender.config import PAPER, DIFFenderConfig
 from diffender.defenses import DEFENSES
 from diffender.defenses.fill import grey
 from diffender.evaluation.options import FIGURES, Options, with_preset
 from diffender.evaluation.records import append_records, read_finished
+from diffender.evaluation.run import Experiment
 from diffender.evaluation.verdicts import Verdict
-from diffender.paper import tables
-from diffender.paper.controls import FILLED, controls, elsewhere
+from diffender.noise import generator
+from diffender.paper import controls as controlled
+from diffender.paper import filming, tables
+from diffender.paper.ablate import Options as AblationOptions
+from diffender.paper.ablation import Setting, measure, show
+from diffender.paper.controls import FILLED, controls, elsewhere, look, seen
 from diffender.paper.figures import DRAWN
 from diffender.paper.knowledge import draw_knowledge, known
+from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import (
     NAMES,
@@ -37,7 +46,7 @@ from diffender.paper.tables import (
     run_table,
     undefended,
 )
-from diffender.pipeline import Defended, DIFFender
+from diffender.pipeline import Defended, DIFFender, Localized, Purified
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json
@@ -182,6 +191,8 @@ def test_knowing_more_is_never_worth_less(tmp_path):
     ]
     assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 1: 1, 2: 1}
     assert {stage: p["right"] for stage, p in known(records, within=True).items()} == {0: 2, 2: 1}
+    twice = [r | {"attacks": {"advp/transfer": {"defended": [1, 2]}}} for r in records]
+    assert known(twice)[0]["right"] == 3, "of first purifications"
     for record in records:
         del record["attacks"]["advp/bpda"]
     assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 2: 1}  # no point without its attack
@@ -237,8 +248,129 @@ def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos,
         assert (other * small[0]).sum() == 0
         assert other[0].any(dim=1).sum() == other[0].any(dim=0).sum() == 50
         assert other[0].any(dim=1).nonzero().diff(dim=0).max() == 1
+    large = torch.zeros(1, 1, 16, 16)
+    large[..., :10, :10] = 1
+    assert (elsewhere(large, ["a"], 0) * large).sum() <= 20, "16 is the least"
     cut = (classifier(grey(x, moved)).argmax(dim=1) == y).tolist()
     assert [v.single for v in found["random grey"]["clean"]] == cut
+
+
+def test_diffusion_paints_over_the_mask_alone():
+    shown = []
+    target = SimpleNamespace(defense=SimpleNamespace(restore=lambda x, mask, noise: torch.zeros_like(x)))
+    target.sample_noise, target.classifier = (lambda *_: None), lambda x: shown.append(x) or torch.eye(2)[1:]
+    x, mask = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    mask[..., 2:5, 2:5] = 1
+    assert seen(target, "diffusion", x, mask, "a", 0) == 1
+    assert torch.equal(shown[0], x * (1 - mask))
+
+
+def test_random_masks_of_controls_lie_apart_from_true_ones(tmp_path, monkeypatch):
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 2:6, 2:6] = 1
+    for name, image in (("a.png", torch.rand(3, 16, 16)), ("a_mask.png", mask[0])):
+        save_png(image, tmp_path / "adv" / "advp" / "transfer" / name)
+    monkeypatch.setattr(controlled, "seen", lambda target, fill, x, m, *_: (m.sum().item(), (m * mask).sum().item()))
+    found = look(None, tmp_path, ["advp"], torch.rand(1, 3, 16, 16), "a", 0)
+    assert found["true grey"] == {"clean": (0, 0), "advp": (16, 16)}
+    assert found["random grey"] == {"clean": (16, 0), "advp": (16, 0)}
+
+
+def test_a_part_is_measured_by_hand():
+    """A defence that finds white pixels and paints them grey; a classifier that is right where nothing is grey."""
+
+    def localize(x, noise):
+        mask = (x.amax(dim=1, keepdim=True) == 1).float()
+        return Localized(mask, F.avg_pool2d(mask, 4) + 1, mask)
+
+    def judge(x):
+        return torch.stack([(x == 0.5).flatten(1).any(dim=1).float(), torch.full((len(x),), 0.5)], dim=1)
+
+    defense = SimpleNamespace(localize=localize, sample_noise=lambda *_: None)
+    defense.restore = lambda x, mask, noise: torch.full_like(x, 0.5)
+    x, mask = torch.zeros(3, 3, 16, 16), torch.zeros(3, 1, 16, 16)
+    mask[0, :, :8, :8] = mask[1, :, 8:, 8:] = mask[2, :, :4, :4] = 1
+    image = (x + mask).clamp(0, 1)
+    image[2, :, 12:, 12:] = 1  # a false alarm
+    batch, attacked = Batch(["a", "b", "c"], x, torch.ones(3).long(), []), SimpleNamespace(image=image, mask=mask)
+    target, setting = SimpleNamespace(defense=defense, classifier=judge), Setting("s", "manual", PAPER)
+    told = measure(AblationOptions(batch_size=2), "parts", target, setting, batch, attacked)
+    assert [told[k] for k in ("clean_right", "robust_right", "l1_patch")] == pytest.approx([1, 0, 0.5])
+    assert [told[k] for k in ("inside", "outside")] == pytest.approx([2, (1 + 1 + 16 / 15) / 3])
+    auc = torch.tensor([1, 1, 1 - 0.5 / 15])
+    assert [told["auc"], told["auc_error"]] == pytest.approx([auc.mean().item(), auc.std().item() / 3**0.5])
+
+
+def test_what_the_vae_keeps_is_told_in_decibels(tmp_path):
+    """An error of 0.1 is 20 dB."""
+    x, mask = torch.full((2, 3, 16, 16), 0.5), torch.zeros(2, 1, 16, 16)
+
+    class Plain:
+        model = SimpleNamespace(vae=SimpleNamespace(encode=lambda x: x, decode=lambda z: z + 0.1))
+        sample_noise, restore = (lambda *_: None), (lambda self, x, mask, noise: x)
+
+        def __call__(self, x, noise):
+            return Purified(x, mask, mask[..., :4, :4], mask)
+
+    def judge(x):
+        return torch.eye(2)[:1].expand(len(x), -1)
+
+    batch, attacked = Batch(["a", "b"], x, torch.tensor([1, 0]), []), SimpleNamespace(image=x, mask=mask)
+    told = show(AblationOptions(out=str(tmp_path)), Plain(), judge, batch, attacked)
+    assert told == pytest.approx({"psnr": 20, "round_trip_right": 0.5}, rel=1e-4)
+
+
+def test_frames_are_graded_each_by_its_own_picture():
+    black, white = torch.zeros(1, 1), torch.ones(1, 1)
+
+    def judge(x):
+        return torch.cat([0.5 - x, x - 0.5], dim=1)
+
+    for clean, attacked, purified in ((white, black, white), (black, white, black), (white, white, black)):
+        told = filming.grade(judge, filming.Shot(clean, attacked), purified, 1)
+        assert list(told) == ["clean", "undefended", "defended"]
+        assert list(told.values()) == [bool(image.any()) for image in (clean, attacked, purified)]
+
+
+def test_a_frame_shows_the_scene_and_the_printed_patch_alike(monkeypatch):
+    monkeypatch.setattr(filming, "JPEG", lambda quality: lambda x: x)
+    x, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., 20:44, 20:44] = 1
+    task, made = Task(None, x, torch.tensor([0]), ["a"], 0), SimpleNamespace(image=x * (1 - mask), mask=mask)
+    (shot,) = filming.shots(task, made, (Pose(),), 1)
+    frame = draw_frame([Pose()], 64, generator(0, "a", "frame", *Pose(), 0))
+    assert torch.equal(shot.clean, photograph(x, x, frame))
+    assert torch.equal(shot.attacked, photograph(print_patch(made.image, mask, frame.ink), x, frame))
+
+
+@dataclass(frozen=True)
+class Made:
+    """In the place of AdvP: tells how it is called."""
+
+    eot: int
+
+    @classmethod
+    def from_flags(cls, values):
+        return cls(values["eot"])
+
+    def __call__(self, task):
+        return self.eot, type(task.victim)
+
+
+def test_the_stronger_patch_is_made_over_poses(tmp_path, monkeypatch):
+    """By at least four a step, before the camera."""
+    made, black = [], torch.zeros(1, 3, 8, 8)
+    monkeypatch.setattr(filming, "AdvP", Made)
+    monkeypatch.setattr(filming, "shots", lambda task, told, *_: made.append(told) or [filming.Shot(black, black)])
+    for name in ("grade", "save_example"):
+        monkeypatch.setattr(filming, name, lambda *_: {})
+    target = SimpleNamespace(undefended=lambda: None, sample_noise=lambda *_: None)
+    target.classifier, target.defense = torch.nn.Identity(), lambda x, noise: Purified(x)
+    target.classifier.mean = torch.zeros(1)
+    opts = with_preset(change(Options(), eot=2, quiet=True))
+    e = Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, [], {}, None)
+    filming.film(e, Batch(["a"], black, torch.zeros(1), []))
+    assert made == [(1, type(None))] * len(CONFIGURATIONS) + [(4, Filmed)] * len(CONFIGURATIONS)
 
 
 def test_table_7_from_photographs(tmp_path, monkeypatch):
