@@ -15,10 +15,11 @@ from diffender.attacks.expectation import Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.config import PAPER, Backward, DIFFenderConfig
 from diffender.defenses import Purifier, build
+from diffender.evaluation import forecast as forecasts
+from diffender.evaluation import memory, trust
 from diffender.evaluation import plan as plans
-from diffender.evaluation import trust
 from diffender.evaluation.forecast import COST, costs, duration
-from diffender.evaluation.memory import fit_micro_batch, footprint, peak_bytes
+from diffender.evaluation.memory import WORKING, Footprint, fit_micro_batch, footprint, kept_bytes, peak_bytes
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options, attacks, kinds, with_preset
 from diffender.evaluation.verdicts import (
@@ -903,6 +904,32 @@ def test_evaluations_are_recorded_where_gradients_pass_through_restoration():
     assert [replace(PAPER, guidance=g, steps=4).evaluations for g in (1.0, 7.5)] == [4, 8]
     opts = change(Options(), steps=4, guidance=1.0)
     assert [plans.recorded_steps(replace(opts, grad=grad)) for grad in ("bpda,evade", "bpda,full")] == [0, 4]
+
+
+def test_a_forecast_is_of_every_image_step_and_restart(monkeypatch):
+    """GDPA also tries four moves and staying every ten steps; a deterministic defence is judged once."""
+    opts = with_preset(Options(attack="gdpa", grad="evade", iters=5, eot=2, restarts=3, verdicts=4))
+    opts, of = replace(opts, trust="off", curves="off"), {what: 2 * cost for what, cost in COST.items()}
+    monkeypatch.setattr(forecasts, "measured", lambda *_: of)
+    monkeypatch.setattr(forecasts, "memory_needed", lambda *_: (0, ""))
+    attempt = 5 * (2 * of["evade"] + 5 / 10 * of["pass"]) + 3 * 3 * of["pass"]
+    for noise, verdicts in ((0, 4), (None, 1)):
+        target = SimpleNamespace(sample_noise=lambda *_, noise=noise: noise)
+        two, one = forecasts.forecast(opts, target, None, [[0, 1], [2]]).parts
+        assert one["clean"] == verdicts * of["pass"]
+        assert one["gdpa/evade"] == pytest.approx(verdicts * of["pass"] + 3 * attempt)
+        assert two == {variant: 2 * cost for variant, cost in one.items()}
+
+
+def test_memory_by_hand(monkeypatch):
+    """Localisation asks twice in each draw; restoration encodes and decodes once more; the classifier sees all rows."""
+    one = Footprint(unet=10_000, encoder=300, decoder=200, classifier=50_000)
+    assert kept_bytes(one, 2, 3, 4) == round(WORKING * 2 * (10 * 10_000 + 2 * 300 + 200 + 50_000))
+    assert kept_bytes(one, 1, 3, 0) == round(WORKING * (6 * 10_000 + 300 + 50_000))
+    assert peak_bytes(one, 2, 3, 1) == round(WORKING * 2 * 50_000), "no micro-batch divides the classifier"
+    for free, keeps in ((4.01, True), (3.99, False)):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, n=free: n * kept_bytes(one, 2, 3, 4))
+        assert memory.keep_or_recompute(one, 2, 3, 4, torch.device("cpu")) is keeps
 
 
 def test_the_papers_settings():
