@@ -89,6 +89,14 @@ def test_auc_of_a_patch_smaller_than_half_a_latent():
     assert map_auc(-heat, truth).item() == 0
 
 
+def test_latents_are_a_patchs_that_it_covers_by_more_than_half():
+    for width, beside in ((5, -1), (7, 1)):  # of the second latent a quarter, or three
+        truth, heat = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 4, 4)
+        truth[..., :4, :width] = 1
+        heat[..., 0, :2] = torch.tensor([1, beside])
+        assert map_auc(heat, truth).item() == 1
+
+
 def test_mask_scores_and_auc_by_hand():
     truth, mask = torch.zeros(2, 1, 1, 4, 4).unbind()
     truth[..., :2] = 1  # 8 pixels

@@ -135,6 +135,13 @@ def test_a_vae_on_squares_of_pixels_has_the_same_latents_and_sees_each_pixel_onc
     assert gradient.ne(0).all()
 
 
+def test_the_log_variance_of_latents_is_bounded_as_published():
+    vae = AutoencoderKL(VAEConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4))
+    torch.nn.init.zeros_(vae.quant_conv.weight)
+    vae.quant_conv.bias.data = torch.tensor([0.0] * 4 + [99, -99, 19, -29])
+    assert vae.posterior(torch.rand(1, 3, 8, 8)).logvar[0, :, 0, 0].tolist() == [20, -30, 19, -29]
+
+
 def test_a_unet_on_squares_of_latents_has_the_same_inputs_and_outputs_and_sees_each_latent():
     cfg = UNetConfig(
         model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=8, num_heads=2,
@@ -160,8 +167,9 @@ def test_tokens_are_those_of_the_published_tokenizers(model):
     with torch.device("meta"):
         sd2 = LatentDiffusion(MODELS["sd2-inpainting"]).text
     assert sd2.tokenize(["a photo of a cat"])[0].tolist() == cat + [0] * 70
-    long = model.text.tokenize(["cat " * 200])[0]
+    long = model.text.tokenize(["a photo of a" + " cat" * 200])[0]
     assert long.shape == (77,)
+    assert long[:7].tolist() == [*cat[:6], 2368], "the first 75"
     assert long[-1] == 49407
 
 

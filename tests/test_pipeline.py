@@ -59,13 +59,20 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
 
 
 def test_several_contexts_are_answered_as_each_alone(model, contexts, monkeypatch):
+    """In passes of as many rows as a micro-batch allows, of each text one; those of a latent are never apart."""
     g = torch.Generator().manual_seed(0)
     z, cond = (torch.randn(3, 4, 28, 28, generator=g), torch.randn(3, 5, 28, 28, generator=g))
     pair = torch.stack([contexts.locate, contexts.empty])
     alone = torch.stack([model.eps(z, 481, context, cond) for context in pair])
-    for limit in (None, 4, 1):
-        monkeypatch.setattr(model, "micro_batch", limit)
-        assert torch.allclose(model.eps(z, 481, pair, cond), alone, atol=1e-4)
+    rows: list[int] = []
+    hook = model.unet.register_forward_pre_hook(lambda _m, args: rows.append(len(args[2])))
+    try:
+        for limit in (None, 4, 1):
+            monkeypatch.setattr(model, "micro_batch", limit)
+            assert torch.allclose(model.eps(z, 481, pair, cond), alone, atol=1e-4)
+    finally:
+        hook.remove()
+    assert rows == [6, 4, 2, 2, 2, 2]
 
 
 def test_passes_are_what_each_noise_gives_alone(defense, photos):
@@ -338,6 +345,12 @@ def test_golden_noise():
     """Published results stand and fall with this derivation: it must not change by accident."""
     numbers = torch.randn(3, generator=generator(0, "a", "p", 0)).tolist()
     assert numbers == pytest.approx([0.2746, 1.4893, 1.1501], abs=1e-4)
+
+
+def test_the_noise_of_a_pass_comes_from_one_stream_in_its_order():
+    g, noise = generator(0, "a", "p", 1), sample_noise((4, 3, 3), (2, 1), 0, ["a"], "p", 1)
+    for drawn, count in zip(noise, ((), (2,), (2,), (), (), (1,)), strict=True):
+        assert torch.equal(drawn[0], torch.randn(*count, 4, 3, 3, generator=g))
 
 
 def test_global_random_state_is_untouched(defense, photos):

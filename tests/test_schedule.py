@@ -38,5 +38,6 @@ def test_v_stands_for_its_noise(t):
 def test_noise_ratio_of_the_paper():
     assert noise_timestep(0.5) == 481
     assert noise_timestep(1.0) == 981
+    assert noise_timestep(0.58) == 561, "50 times 0.58 is a hair less than 29"
     with pytest.raises(ValueError, match="noise_ratio"):
         noise_timestep(0)
