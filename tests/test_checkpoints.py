@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffender.config import EMBEDDED, PAPER
+from diffender.config import EMBEDDED, PAPER, ModelOptions
 from diffender.evaluation import plan as plans
 from diffender.evaluation.options import Options
+from diffender.factory import model_hashes
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
 from diffender.stable_diffusion.unet import UNet
 from diffender.utils.errors import InputError
+from diffender.utils.files import sha256
 from diffender.utils.options import change
 from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
@@ -321,6 +323,14 @@ def test_another_vae(models, tmp_path):
         assert_same(loaded, other, parts=("vae",))
     with pytest.raises(InputError, match="keys missing"):
         load_model("auto", main, parts={"vae": main})
+
+
+def test_a_run_is_known_by_every_file_of_its_model(tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("weights", "vae", "locator")]
+    for file in files:
+        file.write_text(file.name)
+    opts = ModelOptions(weights=str(files[0]), vae=str(files[1]), locate_unet=str(files[2]))
+    assert model_hashes(opts) == [sha256(file) for file in files]
 
 
 def test_two_tensors_for_one_place(models, tmp_path):

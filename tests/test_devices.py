@@ -15,7 +15,7 @@ from diffender import factory
 from diffender.attacks import ATTACKS
 from diffender.attacks.expectation import Task
 from diffender.classifiers.imagenet import Classifier
-from diffender.config import EMBEDDED, Backward
+from diffender.config import EMBEDDED, Backward, ModelOptions
 from diffender.defenses import DEFENSES, build
 from diffender.evaluation.workers import own_device
 from diffender.pipeline import Defended, DIFFender
@@ -122,6 +122,13 @@ def test_every_attack(moved, photos, name):
 def test_a_classifier_is_where_its_network_is(moved, pasted):
     made = Classifier(moved.classifier.net, moved.classifier.cfg)
     assert made(pasted.to("lazy")).tolist() == moved.classifier(pasted.to("lazy")).tolist()
+
+
+def test_half_precision_is_of_official_models_on_a_gpu_where_nothing_else_is_asked():
+    cpu, gpu, official = torch.device("cpu"), torch.device("cuda"), ModelOptions(model="sd15-inpainting")
+    assert factory.pick_dtype(official, gpu) == torch.bfloat16
+    assert factory.pick_dtype(official, cpu) == factory.pick_dtype(ModelOptions(), gpu) == torch.float32
+    assert factory.pick_dtype(replace(official, dtype="float16"), gpu) == torch.float16
 
 
 def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):

@@ -13,7 +13,9 @@ from PIL import Image, ImageChops
 
 import diffender
 from diffender.classifiers.dataset import as_rgb, open_image, sample_items
-from diffender.photographs import Defender, find_images, main, working_size
+from diffender.config import RunOptions
+from diffender.photographs import Defender, Options, find_images, main, working_size
+from diffender.pipeline import DIFFender
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
 from diffender.utils.errors import InputError
@@ -73,6 +75,18 @@ def test_the_same_name_gives_the_same_picture(photo):
     a, b, c = (defend(photo, name) for name in ("a", "a", "b"))
     assert a.restored.tobytes() == b.restored.tobytes()
     assert a.heatmap.tobytes() != c.heatmap.tobytes()
+
+
+def test_a_classifier_looks_at_the_image_and_then_at_what_is_left_of_it(target, photo, monkeypatch):
+    """Under the noise of --seed."""
+    asked, draw = [], DIFFender.sample_noise
+    monkeypatch.setattr(DIFFender, "sample_noise", lambda self, *given: asked.append(given) or draw(self, *given))
+    defender = Defender(Options(run=RunOptions(seed=7)), target.defense)
+    monkeypatch.setattr(defender, "look", lambda image: image)
+    found = defender(photo, "a")
+    assert found.restored != photo
+    assert (found.record["before"], found.record["after"]) == (photo, found.restored)
+    assert asked == [(["a"], 7, "defend")]
 
 
 def test_names_of_images(tmp_path):
