@@ -921,6 +921,13 @@ def test_a_forecast_is_of_every_image_step_and_restart(monkeypatch):
         assert two == {variant: 2 * cost for variant, cost in one.items()}
 
 
+def test_with_quiet_nothing_is_measured_before_the_start(monkeypatch):
+    for name in ("measured", "memory_needed"):
+        monkeypatch.setattr(forecasts, name, lambda *_: pytest.fail("nobody is told"))
+    opts, target = with_preset(change(Options(), quiet=True)), SimpleNamespace(sample_noise=lambda *_: None)
+    assert forecasts.forecast(opts, target, None, [[0, 1]]).work > 0, "the shares of the bar"
+
+
 def test_memory_by_hand(monkeypatch):
     """Localisation asks twice in each draw; restoration encodes and decodes once more; the classifier sees all rows."""
     one = Footprint(unet=10_000, encoder=300, decoder=200, classifier=50_000)

@@ -46,8 +46,8 @@ class Forecast(NamedTuple):
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]], made: bool = False) -> Forecast:
     """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S). `made`: the patches
-    of the undefended classifier come from another experiment."""
-    seconds = measured(opts, target, x)
+    of the undefended classifier come from another experiment. With --quiet nobody is told, and nothing is measured."""
+    seconds = COST if opts.run.quiet else measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
     of = seconds | {"query": 0.0, "undefended": 0.0} if made else seconds
@@ -56,7 +56,7 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
     checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
     after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
     after += sum(len(part) for part in parts) * curve_costs(opts, seconds)
-    return Forecast(todo, after, seconds, memory_needed(opts, target, x, parts))
+    return Forecast(todo, after, seconds, (0, "") if opts.run.quiet else memory_needed(opts, target, x, parts))
 
 
 def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
