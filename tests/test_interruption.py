@@ -151,12 +151,12 @@ def test_a_second_ctrl_c_does_not_wait():
         may_stop()
 
 
-@pytest.mark.parametrize("more", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
-def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, more):
-    small = ["--shots", "1", "--held-out", "1", "--rounds", "2", "--iters", "2", "--steps", "2", "--draws", "1", *more]
+@pytest.mark.parametrize("given", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
+def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, given):
+    small = "--shots 1 --held-out 1 --rounds 2 --iters 2 --steps 2 --draws 1 --no-keep"
 
     def tune(name, *more):
-        code, _, error = call(train.main, "train.py", *small, "--out", f"{name}.safetensors", *more)
+        code, _, error = call(train.main, "train.py", *small.split(), *given, "--out", f"{name}.safetensors", *more)
         return code, error
 
     assert tune("whole")[0] == 0

@@ -53,7 +53,7 @@ CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
     "dilation": (1, 3, 5),
 }
 RESTORING = {"steps": (1, 2, 4, 8), "guidance": (1.0, 3.0), "sampler": ("ddim", "dpmpp")}
-DEFENDER = {"prompt": ("manual", "tuned"), "noise_ratio": (0.1, 0.2, 0.3), "theta": (1.0, 1.5, 2.0)}
+DEFENDER = {"prompt": ("manual", "tuned"), "noise_ratio": (0.1, 0.2, 0.3), "theta": (1.0, 2.0)}
 DEFENDER |= {"score": ("z", "mad"), "grow": (0.0, 1.0)}
 ATTACKER = {"evasion": (1.0, 3.0, 10.0, 30.0), "hide": ("mean", "max"), "decoy": (0.0, 1.0)}  # fields of Backward
 
