@@ -15,6 +15,11 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
     "that there is a defence\n(BPDA)": ("transfer", "bpda"),
     "the defence\n(its strongest gradient)": None,
 }
+STYLES = {  # of lines whose titles begin so; the others have colours
+    "control": {"color": "0.7", "linestyle": ":"},
+    "DIFFender, hardened": {"color": "black", "linestyle": "--", "linewidth": 2.5},
+    "DIFFender": {"color": "black", "linewidth": 2.5},
+}
 
 
 def known(records: Sequence[dict], within: bool = False) -> dict[int, dict]:
@@ -40,9 +45,9 @@ def draw_knowledge(runs: dict[str, Path], path: Path, within: Collection[str] = 
         y = [100 * p["accuracy"] for p in points.values()]
         around = [[v - 100 * p["low"] for v, p in zip(y, points.values(), strict=True)]]
         around += [[100 * p["high"] - v for v, p in zip(y, points.values(), strict=True)]]
-        ours = title.startswith("DIFFender")
+        style = next((style for start, style in STYLES.items() if title.startswith(start)), {})
         x = [stage + 0.02 * (i - len(runs) / 2) for stage in points]  # side by side, where they coincide
-        axis.errorbar(x, y, around, marker="o", label=title, linewidth=2.5 if ours else 1, capsize=2, elinewidth=0.7)
+        axis.errorbar(x, y, around, **{"linewidth": 1} | style, marker="o", label=title, capsize=2, elinewidth=0.7)
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
     axis.set_xticks(range(len(STAGES)), list(STAGES))
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
