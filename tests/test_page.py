@@ -317,10 +317,10 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path):
         "| strongest | 66.7 % (2/3; 21-94) | 33.3 % (1/3; 6-79) | 1 | 0 | 1 |",  # right under both
     ]
     assert lines[-1].endswith(": first purifications, Wilson intervals of 95 %; p: McNemar, exact.")
-    (tmp_path / "a" / "config.json").write_text('{"defense": "diffender", "theta": 2.0, "area": 0.05}')
-    (tmp_path / "b" / "config.json").write_text('{"defense": "jpeg", "theta": 2.5, "area": 0.9}')
+    (tmp_path / "a" / "config.json").write_text('{"defense": "diffender", "theta": 2.0, "area": 0.05, "hide": "max"}')
+    (tmp_path / "b" / "config.json").write_text('{"defense": "jpeg", "theta": 2.5, "area": 0.9, "hide": "mean"}')
     text = compare(tmp_path / "a", tmp_path / "b")
     assert text.startswith("| 3 images | DIFFender right | jpeg right | only DIFFender")
-    assert text.endswith("exact. **The attackers differ**: area (0.05 and 0.9).\n")
+    assert text.endswith("exact. **The attackers differ**: area (0.05 and 0.9), hide (max and mean).\n")
     with pytest.raises(InputError, match="share no images"):
         compare(tmp_path / "a", tmp_path / "c")

@@ -48,6 +48,7 @@ def compare(a: Path, b: Path) -> str:
 
     Raises InputError where they share no images, or images of one name are not the same.
     """
+    from diffender.config import Backward
     from diffender.evaluation.metrics import counted, mcnemar, proportion
     from diffender.evaluation.options import BUDGET, OURS, PatchOptions
 
@@ -79,7 +80,7 @@ def compare(a: Path, b: Path) -> str:
     x, y = (OURS.get(name, name) for name in (config.get("defense", "") for config in configs))
     x, y = (a.name, b.name) if x == y else (x, y)
     head = (f"{len(ids)} images", f"{x} right", f"{y} right", f"only {x}", f"only {y}", "p")
-    attackers = ("classifier", "seed", *BUDGET, *(f.name for f in fields(PatchOptions)))
+    attackers = ("classifier", "seed", *BUDGET, *(f.name for part in (PatchOptions, Backward) for f in fields(part)))
     told = [(name, *(config.get(name) for config in configs)) for name in attackers]
     differ = ", ".join(f"{name} ({one} and {other})" for name, one, other in told if one != other)
     note = f" **The attackers differ**: {differ}." if differ else ""
