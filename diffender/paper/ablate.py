@@ -24,6 +24,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.options import option, parse, part, run
 
 STUDIES = ("choices", "parts", "noise", "restoring", "defender", "attacker", "examples")
+ANEW = {"defender", "attacker"}  # of these, each setting is attacked anew, by an attacker who knows it
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def main() -> None:
     studies, anew = set(opts.study.split(",")), (opts.iters_anew, opts.eot)
     if unknown := studies - {*STUDIES}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
-    if anew != (Options.iters_anew, Options.eot) and not studies & {"defender", "attacker"}:
+    if anew != (Options.iters_anew, Options.eot) and not studies & ANEW:
         raise InputError("--iters-anew and --eot are read by --study defender and attacker alone; leave them out")
     from diffender.paper.ablation import ablate  # after the options are known to be good: torch takes seconds
 

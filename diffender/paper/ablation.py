@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, DIFFenderConfig
 from diffender.evaluation.metrics import counted, map_auc, mask_scores, percent, proportion
 from diffender.factory import config_of, hashes_of, open_classifier, open_items, open_model, pick_device
-from diffender.paper.ablate import Options
+from diffender.paper.ablate import ANEW, Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
 from diffender.utils.errors import InputError
@@ -92,22 +93,23 @@ def restoring(prompt: str, base: DIFFenderConfig) -> list[Setting]:
     return [s._replace(oracle=True) for s in choices(prompt, base, RESTORING)]
 
 
-def defender(prompt: str, base: DIFFenderConfig) -> list[Setting]:
-    return choices(prompt, base, DEFENDER)
-
-
 def attacker(prompt: str, base: DIFFenderConfig) -> list[Setting]:
-    changed = [(name, value) for name, values in ATTACKER.items() for value in values]
-    others = [(name, value) for name, value in changed if value != getattr(EVADE, name)]
-    anew = [Setting(f"{n} {v}", prompt, base, backward=replace(EVADE, **{n: v})) for n, v in others]
-    return [Setting("base", prompt, base), *anew]
+    settings = [Setting("base", prompt, base)]
+    for name, values in ATTACKER.items():
+        for value in values:
+            if value != getattr(EVADE, name):
+                settings.append(Setting(f"{name} {value}", prompt, base, backward=replace(EVADE, **{name: value})))
+    return settings
 
 
 STUDIES = {
-    "choices": choices, "parts": parts, "noise": noise, "restoring": restoring, "defender": defender,
+    "choices": choices,
+    "parts": parts,
+    "noise": noise,
+    "restoring": restoring,
+    "defender": partial(choices, changes=DEFENDER),
     "attacker": attacker,
-}  # fmt: skip
-ANEW = {"defender", "attacker"}  # each setting is attacked anew, by an attacker who knows it
+}
 PURIFYING = {"parts", "restoring"} | ANEW
 
 
@@ -268,17 +270,8 @@ def markdown(results: dict) -> str:
         rows = []
         for r in results[study]:
             auc, _, recall, _, iou = mask_cells(r)
-            rows.append(
-                (
-                    r["setting"],
-                    counted(r["robust"]),
-                    recall,
-                    iou,
-                    auc,
-                    percent(r["clean_right"]),
-                    percent(r["clean_area"]),
-                )
-            )
+            clean = percent(r["clean_right"]), percent(r["clean_area"])
+            rows.append((r["setting"], counted(r["robust"]), recall, iou, auc, *clean))
         tables.append(table(head, rows))
     if "noise" in results:
         prompts = CHOICES["prompt"]

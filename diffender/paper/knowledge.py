@@ -15,7 +15,7 @@ STAGES = {  # what the attacker knows, and the gradients that this allows; None:
     "that there is a defence\n(BPDA)": ("transfer", "bpda"),
     "the defence\n(its strongest gradient)": None,
 }
-STYLES = {  # of lines whose titles begin so; the others have colours
+STYLES = {  # of lines whose titles begin so, by the first that fits; the others have colours
     "control": {"color": "0.7", "linestyle": ":"},
     "DIFFender, hardened": {"color": "black", "linestyle": "--", "linewidth": 2.5},
     "DIFFender": {"color": "black", "linewidth": 2.5},
