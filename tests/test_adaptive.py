@@ -663,7 +663,7 @@ def test_convergence_is_of_the_last_variant_that_has_gradients(small, tmp_path):
     task = small._replace(victim=Defended(Noted(), Plain()))
     checks = trust.trust_report("quick", task, [plan], records, {"rows": []}, tmp_path)
     told = {check["name"]: check["figure"] for check in checks}
-    assert told["the loss over 7 steps"].startswith("falls by 0.5")
+    assert told["the loss over 7 steps, images left right: 2"].startswith("falls by 0.5")
 
 
 def test_checks_of_the_estimator_are_of_gradients_that_pass_it(bench):
@@ -683,8 +683,19 @@ def test_a_fixed_noise_that_withstands_is_red(bench, monkeypatch):
     ("curve", "passed"), [([1, 0.9, 0.8, 0.7, 0.6], False), ([1, 1, 1, 1, 1.1], False), ([1, 0.2, 0.1, 0.1, 0.1], True)]
 )
 def test_an_attack_that_still_falls_or_never_did_is_red(bench, curve, passed):
-    records = [{"attacks": {"advp/full": {"loss": curve}}}]
+    records = [fake_record("a", 1, [1], advp__full=[0, 1])]
+    records[0]["attacks"]["advp/full"]["loss"] = curve
     assert [c.passed for c in trust.convergence(bench._replace(records=records))] == [passed]
+
+
+def test_convergence_is_of_the_images_that_are_left(bench):
+    records = [fake_record("lost", 1, [1], advp__full=[0, 0]), fake_record("left", 1, [1], advp__full=[0, 1])]
+    records[0]["attacks"]["advp/full"]["loss"] = [1.0, 0.9, 0.8, 0.7, 0.6]
+    records[1]["attacks"]["advp/full"]["loss"] = [1.0, 0.2, 0.1, 0.1, 0.1]
+    (check,) = trust.convergence(bench._replace(records=records))
+    assert check.passed and check.name.endswith("images left right: 1") and check.figure.startswith("falls by 0.9,")
+    (check,) = trust.convergence(bench._replace(records=records[:1]))
+    assert check.passed and check.figure == "no image is left right"
 
 
 class Slope(torch.nn.Module):

@@ -251,18 +251,24 @@ def finite_difference_error(bench: Bench) -> float:
 
 
 def convergence(bench: Bench) -> Iterator[Check]:
-    """From the curves of the run: the last fifth of the steps should gain little."""
+    """From the curves of the images that are still right in any purification: more steps gain nothing on the others."""
     attack, _ = bench.adaptive
     variant = f"{bench.plan.name}/{bench.kind}"
-    curves = [r["attacks"][variant]["loss"] for r in bench.records]
-    if not curves or not curves[0]:
+    made = {r["id"]: r["attacks"][variant]["loss"] for r in bench.records}
+    if not all(made.values()):
         return  # made without steps, by a trained generator
+    judged = by_variant(bench.records)[variant]
+    curves = [curve for image_id, curve in made.items() if judged[image_id].average > 0]
+    name = f"the loss over {attack.iters} steps"
+    if not curves:
+        yield Check(name, "no image is left right", "", True)
+        return
     curve = torch.tensor(curves).mean(dim=0)
     fifth = max(1, len(curve) // 5)
     first, before, last = (part.mean().item() for part in (curve[:1], curve[-2 * fifth : -fifth], curve[-fifth:]))
     fall, late = first - last, before - last
     yield Check(
-        f"the loss over {attack.iters} steps",
+        f"{name}, images left right: {len(curves)}",
         f"falls by {fall:.2g}, of which {late:.2g} in the last fifth",
         "falls, at most a tenth of it late: else raise --iters",
         fall > 0 and late < 0.1 * fall,
