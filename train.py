@@ -32,7 +32,7 @@ from diffender.config import (
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, place_for, save_state
 from diffender.utils.interruption import patient
-from diffender.utils.options import change, flat, given, option, parse, part, run, settings
+from diffender.utils.options import change, check_read, flat, given, option, parse, part, run, settings
 from diffender.utils.progress import TRACKERS, bar
 from diffender.utils.provenance import command
 
@@ -91,10 +91,8 @@ def main() -> None:
             f"--adaptive {opts.tuning.adaptive} with --rounds {opts.tuning.rounds}: no round would be compared; give "
             "at most as many, or --held-out 0"
         )
-    if opts.adaptive_iters != Options.adaptive_iters and not opts.tuning.adaptive:
-        raise InputError(
-            f"--adaptive-iters {opts.adaptive_iters} is read by --adaptive alone: add that, or leave it out"
-        )
+    changed = opts.adaptive_iters != Options.adaptive_iters
+    check_read({"adaptive_iters": (changed, "--adaptive", opts.tuning.adaptive)})
     if opts.tuning.printed_eq4 and opts.tuning.without == "mask":
         raise InputError("--printed-eq4 and --without mask: there is no Eq. 4 then; leave one of them out")
     # Imported after the options are known to be good: torch and timm take seconds.

@@ -26,7 +26,7 @@ from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError, named_images, nearest
 from diffender.utils.files import printable, sha256, short, whole, write_text
 from diffender.utils.interruption import patient
-from diffender.utils.options import check_options, flat, option, parse, part, run, settings
+from diffender.utils.options import check_options, check_read, flat, option, parse, part, run, settings
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command
 
@@ -224,13 +224,13 @@ def readable(path: Path) -> bool:
 def refuse_unread(opts: Options) -> None:
     """Raises InputError for a flag that nothing in this command reads."""
     tuned, looked = opts.defense.prompt_kind == "tuned", opts.classifier != "none"
-    for flag, value, reader, there in (
-        ("--prompts", opts.defense.prompts, "--prompt tuned", tuned),
-        ("--classifier-weights", opts.classifier_weights, "--classifier", looked),
-        ("--classes", opts.classes, "--classifier", looked),
-    ):
-        if value is not None and not there:
-            raise InputError(f"{flag} {value} is read by {reader} alone: add that, or leave it out")
+    check_read(
+        {
+            "prompts": (opts.defense.prompts is not None, "--prompt tuned", tuned),
+            "classifier_weights": (opts.classifier_weights is not None, "--classifier", looked),
+            "classes": (opts.classes is not None, "--classifier", looked),
+        }
+    )
 
 
 def resolved(opts: Options) -> dict:

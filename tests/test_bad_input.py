@@ -144,7 +144,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --table 2 --prompts {bad}/gone", "--prompts is read by --defense diffender --prompt tuned, and tables"),
     ("evaluate --trust off --trust-images 3", "--trust-images is read by --trust quick and full alone"),
     ("evaluate --defense jpeg --eot 7 --images 1", "--eot 7: jpeg draws no noise, so all samples are the same"),
-    ("train --adaptive-iters 5", "--adaptive-iters 5 is read by --adaptive alone"),
+    ("train --adaptive-iters 5", "--adaptive-iters is read by --adaptive alone"),
     ("train --without mask --printed-eq4", "--printed-eq4 and --without mask: there is no Eq. 4 then"),
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
@@ -160,9 +160,9 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --prompt manual --prompts {bad}/other.safetensors", "--prompts is read by --defense diffender"),
     ("evaluate --fold 1", "--fold is read by a run with a face recogniser alone"),
     ("evaluate --folds 2", "--folds is read by --table 6 alone"),
-    ("defend {bad}/dot.png --prompt manual --prompts a", "--prompts a is read by --prompt tuned alone"),
-    ("defend {bad}/dot.png --classifier-weights a", "--classifier-weights a is read by --classifier alone"),
-    ("defend {bad}/dot.png --classes 5", "--classes 5 is read by --classifier alone: add that, or leave it out"),
+    ("defend {bad}/dot.png --prompt manual --prompts a", "--prompts is read by --prompt tuned alone"),
+    ("defend {bad}/dot.png --classifier-weights a", "--classifier-weights is read by --classifier alone"),
+    ("defend {bad}/dot.png --classes 5", "--classes is read by --classifier alone: add that, or leave it out"),
 ]
 OUT_OF_RANGE = [
     *(case for name in ("draws", "steps", "batch-size", "micro-batch", "images", "iters", "iters-undefended", "eot",

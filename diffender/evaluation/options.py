@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffender.config import EXACT, GRADIENT_MODES, THROUGH_MASK, WITH_PENALTY, Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import change, flagged, option, part
+from diffender.utils.options import change, check_read, flagged, option, part
 from diffender.utils.progress import TRACKERS
 
 if TYPE_CHECKING:
@@ -309,9 +309,7 @@ def refuse_unread(opts: Options) -> None:
         conditions["restore"] = (True, "tables other than 3", False)
     budgetless = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
     conditions |= {flag: (getattr(opts, flag), "runs and other tables and figures", False) for flag in budgetless}
-    for flag, (given, reader, there) in conditions.items():
-        if given and not there:
-            raise InputError(f"{flagged(flag)} is read by {reader} alone: add that, or leave it out")
+    check_read(conditions)
 
 
 def shard_of(shard: str) -> tuple[int, int]:

@@ -237,6 +237,16 @@ def within(value: float, low: float | None, high: float | None) -> bool:
     return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
 
 
+def check_read(flags: Mapping[str, tuple[object, str, object]]) -> None:
+    """Raises InputError for an option that is given and that nothing in this command reads.
+
+    Of each, by name: whether it is given, what reads it, and whether that is there.
+    """
+    for name, (given, reader, there) in flags.items():
+        if given and not there:
+            raise InputError(f"{flagged(name)} is read by {reader} alone: add that, or leave it out")
+
+
 FREE = ("device", "quiet", "track", "micro_batch", "keep")  # of any run: they change results by rounding alone
 
 
