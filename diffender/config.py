@@ -88,8 +88,8 @@ class Backward:
     surrogate_steps: int = option(5, "Sampler steps of the surrogate, at most those of the restoration.", low=1)
     evasion: float = option(3.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
     hide: str = option(
-        "max",
-        "What full+loc and evade hide: the patch's highest latent, or the mean over it of what exceeds theta (mean).",
+        "mean",
+        "What full+loc and evade hide: the mean over the patch of what exceeds theta, or its highest latent (max).",
         choices=("mean", "max"),
     )
     decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc and evade.", low=0)

@@ -148,7 +148,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("train --without mask --printed-eq4", "--printed-eq4 and --without mask: there is no Eq. 4 then"),
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
-    ("evaluate --grad full --hide mean", "--hide is read by --grad full+loc and evade alone"),
+    ("evaluate --grad full --hide max", "--hide is read by --grad full+loc and evade alone"),
     ("evaluate --ste sigmoid", "--ste is read by --grad bpda-mask, surrogate, full, full+loc alone"),
     ("evaluate --tuning-data samples2", "--tuning-data is read by --table 1 and 2 alone"),
     (
