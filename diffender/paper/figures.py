@@ -28,7 +28,7 @@ from diffender.localize import predict_pair
 from diffender.noise import Noise
 from diffender.paper.ablation import attack_all, map_columns, slices
 from diffender.paper.quoted import FIGURE_8
-from diffender.paper.tables import NAMES, Row, cell, run_rows
+from diffender.paper.tables import BESIDE, NAMES, Row, cell, run_rows
 from diffender.pipeline import Defended
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
@@ -212,26 +212,27 @@ def figure_9(opts: Options, folder: Path) -> str:
 
 
 def figure_8(opts: Options, folder: Path) -> str:
-    """Clean and robust accuracy over theta, under the adaptive attacks of this budget."""
+    """Clean and robust accuracy over theta, under the adaptive attacks of this budget, and under bpda alone."""
     rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
-    lines = run_rows(rows, change(opts, trust="off", curves="off"))[1 : 1 + len(rows)]
+    lines = run_rows(rows, change(opts, trust="off", curves="off"))[1:]
     if not lines:
         return ""
-    columns = list(lines[0].verdicts)
+    columns: dict[str, list[dict]] = {}  # by what they are attacked by: a cell for each theta
+    for line in lines:
+        for name in line.verdicts:
+            if name != "clean" or not line.reading:
+                columns.setdefault(name + BESIDE.get(line.reading, ""), []).append(cell(line, name))
     figure = Figure(figsize=(4, 3.2), layout="constrained")
     axis = figure.subplots()
-    for column in columns:
-        axis.plot(THETAS, [100 * cell(line, column)["accuracy"] for line in lines], marker="o", label=column)
+    for name, cells in columns.items():
+        axis.plot(THETAS, [100 * c["accuracy"] for c in cells], marker="o", label=name)
     axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
     axis.legend(fontsize=7)
     save_figure(figure, folder / "figure.png")
-    cells = [
-        (str(theta), *(f"{100 * cell(line, c)['accuracy']:.1f} ({cell(line, c)['right']:.0f})" for c in columns))
-        for theta, line in zip(THETAS, lines, strict=True)
-    ]
-    text = table(("theta", *columns), cells)
+    shown = [[f"{100 * c['accuracy']:.1f} ({c['right']:.0f})" for c in cells] for cells in columns.values()]
+    text = table(("theta", *columns), list(zip(map(str, THETAS), *shown, strict=True)))
     quoted = "; ".join(f"theta {t}: clean {n['clean']}, AdvP {n['advp']}" for t, n in FIGURE_8.items())
-    return f"{text}\n{len(lines[0].verdicts['clean'])} images. The paper, quoted (Inception-v3): {quoted}.\n"
+    return f"{text}\n{columns['clean'][0]['n']} images. The paper, quoted (Inception-v3): {quoted}.\n"
 
 
 DRAWN = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5, 8: figure_8, 9: figure_9}  # all of FIGURES
