@@ -23,7 +23,7 @@ from diffender.evaluation.run import Experiment
 from diffender.evaluation.verdicts import Verdict
 from diffender.noise import generator
 from diffender.paper import controls as controlled
-from diffender.paper import filming, tables
+from diffender.paper import figures, filming, tables
 from diffender.paper.ablate import Options as AblationOptions
 from diffender.paper.ablation import Setting, measure, show
 from diffender.paper.controls import FILLED, controls, elsewhere, look, seen
@@ -113,6 +113,23 @@ def test_bold_is_first_by_a_paired_test(right, told):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
     assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
     assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_figure_8_shows_bpda_beside_the_strongest(tmp_path, monkeypatch):
+    """A column for each way to be attacked; clean images once, and thetas in their order."""
+    rows = [Line("net", "diffender", {"clean": [RIGHT] * 2, "advp": [v, WRONG]}) for v in (WRONG, WRONG, RIGHT)]
+    bpda = [line._replace(verdicts=line.verdicts | {"advp": [RIGHT] * 2}, reading="bpda") for line in rows]
+    beside = Line("net", "undefended", {"clean": [RIGHT], "advp": [WRONG]})
+    monkeypatch.setattr(figures, "run_rows", lambda rows, opts: [beside, *rows_made])
+    rows_made = [*rows, *bpda]
+    text = figures.figure_8(Options(), tmp_path)
+    assert text.startswith("| theta | clean | advp | advp, attacked by transfer and bpda alone |\n")
+    assert "| 1.5 | 100.0 (2) | 0.0 (0) | 100.0 (2) |" in text and "| 2.5 | 100.0 (2) | 50.0 (1) | 100.0 (2) |" in text
+    assert "\n2 images. " in text and (tmp_path / "figure.png").is_file()
+    rows_made = rows
+    assert "bpda" not in figures.figure_8(Options(), tmp_path)
+    monkeypatch.setattr(figures, "run_rows", lambda rows, opts: [])
+    assert figures.figure_8(Options(), tmp_path) == "", "other shards are at work"
 
 
 def test_every_figure_has_a_function():
