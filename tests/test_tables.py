@@ -41,6 +41,7 @@ from diffender.paper.tables import (
     in_common,
     latex_table,
     markdown,
+    paired,
     pool,
     readings,
     run_table,
@@ -113,6 +114,20 @@ def test_bold_is_first_by_a_paired_test(right, told):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
     assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
     assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_defences_are_paired_with_diffender_attacked_alike():
+    """Only defences are, and only with DIFFender before the same classifier and under the same gradients."""
+    several = [line("undefended", 0, of=8), line("vae", 8, of=8), line("jpeg", 1, of=8), line("diffender", 7, of=8)]
+    alike = [line("jpeg", 8, of=8)._replace(reading="bpda"), line("diffender", 2, of=8)._replace(reading="bpda")]
+    proven = line("hardened", 8, of=8)._replace(reading="certified")
+    text = paired(5, [*several, *alike, proven, line("jpeg", 8, of=8, classifier="another")])
+    assert text.startswith("\n| beside DIFFender | clean | advp | lavan | gdpa | rhde |\n")
+    rows = [row for row in text.splitlines() if row.startswith("| JPEG")]
+    assert len(rows) == 2 and not any(word in text for word in ("Undefended", "control", "hardened"))
+    assert rows[0].endswith(" | 0 : 6 (p = 0.031) |") and rows[1].endswith(" | 6 : 0 (p = 0.031) |")
+    assert "attacked by transfer and bpda alone" in rows[1]
+    assert paired(1, several[:2] + several[3:]) == "", "nothing to compare"
 
 
 def test_figure_8_shows_bpda_beside_the_strongest(tmp_path, monkeypatch):

@@ -48,10 +48,15 @@ def counted(p: dict, unit: str = " %") -> str:
     return f"{100 * p['accuracy']:.1f}{unit} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
 
 
+def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int]:
+    """How many of paired outcomes are higher on the left, and how many on the right."""
+    return sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+
+
 def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:
     """Exact two-sided McNemar test on paired outcomes in {0, 1}: the probability of a split of the pairs that differ at
     least as uneven as this, if either were as likely to win."""
-    first, second = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    first, second = discordant(pairs)
     n = first + second
     tail = sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2**n
     return min(1.0, 2 * tail)

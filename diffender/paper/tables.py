@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffender.evaluation.metrics import counted, mcnemar, proportion
+from diffender.evaluation.metrics import counted, discordant, mcnemar, proportion
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
 from diffender.evaluation.records import open_run, read_records
@@ -162,7 +162,7 @@ def run_table(number: int, opts: Options) -> str:
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    text = markdown(number, lines) + f"\n{notes(number, opts, lines)}"
+    text = markdown(number, lines) + f"\n{notes(number, opts, lines)}{paired(number, lines)}"
     folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
@@ -327,6 +327,27 @@ def leaders(lines: Sequence[Line], line: Line, column: str) -> list[str]:
         return []
     first = max(right.values(), key=sum)
     return [key for key, other in right.items() if mcnemar(list(zip(first, other, strict=True))) >= 0.05]
+
+
+def paired(number: int, lines: Sequence[Line]) -> str:
+    """Each defence beside DIFFender on the same images, attacked alike: how many images it alone reads right, how many
+    DIFFender alone, and McNemar's p. Empty where there is nothing to compare."""
+    shown, rows = columns(number), []
+    ours = {(line.classifier, line.reading): line for line in lines if line.key == "diffender"}
+    for line in lines:
+        own = ours.get((line.classifier, line.reading))
+        if own in (None, line) or not is_defence(line):
+            continue
+        row = []
+        for column in shown:
+            pairs = [(a.single, b.single) for a, b in zip(line.verdicts[column], own.verdicts[column], strict=True)]
+            only, other = discordant(pairs)
+            row.append(f"{only} : {other} (p = {mcnemar(pairs):.2g})")
+        rows.append((line.title, *row))
+    if not rows:
+        return ""
+    told = "Images that the row's defence alone reads right : that DIFFender alone reads right; p: McNemar, exact."
+    return f"\n{table(('beside DIFFender', *shown), rows)}\n{told}\n"
 
 
 def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:

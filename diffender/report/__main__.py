@@ -49,7 +49,7 @@ def compare(a: Path, b: Path) -> str:
     Raises InputError where they share no images, or images of one name are not the same.
     """
     from diffender.config import Backward
-    from diffender.evaluation.metrics import counted, mcnemar, proportion
+    from diffender.evaluation.metrics import counted, discordant, mcnemar, proportion
     from diffender.evaluation.options import BUDGET, OURS, PatchOptions
 
     left, right = (read_records(folder) for folder in (a, b))
@@ -75,8 +75,7 @@ def compare(a: Path, b: Path) -> str:
     for name, attacks in compared.items():
         pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
         shares = (counted(proportion(column)) for column in zip(*pairs, strict=True))
-        only = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
-        rows.append((name, *shares, *map(str, only), f"{mcnemar(pairs):.2g}"))
+        rows.append((name, *shares, *map(str, discordant(pairs)), f"{mcnemar(pairs):.2g}"))
     x, y = (OURS.get(name, name) for name in (config.get("defense", "") for config in configs))
     x, y = (a.name, b.name) if x == y else (x, y)
     head = (f"{len(ids)} images", f"{x} right", f"{y} right", f"only {x}", f"only {y}", "p")
