@@ -531,9 +531,10 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         "unet_evaluations": 1,
         "machine": "m",
         "date": "d",
+        "commits": ["0123456789abcdef", "fedcba9876543210"],
         "defense": "DIFFender",
     }
-    assert "| advp | full |" in markdown(results)
+    assert "| advp | full |" in markdown(results) and markdown(results).endswith(" m, d, commit 0123456 and fedcba9.\n")
 
     monkeypatch.setattr(trust, "DRAWS", 1)
     few = Task(target, x, y, ids, 0)

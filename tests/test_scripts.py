@@ -55,6 +55,8 @@ def test_tune_then_evaluate(tmp_path, here):
     assert len(records) == 2
     env = json.loads((folder / "env.json").read_text())
     assert env["torch"] == torch.__version__ and env["machine"] == results["machine"]
+    assert {(r["date"], r["commit"]) for r in records} == {(env["date"], env["commit"])}
+    assert results["date"] == env["date"] and results["commits"] == [env["commit"]][: env["commit"] is not None]
     (folder / "env.json").write_text("{}")
     clean, transfer, adaptive, strongest = results["rows"]
     assert clean["undefended"]["right"] == 2  # the subset is correct by construction

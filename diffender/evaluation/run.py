@@ -43,7 +43,7 @@ from diffender.utils.files import read_header, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
 from diffender.utils.progress import TRACKERS, Progress, bar
-from diffender.utils.provenance import command, environment, machine
+from diffender.utils.provenance import command, environment, machine, origin
 from diffender.weights.prompts import SHIPPED
 
 NO_MATTER = (  # what an image's result does not depend on
@@ -214,7 +214,12 @@ def judge_part(
         spent["watt_hours"] = taken
     shares = {name: value / len(records) for name, value in spent.items()}
     hashes = [{"hash": batch.hashes[i]} if batch.hashes else {} for i in rows]
-    append_records(e.own, [record | own | shares for record, own in zip(records, hashes, strict=True)])
+    append_records(e.own, [record | own | shares | origin() for record, own in zip(records, hashes, strict=True)])
+
+
+def made_in(records: Sequence[dict], key: str) -> list[str]:
+    """The dates or commits that made the records: a run may have been resumed. Older records do not say."""
+    return sorted({r[key] for r in records if r.get(key)})
 
 
 def finish(e: Experiment, batch: Batch) -> dict | None:
@@ -228,7 +233,8 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         return None
     results = {
         "command": e.call or command(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": " and ".join(made_in(records, "date")) or time.strftime("%Y-%m-%d"),
+        "commits": made_in(records, "commit"),
         "machine": machine(e.device),
         "defense": OURS.get(opts.defense, opts.defense),
         "undefended": e.target.undefended_is,

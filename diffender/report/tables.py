@@ -69,7 +69,8 @@ def cost(results: dict) -> str:
     """What the run took, and where. Energy, where the machine tells it, is the whole machine's while it attacked."""
     energy = f", {results['watt_hours']:.1f} Wh" if "watt_hours" in results else ""
     took = f"{results['seconds']:.0f} s{energy} and {results['unet_evaluations']} UNet evaluations"
-    return f"{took} on {results['machine']}, {results['date']}"
+    code = " and ".join(commit[:7] for commit in results.get("commits", []))
+    return f"{took} on {results['machine']}, {results['date']}{f', commit {code}' * bool(code)}"
 
 
 def trust_table(checks: Sequence[dict]) -> str:

@@ -9,7 +9,9 @@ import os
 import platform
 import shlex
 import sys
+import time
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +46,7 @@ def machine(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """What results were computed with: versions, the device, torch's threads, and the commit of a checkout."""
+    """What results were computed with: date, commit of a checkout, versions, the device and torch's threads."""
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -52,7 +54,13 @@ def environment(device: torch.device) -> dict:
         with suppress(PackageNotFoundError):  # not every source of packages leaves a version to be read
             versions[name] = version(name)
     where = {"cuda": torch.version.cuda, "machine": machine(device), "threads": torch.get_num_threads()}
-    return {"commit": commit()} | versions | where
+    return origin() | versions | where
+
+
+@cache
+def origin() -> dict:
+    """The day on which this process first asked, and the commit that its checkout was at: its code is no later one."""
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
 def commit() -> str | None:
