@@ -353,7 +353,7 @@ def test_ablation_attacks_anew_through_what_is_changed(tmp_path):
     assert len({row["l1_patch"] for row in results["restoring"]}) == len(results["restoring"]) == 6
     for study, count in (("defender", 7), ("attacker", 6)):
         base, *others = results[study]
-        assert len(others) == count - 1 and base["robust"]["n"] == 1
+        assert len(others) == count - 1 and len(base["right"]) == 1
         assert any(row["auc"] != base["auc"] for row in others), "of another patch"
     harder = {row["setting"]: row["auc"] for row in results["defender"]}
     assert harder["theta 1.0"] != harder["base"], "the attacker knows theta, of which the map knows nothing"

@@ -25,7 +25,7 @@ from diffender.noise import generator
 from diffender.paper import controls as controlled
 from diffender.paper import figures, filming, tables
 from diffender.paper.ablate import Options as AblationOptions
-from diffender.paper.ablation import Setting, measure, show
+from diffender.paper.ablation import Setting, beside_base, measure, show
 from diffender.paper.controls import FILLED, controls, elsewhere, look, seen
 from diffender.paper.figures import DRAWN
 from diffender.paper.knowledge import draw_knowledge, known
@@ -327,10 +327,16 @@ def test_a_part_is_measured_by_hand():
     batch, attacked = Batch(["a", "b", "c"], x, torch.ones(3).long(), []), SimpleNamespace(image=image, mask=mask)
     target, setting = SimpleNamespace(defense=defense, classifier=judge), Setting("s", "manual", PAPER)
     told = measure(AblationOptions(batch_size=2), "parts", target, setting, batch, attacked)
-    assert [told[k] for k in ("clean_right", "robust_right", "l1_patch")] == pytest.approx([1, 0, 0.5])
+    assert [told[k] for k in ("clean_right", "l1_patch")] == pytest.approx([1, 0.5]) and told["right"] == [0, 0, 0]
     assert [told[k] for k in ("inside", "outside")] == pytest.approx([2, (1 + 1 + 16 / 15) / 3])
     auc = torch.tensor([1, 1, 1 - 0.5 / 15])
     assert [told["auc"], told["auc_error"]] == pytest.approx([auc.mean().item(), auc.std().item() / 3**0.5])
+
+
+def test_settings_are_paired_with_the_usual_one():
+    """Six photographs of eight that it alone reads right are p = 0.03."""
+    rows = [{"setting": "EP", "right": [0] * 8}, {"setting": "tuned prompts", "right": [1] * 6 + [0] * 2}]
+    assert beside_base(rows) == ({"EP": "0.031", "tuned prompts": ""}, "tuned prompts")
 
 
 def test_what_the_vae_keeps_is_told_in_decibels(tmp_path):

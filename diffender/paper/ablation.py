@@ -19,7 +19,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, DIFFenderConfig
-from diffender.evaluation.metrics import counted, map_auc, mask_scores, percent, proportion
+from diffender.evaluation.metrics import counted, map_auc, mask_scores, mcnemar, percent, proportion
 from diffender.factory import config_of, hashes_of, open_classifier, open_items, open_model, pick_device
 from diffender.paper.ablate import ANEW, Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
@@ -34,6 +34,7 @@ from diffender.utils.provenance import command, machine
 from diffender.weights.prompts import SHIPPED, contexts_for
 
 EVADE = Backward("evade")
+USUAL = "tuned prompts"  # of the parts, the setting that the others are compared with
 
 
 class Setting(NamedTuple):
@@ -74,7 +75,7 @@ def parts(prompt: str, base: DIFFenderConfig) -> list[Setting]:
     return [
         Setting("empty prompt (EP)", "empty", base),
         Setting("manual prompt (MP)", "manual", base),
-        Setting("tuned prompts", "tuned", base),
+        Setting(USUAL, "tuned", base),
         Setting("tuned prompts, no restoration (NR)", "tuned", replace(base, restore=False)),
         Setting("true mask, restored", prompt, base, oracle=True),
         Setting("true mask, no restoration", prompt, replace(base, restore=False), oracle=True),
@@ -184,7 +185,8 @@ def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:
 def measure(
     opts: Options, study: str, target: Defended, setting: Setting, batch: Batch, attacked: Attacked
 ) -> dict[str, object]:
-    """Means over the photographs: of map and mask; in PURIFYING, of what the classifier sees after purification."""
+    """Means over the photographs: of map and mask; in PURIFYING, of what the classifier sees after purification. There
+    `right` tells of each attacked photograph whether it is read right."""
     defense, judge = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
     for rows in slices(opts.batch_size, batch.ids):
@@ -201,7 +203,7 @@ def measure(
             purified = composite(image, defense.restore(image, covered, noise), covered)
             values |= {
                 "clean_right": is_right(judge, unharmed, y, opts.batch_size),
-                "robust_right": is_right(judge, purified, y, opts.batch_size),
+                "right": is_right(judge, purified, y, opts.batch_size),
                 "l1_patch": ((purified - x).abs() * mask).sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))),
             }
         for name, value in values.items():
@@ -210,7 +212,7 @@ def measure(
     error = joined["auc"].std().item() / len(batch.ids) ** 0.5 if len(batch.ids) > 1 else 0.0
     means: dict[str, object] = {name: values.mean().item() for name, values in joined.items()}
     if study in PURIFYING:
-        means["robust"] = proportion(joined["robust_right"].tolist())
+        means["right"] = joined["right"].int().tolist()  # photograph by photograph, for paired tests
     told = {"setting": setting.name, "prompt": setting.prompt, "oracle": setting.oracle, **asdict(setting.cfg)}
     return told | means | {"auc_error": error}
 
@@ -257,21 +259,25 @@ def markdown(results: dict) -> str:
         rows = [(r["setting"], *mask_cells(r), percent(r["clean_area"])) for r in results["choices"]]
         tables.append(table(head, rows))
     for study in (name for name in ("parts", "restoring") if name in results):
-        head = ("defence", "clean", "attacked", "recall", "precision", "IoU", "masked when clean", "error in the patch")
+        scores = ("recall", "precision", "IoU", "masked when clean", "error in the patch")
+        p, base = beside_base(results[study])
+        head = ("defence", "clean", "attacked", f"p, beside {base}", *scores)
         blank = ("",) * 4
-        rows = [("undefended", "100.0 %", percent(results["undefended"]), *blank, "")]
+        rows = [("undefended", "100.0 %", percent(results["undefended"]), "", *blank, "")]
         for r in results[study]:
             masks = blank if r["oracle"] else (*mask_cells(r)[2:], percent(r["clean_area"]))
             clean = "" if r["oracle"] else percent(r["clean_right"])
-            rows.append((r["setting"], clean, percent(r["robust_right"]), *masks, f"{r['l1_patch']:.3f}"))
+            attacked = counted(proportion(r["right"])), p[r["setting"]]
+            rows.append((r["setting"], clean, *attacked, *masks, f"{r['l1_patch']:.3f}"))
         tables.append(table(head, rows))
     for study in (name for name in ("defender", "attacker") if name in results):
-        head = ("setting", "attacked", "recall", "IoU", "AUC", "clean", "masked when clean")
+        p, base = beside_base(results[study])
+        head = ("setting", "attacked", f"p, beside {base}", "recall", "IoU", "AUC", "clean", "masked when clean")
         rows = []
         for r in results[study]:
             auc, _, recall, _, iou = mask_cells(r)
             clean = percent(r["clean_right"]), percent(r["clean_area"])
-            rows.append((r["setting"], counted(r["robust"]), recall, iou, auc, *clean))
+            rows.append((r["setting"], counted(proportion(r["right"])), p[r["setting"]], recall, iou, auc, *clean))
         tables.append(table(head, rows))
     if "noise" in results:
         prompts = CHOICES["prompt"]
@@ -293,6 +299,13 @@ def markdown(results: dict) -> str:
         f"{results['seconds']:.0f} s on {results['machine']}, {results['date']}.\n"
     )
     return "\n".join(tables)
+
+
+def beside_base(rows: Sequence[dict]) -> tuple[dict[str, str], str]:
+    """McNemar's p of each setting beside the usual one, on the same attacked photographs; and that one's name."""
+    base = next(r for r in rows if r["setting"] in ("base", USUAL))
+    p = {r["setting"]: f"{mcnemar(list(zip(r['right'], base['right'], strict=True))):.2g}" for r in rows}
+    return p | {base["setting"]: ""}, base["setting"]
 
 
 def mask_cells(r: dict) -> tuple[str, ...]:
