@@ -187,15 +187,10 @@ def attack_alone(opts: Options, task: Task, speaks: bool) -> Attacked:
 
 def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
     """The images of the task (B, 3, S, S) attacked through its victim, from `starts`: states of earlier attacks."""
-    import torch
-
     from diffender.attacks import AdvP
+    from diffender.attacks.attack import attack_all
 
-    attack, images = AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), []
-    for i in range(len(task.image_ids)):  # one at a time, so that memory stays small
-        one = slice(i, i + 1)
-        images.append(attack(task.part(one), init=starts[one]).image)
-    return torch.cat(images)
+    return attack_all(AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), task, 1, starts).image  # little memory
 
 
 def photographs(opts: Options, classifier: Classifier) -> Batch:

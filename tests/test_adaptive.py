@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffender.attacks import ATTACKS, AdvP
-from diffender.attacks.expectation import Task, samples
+from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
 from diffender.config import PAPER, Backward, DIFFenderConfig
 from diffender.defenses import Purifier, build
@@ -607,23 +607,28 @@ def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
     monkeypatch.setattr(trust.Bench, "attack", lambda self, victim=None, init=None, **changed: bench)
     for shares, passed in ((red, False), (green, True)):
         asked = iter(shares)
-        monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, defense=None, asked=asked: next(asked))
+        monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, mask=None, asked=asked: next(asked))
         assert next(iter(check(bench))).passed is passed
         assert not list(asked), "every one is asked for"
 
 
 def test_the_true_mask_cannot_help_where_no_patch_fools_the_classifier(bench, monkeypatch):
-    monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, defense=None: 1.0)
+    monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, mask=None: 1.0)
     assert next(trust.masks(bench)).passed is None
 
 
 def test_accuracies_of_the_trust_report_are_means_over_draws_of_their_own(small):
-    drawn = []
-    victim = SimpleNamespace(sample_noise=lambda ids, seed, purpose, k: drawn.append(k) or k, classifier=lambda z: z)
-    right = F.one_hot(small.y, 4).float()
-    found = bench_of(victim, small.x, small.y).accuracy(small.x, lambda x, k: right if k == 0 else right.roll(1, 1))
-    assert found == 1 / trust.DRAWS
-    assert drawn == list(range(trust.DRAWS))
+    """Of each image, one at a time; the first draw of five is read right."""
+    drawn, labels = [], small.y.tolist()
+
+    def looks(x, noises):
+        y = labels.pop(0)
+        assert len(x) == 1
+        return [(None, F.one_hot(torch.tensor([y + (k > 0)]) % 4, 4)) for k in noises]
+
+    victim = SimpleNamespace(sample_noise=lambda ids, seed, purpose, k: drawn.append(k) or k, looks=looks)
+    assert bench_of(victim, small.x, small.y).accuracy(small.x) == 1 / trust.DRAWS
+    assert drawn == list(range(trust.DRAWS)) * len(small.y)
 
 
 @dataclass(frozen=True)
@@ -633,20 +638,21 @@ class Repeated:
     eot: int = 1
 
     def __call__(self, task, init):
-        return self.eot, task.victim, init
+        assert len(task.x) == 1
+        return Attacked(*[torch.tensor([self.eot + task.victim + init.item()])] * 6)
 
 
 def test_the_attack_is_made_again_with_what_is_changed_alone(small):
-    plan = Plan("advp", None, {"bpda": (None, "bpda"), "full": (Repeated(), "usual")})
-    bench = bench_of(None, small.x, small.y, plan=plan, state="state")
-    assert bench.attack() == (1, "usual", "state")
-    assert bench.attack("other", "init", eot=5) == (5, "other", "init")
+    plan = Plan("advp", None, {"bpda": (None, 10), "full": (Repeated(), 20)})
+    bench = bench_of(None, small.x, small.y, plan=plan, state=torch.tensor([100, 200]))
+    assert bench.attack().image.tolist() == [121, 221]
+    assert bench.attack(30, torch.tensor([300, 400]), eot=5).image.tolist() == [335, 435]
 
 
 def test_at_random_as_much_is_painted_as_the_patch_covers(small, monkeypatch):
     painted = []
     black = SimpleNamespace(restore=lambda x, mask, noise: torch.zeros_like(x))
-    share = lambda self, x, defense: painted.append(defense(x, None).eq(0).float().mean()) or 1.0  # noqa: E731
+    share = lambda self, x, mask: painted.append(self.restored(x, mask, None).eq(0).float().mean()) or 1.0  # noqa: E731
     monkeypatch.setattr(trust.Bench, "accuracy", share)
     x = small.x.clamp_min(0.1)
     mask = ATTACKS["grey"](area=0.15)(small).mask

@@ -1,6 +1,6 @@
 """What every attack is: a frozen dataclass of its settings, called on a task."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin
 from diffender.utils.errors import InputError
 from diffender.utils.options import check_options, option
+from diffender.utils.progress import bar
 
 Made = TypeVar("Made", bound="Attack")
 Callback = Callable[[float], None]  # hears what share of the work is done, up to 1
@@ -88,6 +89,17 @@ class Attack:
         """The only attempt."""
         (attacked,) = attempts
         return attacked
+
+
+def attack_all(attack: Attack, task: Task, size: int, init: Tensor | None = None, quiet: bool = True) -> Attacked:
+    """A task's images attacked, `size` at a time, from the states `init` of an earlier attack."""
+    parts = bar(slices(size, task.image_ids), "attacking", quiet)
+    done = [attack(task.part(rows), None if init is None else init[rows]) for rows in parts]
+    return Attacked(*map(torch.cat, zip(*done, strict=True)))
+
+
+def slices(size: int, ids: Sequence[str]) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, len(ids), size)]
 
 
 def check_square(x: Tensor) -> None:

@@ -4,7 +4,7 @@
 A failed check does not stop a run: it is a red line in its table.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks import ATTACKS
+from diffender.attacks.attack import Attack, attack_all, slices
 from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
 from diffender.config import THROUGH_MASK, Backward
@@ -57,9 +58,10 @@ class Bench(NamedTuple):
     mask: Tensor  # where, (B, 1, S, S)
     state: Tensor | None  # from where adaptive attacks start; `full` needs it
     kind: str | None  # of the last variant of the plan that uses gradients
+    size: int = 1  # images side by side, as in the run: memory is reckoned for so many
 
     @property
-    def adaptive(self) -> tuple[Callable[..., Attacked], Defended]:
+    def adaptive(self) -> tuple[Attack, Defended]:
         """That variant's attack and victim."""
         assert self.kind is not None  # as the callers see to
         return self.plan.adaptive[self.kind]
@@ -68,36 +70,51 @@ class Bench(NamedTuple):
     def target(self) -> Defended:
         return self.task.victim
 
-    def accuracy(self, x: Tensor, defense: Callable[[Tensor, Noise], Tensor] | None = None) -> float:
-        """Share of right answers over images and DRAWS purifications."""
-        noises = [self.task.noise("trust verdict", k) for k in range(DRAWS)]
-        if defense is None:
-            readings = (logits for _, logits in self.target.looks(x, noises))
-        else:
-            readings = (self.target.classifier(defense(x, noise)) for noise in noises)
-        right = [logits.argmax(dim=1).eq(self.task.y).float().mean().item() for logits in readings]
-        return sum(right) / DRAWS
+    @property
+    def parts(self) -> list[slice]:
+        """The images, `size` at a time."""
+        return slices(self.size, self.task.image_ids)
+
+    def accuracy(self, x: Tensor, mask: Tensor | None = None) -> float:
+        """Share of right answers over images and DRAWS purifications; or restorations under a mask (B, 1, S, S)."""
+        right = []
+        for rows in self.parts:
+            part = self.task.part(rows)
+            noises = [part.noise("trust verdict", k) for k in range(DRAWS)]
+            if mask is None:
+                readings = [logits for _, logits in self.target.looks(x[rows], noises)]
+            else:
+                readings = [self.target.classifier(self.restored(x[rows], mask[rows], noise)) for noise in noises]
+            right += [logits.argmax(dim=1).eq(part.y) for logits in readings]
+        return torch.cat(right).double().mean().item()
+
+    def restored(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
+        return composite(x, self.target.defense.restore(x, mask, noise), mask)
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
         """The adaptive attack again, with one thing changed."""
         attack, usual = self.adaptive
         start = self.state if init is None else init
-        return replace(attack, **changed)(self.task._replace(victim=victim or usual), init=start)
+        return attack_all(replace(attack, **changed), self.task._replace(victim=victim or usual), self.size, start)
+
+    def attack_alone(self, **changed: object) -> Attacked:
+        """The attack on the undefended classifier again."""
+        task = self.task._replace(victim=self.target.undefended())
+        return attack_all(replace(self.plan.base, **changed), task, self.size)
 
 
 def trust_report(
-    level: str, task: Task, plans: Sequence[Plan], records: Sequence[dict], results: dict, folder: Path
+    level: str, task: Task, plans: Sequence[Plan], records: Sequence[dict], results: dict, folder: Path, size: int = 1
 ) -> list[dict]:
-    """The checks of the run in `folder`, as dictionaries; `task` holds the few images that they are made on, and the
-    defended classifier."""
+    """The checks of the run in `folder`, as dictionaries; `task` holds the few images that they are made on, `size` of
+    them at a time, and the defended classifier."""
     plan, target = plans[0], task.victim
     saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(task.image_ids))
     image, mask = (t.to(task.x) for t in saved)
-    state = None
-    if level == "full":
-        state = plan.base(task._replace(victim=target.undefended())).state
     kind = next((kind for kind in reversed(plan.adaptive) if kind != "queries"), None)
-    bench = Bench(task, plan, records, results, image, mask, state, kind)
+    bench = Bench(task, plan, records, results, image, mask, None, kind, size)
+    if level == "full":
+        bench = bench._replace(state=bench.attack_alone().state)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours:
@@ -129,8 +146,11 @@ def undefended_accuracy(bench: Bench) -> Iterator[Check]:
 
 def noise_is_used(bench: Bench) -> Iterator[Check]:
     """Two draws must differ where a patch is, or EOT averages copies of one gradient."""
-    a, c = (bench.target(bench.image, bench.task.noise("trust noise", k)) for k in (0, 1))
-    differ = (a - c).abs().amax().item()
+    differ = 0.0
+    for rows in bench.parts:
+        part = bench.task.part(rows)
+        a, b = (bench.target(bench.image[rows], part.noise("trust noise", k)) for k in (0, 1))
+        differ = max(differ, (a - b).abs().amax().item())
     yield Check("the defence is random", f"logits differ by up to {differ:.2g} between draws", "above 0", differ > 0)
 
 
@@ -152,15 +172,9 @@ def controls(bench: Bench) -> Iterator[Check]:
 
 def masks(bench: Bench) -> Iterator[Check]:
     """The true mask restored bounds the defence from above; a random mask shows what painting costs."""
-    b, defense = bench.task, bench.target.defense
-    at_random = masks_for(bench.task, "random mask", bench.mask.mean().item())
-
-    def under(mask: Tensor) -> Callable[[Tensor, Noise], Tensor]:
-        return lambda x, noise: composite(x, defense.restore(x, mask, noise), mask)
-
-    oracle = bench.accuracy(bench.image, under(bench.mask))
-    random = bench.accuracy(b.x, under(at_random))
-    empty = bench.target.classifier(bench.image).argmax(dim=1).eq(b.y).float().mean().item()
+    oracle = bench.accuracy(bench.image, bench.mask)
+    random = bench.accuracy(bench.task.x, masks_for(bench.task, "random mask", bench.mask.mean().item()))
+    empty = bench.target.classifier(bench.image).argmax(dim=1).eq(bench.task.y).float().mean().item()
     wanted, passed = f"above the empty mask's {rounded(empty)}", oracle > empty
     if empty == 1:  # none of these patches fools the classifier
         wanted, passed = "", None
@@ -183,10 +197,14 @@ def ladder(bench: Bench) -> Iterator[Check]:
 
 def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
     """Gradients of the margin inside the patch under n noises, (n, B, 3 S S)."""
-    b = bench.task
-    task = b._replace(victim=victim, loss=lambda logits: margin(logits, b.y))
-    drawn = samples(task, lambda k: (bench.image, bench.mask, task.noise(purpose, k)), n)
-    return torch.stack([(sample.gradient * bench.mask).flatten(1) for sample in drawn])
+
+    def of(rows: slice) -> Tensor:
+        part, image, mask = bench.task.part(rows), bench.image[rows], bench.mask[rows]
+        task = part._replace(victim=victim, loss=partial(margin, y=part.y))
+        drawn = samples(task, lambda k: (image, mask, task.noise(purpose, k)), n)
+        return torch.stack([(sample.gradient * mask).flatten(1) for sample in drawn])
+
+    return torch.cat([of(rows) for rows in bench.parts], dim=1)
 
 
 def gradient_health(bench: Bench) -> Iterator[Check]:
@@ -291,21 +309,20 @@ def fixed_noise(bench: Bench) -> Iterator[Check]:
     """Attacked and judged on one and the same noise, the defence is an ordinary network and must fall."""
     if not hasattr(bench.adaptive[0], "fixed_noise"):
         return
-    b = bench.task
     settings = {"eot": 1, "restarts": 1, "location": "fixed", "iters": max(40, bench.adaptive[0].iters)}
     made = bench.attack(fixed_noise=True, **settings)
-    noise = bench.target.sample_noise(b.image_ids, bench.task.seed, "attack 0", 0)
-    right = bench.target(made.image, noise).argmax(dim=1).eq(b.y).float().mean().item()
+    parts = [(made.image[rows], bench.task.part(rows)) for rows in bench.parts]
+    right = torch.cat([bench.target(x, part.noise("attack 0")).argmax(dim=1).eq(part.y) for x, part in parts])
+    right = right.float().mean().item()
     yield Check("one fixed noise, attacked and judged", rounded(right), "at most 20 %", right <= 0.2)
 
 
 def size_sweep(bench: Bench) -> Iterator[Check]:
     """Patches smaller and larger than a fifth of the image. Of larger ones a part stays below theta 2."""
-    b, shares = bench.task, []
-    areas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    shares, areas = [], (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     for area in areas:
-        base = replace(bench.plan.base, area=area)(b._replace(victim=bench.target.undefended()))
-        shares.append(bench.accuracy(bench.attack(init=base.state, area=area).image))
+        start = bench.attack_alone(area=area).state
+        shares.append(bench.accuracy(bench.attack(init=start, area=area).image))
     text = ", ".join(f"{rounded(a)}: {rounded(s)}" for a, s in zip(areas, shares, strict=True))
     yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
 
@@ -340,7 +357,7 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
 def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:
     """A search without gradients must not beat the attack with them."""
     attack = ATTACKS["sparse-rs"](area=bench.plan.base.area, queries=queries)
-    made = attack(bench.task)
+    made = attack_all(attack, bench.task, bench.size)
     searched, own = bench.accuracy(made.image), bench.accuracy(bench.attack().image)
     yield Check(
         f"Sparse-RS, {queries} queries",

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffender.attacks.attack import Attack
 from diffender.attacks.expectation import Attacked, Task, Victim
 from diffender.attacks.patch import to_8bit
 from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, proportion
@@ -18,7 +19,6 @@ from diffender.pipeline import Defended, Purified
 from diffender.utils.files import short
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
-Attack = Callable[..., Attacked]
 Value = TypeVar("Value")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from diffender.attacks import ATTACKS
-from diffender.attacks.attack import Attack
+from diffender.attacks.attack import attack_all, slices
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.classifiers.imagenet import Classifier
@@ -129,7 +129,7 @@ def ablate(opts: Options) -> None:
     batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on).to(device)
     attack = ATTACKS[opts.attack].from_flags(vars(opts) | {"eot": 1})
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
-    attacked = attack_all(attack, task, opts.batch_size, opts.run.quiet)
+    attacked = attack_all(attack, task, opts.batch_size, quiet=opts.run.quiet)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
     anew = f"; then evade, {opts.iters_anew} steps, EOT {opts.eot}" if ANEW & set(names) else ""
     results = {
@@ -156,7 +156,7 @@ def ablate(opts: Options) -> None:
             if name in ANEW:
                 harder = replace(attack, iters=opts.iters_anew, eot=opts.eot)
                 known = task._replace(victim=target.under(s.backward))
-                shown = attack_all(harder, known, opts.batch_size, quiet=True, init=attacked.state)
+                shown = attack_all(harder, known, opts.batch_size, attacked.state)
             results[name].append(measure(opts, name, target, s, batch, shown))
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
@@ -164,17 +164,6 @@ def ablate(opts: Options) -> None:
     if "noise" in results:
         plot_noise(results, out / "noise.png")
     print(f"\n{markdown(results)}")
-
-
-def attack_all(attack: Attack, task: Task, size: int, quiet: bool, init: Tensor | None = None) -> Attacked:
-    """A task's images attacked, `size` at a time, from the states `init` of an earlier attack."""
-    parts = bar(slices(size, task.image_ids), "attacking", quiet)
-    done = [attack(task.part(rows), None if init is None else init[rows]) for rows in parts]
-    return Attacked(*map(torch.cat, zip(*done, strict=True)))
-
-
-def slices(size: int, ids: Sequence[str]) -> list[slice]:
-    return [slice(i, i + size) for i in range(0, len(ids), size)]
 
 
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffender.attacks import AdvP
+from diffender.attacks.attack import attack_all, slices
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import class_names
@@ -26,7 +27,7 @@ from diffender.evaluation.workers import is_first
 from diffender.factory import pick_device
 from diffender.localize import predict_pair
 from diffender.noise import Noise
-from diffender.paper.ablation import attack_all, map_columns, slices
+from diffender.paper.ablation import map_columns
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.tables import BESIDE, NAMES, Row, cell, run_rows
 from diffender.pipeline import Defended
@@ -79,7 +80,7 @@ def scene(opts: Options, most: int | None = SHOWN) -> Scene:
     batch = batch.to(target.classifier.mean.device)
     attack = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     task = Task(target.undefended(), batch.x, batch.y, batch.ids, opts.run.seed)
-    return Scene(opts, target, batch, attack_all(attack, task, opts.batch_size, opts.run.quiet))
+    return Scene(opts, target, batch, attack_all(attack, task, opts.batch_size, quiet=opts.run.quiet))
 
 
 class Column(NamedTuple):
