@@ -33,7 +33,7 @@ from diffender.evaluation.verdicts import (
     through_files,
     verdict,
 )
-from diffender.losses import decoy, evasion, evasion_max
+from diffender.losses import EVASIONS, decoy, evasion, evasion_max
 from diffender.noise import generator
 from diffender.ops import binarize, gaussian_blur, straight_through
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended, WithFreshNoise
@@ -585,7 +585,7 @@ def masks(bench):
 
 
 def black_box(bench):
-    return trust.black_box(bench, queries=1)
+    return trust.black_box(bench, queries=2)
 
 
 ACCURACIES = [  # in the order in which a check asks for them: red, green
@@ -733,6 +733,17 @@ def test_unhealthy_gradients_are_red(small, wrong):
     found = {next(n for n in ("zero", "norm", "finite differences", "cosine") if n in c.name): c for c in checks}
     red = {name for name, check in found.items() if check.passed is False}
     assert red == ({wrong.removesuffix("s") if wrong == "zeros" else wrong} - {""})
+
+
+@pytest.mark.parametrize(("mode", "hide"), [("evade", "mean"), ("full+loc", "max")])
+def test_a_hiding_term_without_its_gradient_is_red(bench, monkeypatch, mode, hide):
+    attack, target = bench.adaptive
+    victim = target.under(Backward(mode, hide=hide))
+    hiding = bench._replace(plan=bench.plan._replace(adaptive={"full": (attack, victim)}))
+    name, right = "gradient that hides, against finite differences", EVASIONS[hide]
+    for term, passed in ((right, True), (lambda z, patch, theta: right(z.detach(), patch, theta), False)):
+        monkeypatch.setitem(EVASIONS, hide, term)
+        assert {c.name: c.passed for c in trust.gradient_health(hiding)}[name] is passed
 
 
 def test_momentum_is_as_steady_as_a_mean_of_so_many_steps():
