@@ -232,7 +232,7 @@ def test_a_table_leads_to_its_runs(html, tmp_path, browser):
     run.mkdir(parents=True)
     (run / "report.html").write_text(html)
     table.mkdir()
-    text = "| defence | advp |\n| --- | --- |\n| D | **1** |\n"
+    text = "| defence | advp |\n| --- | --- |\n| D | **1** |\n\nWhat was run.\n"
     (table / "report.html").write_text(table_page("Table <1>", text, {"the <run>": run}, table))
     tab = browser.new_page()
     tab.goto((table / "report.html").as_uri())

@@ -236,14 +236,19 @@ def test_knowing_more_is_never_worth_less(tmp_path):
 
 
 def test_a_table_as_a_page(tmp_path):
-    text = markdown(1, [line("jpeg", 0, of=8), line("diffender", 8, of=8)]) + "\n`python <x>`: what was run.\n"
+    lines = [line("jpeg", 0, of=8), line("diffender", 8, of=8)]
+    text = markdown(1, lines) + "\n`python <x>`: what was run.\n" + paired(1, lines)
     html = table_page("Table 1", text, {"ours": tmp_path / "a b"}, tmp_path)
     assert '<a href="a%20b/report.html">ours</a>' in html
     assert (
         '<td><b>100.0 <span class="whole">(8/8; 68-100)</span></b></td>' in html
         and "python &lt;x&gt;: what was run." in html
     )
-    assert html.count("<tr>") == 3
+    first, second = html.split("<h2>")[1:3]
+    assert first.startswith("Accuracy") and "0 : 8" not in first and "Images that" not in first
+    assert second.startswith("Beside DIFFender") and "DIFFender alone reads right" in second
+    assert '<td>0 : 8 <span class="whole">(p = 0.0078)</span></td>' in second
+    assert html.count("<tr>") == 3 + 2
 
 
 def test_folds_are_pooled():

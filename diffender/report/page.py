@@ -218,11 +218,7 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
         headline=formatted(headline(results)),
         told=f"{results['setting']}, seed {results['seed']}, {cost(results)}.",
         command=results["command"],
-        accuracy={
-            "head": head,
-            "rows": [[formatted(c) for c in row] for row in rows],
-            "note": "In per cent, with counts and Wilson intervals of 95 %.",
-        },
+        tables=[table("Accuracy", head, rows, "In per cent, with counts and Wilson intervals of 95 %.")],
         trust=results.get("trust"),
         charts=charts(results, records),
         filters=counted_filters(FILTERS, [states(r) for r in records]),
@@ -233,15 +229,20 @@ def page(results: dict, records: Sequence[dict], folder: Path, names: Sequence[s
 
 
 def table_page(title: str, text: str, runs: Mapping[str, Path], folder: Path) -> str:
-    """A table.md that lies in `folder`, with links to the runs behind its rows, by name."""
-    head, _, *rows = (line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| "))
-    cells = [[formatted(cell) for cell in row] for row in rows]
-    notes = [line for line in text.splitlines() if line and not line.startswith("|")]
-    return render(
-        title=title,
-        accuracy={"head": head, "rows": cells, "note": " ".join(notes).replace("`", "")},
-        runs={name: link(run / "report.html", folder) for name, run in runs.items()},
-    )
+    """A table.md that lies in `folder`, with links to the runs behind its rows, by name. A note follows each of its
+    tables: the accuracies, and the defences beside DIFFender."""
+    blocks = text.strip().split("\n\n")
+    tables = []
+    for name, block, note in zip(("Accuracy", "Beside DIFFender"), blocks[::2], blocks[1::2], strict=False):
+        head, _, *rows = (line[2:-2].split(" | ") for line in block.splitlines())
+        tables.append(table(name, head, rows, note.replace("`", "")))
+    hrefs = {name: link(run / "report.html", folder) for name, run in runs.items()}
+    return render(title=title, tables=tables, runs=hrefs)
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> dict:
+    """A table for the template; its cells are Markdown."""
+    return {"title": title, "head": head, "rows": [[formatted(cell) for cell in row] for row in rows], "note": note}
 
 
 def formatted(cell: str) -> Markup:
@@ -310,5 +311,5 @@ def render(settings: Mapping[str, object] = MappingProxyType({}), **parts: objec
     return environment.get_template("page.html").render(
         style=Markup((HERE / "page.css").read_text("utf-8")),
         settings={k: json.dumps(v) for k, v in settings.items()},
-        **{"filters": [], "attacks": [], **parts},
+        **{"tables": [], "filters": [], "attacks": [], **parts},
     )
