@@ -22,7 +22,6 @@ import json
 from diffender.evaluation.options import Options, names, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import sources
 from diffender.evaluation.records import read_records
-from diffender.utils.errors import InputError
 from diffender.utils.options import parse, run
 
 
@@ -35,6 +34,7 @@ def main() -> None:
     # Imported after the options are known to be good: torch and timm take seconds.
     refuse_unread(given)
     from diffender.evaluation.memory import GIB, most_held_bytes
+    from diffender.evaluation.plan import refuse_unused_eot
     from diffender.evaluation.run import finish, load_images, prepare, work
     from diffender.evaluation.workers import is_first, join, wait
     from diffender.report.folder import write_report
@@ -49,8 +49,7 @@ def main() -> None:
         print(run_table(opts.table, given) if opts.table is not None else run_figure(opts.figure, given))
         return
     experiment = prepare(opts)
-    if given.eot not in (None, experiment.opts.eot):
-        raise InputError(f"--eot {given.eot}: {opts.defense} draws no noise, so all samples are the same; leave it out")
+    refuse_unused_eot(given.eot, experiment.opts)
     batch = load_images(opts, experiment.target)
     done = len(read_records(experiment.folder).keys() & set(batch.ids))
     if not opts.run.quiet:

@@ -8,7 +8,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
 from diffender.evaluation.options import PRESETS, Options, attacks, refuse_conflicts, refuse_unread, with_preset
-from diffender.evaluation.plan import as_drawn, build_plans, default_name
+from diffender.evaluation.plan import as_drawn, build_plans, default_name, refuse_unused_eot
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
@@ -117,6 +117,7 @@ def benchmark(
             raise InputError(f"names are {names!r:.99}; they are a list of {classes} strings, one for each class")
         asked = {"quiet": True, "attack": attack, "grad": gradient, "preset": budget, "images": len(images)}
         opts = as_drawn(options_for(victim, asked, options), victim)
+        refuse_unused_eot(options.get("eot"), opts)
         name = opts.name or default_name(opts)
         folder = Path("runs") / name
         own, plans = folder / "per_image.jsonl", build_plans(opts, victim)
@@ -145,8 +146,6 @@ def options_for(victim: Defended, asked: dict[str, Any], options: dict[str, Any]
     check_options(opts)
     refuse_conflicts(opts)
     refuse_unread(opts)
-    if isinstance(victim, AnyModel) and not victim.random and opts.eot is None:
-        opts = replace(opts, eot=1)
     return change(with_preset(opts), defense=title(victim))  # in the letters of its name
 
 

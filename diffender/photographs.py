@@ -194,7 +194,10 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-            inside = [p for p in inside if out.resolve() not in p.resolve().parents]
+            if path.resolve() in out.resolve().parents:
+                inside = [p for p in inside if out.resolve() not in p.resolve().parents]
+            elif path.resolve() == out.resolve():
+                inside = [p for p in inside if not p.stem.endswith(("_heatmap", "_mask", "_restored"))]
         if not inside:
             raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent

@@ -151,7 +151,7 @@ class DIFFender(nn.Module):
         restore = self.restore if needed else self.restore_masked
         if backward.mode in ("bpda-mask", "surrogate", "evade"):
             x_hat = restore(x.detach(), found.mask.detach(), noise)
-        if backward.mode == "surrogate":
+        if backward.mode == "surrogate" and needed:
             steps = min(backward.surrogate_steps, self.cfg.steps)
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, steps))
         elif backward.mode in ("full", "full+loc", "auto"):

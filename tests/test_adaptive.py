@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffender.attacks import ATTACKS, AdvP
 from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, to_8bit
+from diffender.classifiers.dataset import Batch
 from diffender.config import PAPER, Backward, DIFFenderConfig
 from diffender.defenses import Purifier, build
 from diffender.evaluation import forecast as forecasts
@@ -22,6 +23,7 @@ from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import WORKING, Footprint, fit_micro_batch, footprint, kept_bytes, peak_bytes
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options, attacks, kinds, with_preset
+from diffender.evaluation.run import work
 from diffender.evaluation.verdicts import (
     Judge,
     Plan,
@@ -545,6 +547,13 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
     assert len(trust_table(list(checks.values())).splitlines()) == 2 + len(checks)
 
 
+def test_names_that_would_share_files_are_refused(small):
+    for ids in (["a/b", "a__b"], ["a", "a_mask"]):
+        run = SimpleNamespace(opts=Options())
+        with pytest.raises(InputError, match="differ in / and __ alone, or in _mask, so they would share files"):
+            work([run], Batch(ids, small.x, small.y, []))
+
+
 def bench_of(target, x, y, **changed):
     """Two images as they are, for the checks of the trust report, without a run."""
     plan = Plan("advp", ATTACKS["grey"](), {"full": (ATTACKS["advp"](iters=10, eot=1), target)})
@@ -955,6 +964,13 @@ def test_with_quiet_nothing_is_measured_before_the_start(monkeypatch):
         monkeypatch.setattr(forecasts, name, lambda *_: pytest.fail("nobody is told"))
     opts, target = with_preset(change(Options(), quiet=True)), SimpleNamespace(sample_noise=lambda *_: None)
     assert forecasts.forecast(opts, target, None, [[0, 1]]).work > 0, "the shares of the bar"
+
+
+def test_a_limit_of_memory_keeps_no_activations(model, monkeypatch):
+    for name, value in {"keep": True, "micro_batch": None}.items():
+        monkeypatch.setattr(model, name, value)
+    plans.build_target(with_preset(change(Options(), max_memory=6.0)), model)
+    assert model.keep is False
 
 
 def test_memory_by_hand(monkeypatch):

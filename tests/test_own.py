@@ -147,6 +147,15 @@ def test_a_random_model_knows_no_batch(images):
     assert results[0]["rows"] == results[1]["rows"]
 
 
+def test_places_drawn_at_random_take_samples_of_a_model_without_noise(images):
+    y, fast = Bright()(images).argmax(dim=1), FAST | {"iters": 1, "iters_undefended": 1}
+    results = diffender.benchmark(Bright(), images, y, name="places", location="eot", **fast)
+    assert "EOT 2," in results["setting"]
+    with pytest.raises(InputError, match=r"--eot 7: Bright \(own\) draws no noise, so all samples are the same"):
+        diffender.benchmark(Bright(), images, y, name="fixed", eot=7, **fast)
+    assert not Path("runs/fixed").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_model_of_other_weights_is_told_to_be_float32(dtype, images):
     net = nn.Sequential(nn.Conv2d(3, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(dtype)

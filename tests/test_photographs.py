@@ -95,6 +95,9 @@ def test_names_of_images(tmp_path):
         (tmp_path / file).touch()
     assert [name for name, _ in find_images((str(tmp_path),), tmp_path / "out")] == ["a", "a_", "sub__a"]
     assert len(find_images((str(tmp_path),), tmp_path / "sub")) == 2, "what an earlier run made is no input"
+    (tmp_path / "sub" / "a_mask.png").touch()
+    assert len(find_images((str(tmp_path / "sub"),), tmp_path)) == 2, "all of them lie below --out"
+    assert len(find_images((str(tmp_path / "sub"),), tmp_path / "sub")) == 1
     with pytest.raises(InputError, match="no images given"):
         find_images((), tmp_path / "out")
     with pytest.raises(InputError, match="notes.txt is no image"):

@@ -299,6 +299,14 @@ def test_a_surrogate_takes_no_more_steps_than_the_defence(defense, photos):
     assert slope.isfinite().all()
 
 
+def test_a_surrogate_restores_once_where_nothing_is_differentiated(defense, photos, monkeypatch):
+    asked, restore = [], defense.restore
+    monkeypatch.setattr(defense, "restore", lambda *args: asked.append(len(args)) or restore(*args))
+    with torch.no_grad():
+        surrogate, full = (defense(photos[:1], noise_for(defense, 1), Backward(mode)) for mode in ("surrogate", "full"))
+    assert torch.equal(surrogate.image, full.image) and 4 not in asked, "with steps of its own"
+
+
 def test_named_outputs_of_any_size(defense):
     x = torch.rand(1, 3, 150, 260)
     out = defense(x, noise_for(defense, 1))

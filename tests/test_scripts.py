@@ -372,6 +372,12 @@ def test_ablation_tells_parts_apart_and_follows_the_noise_ratio(tmp_path):
         assert Image.open(tmp_path / name).size[0] > 400
 
 
+@pytest.mark.slow
+def test_examples_of_a_classifier_whose_size_the_vae_cannot_take(tmp_path):
+    results = ablation(tmp_path, "--study", "examples", "--images", "1", "--classifier", "efficientnet_lite2")
+    assert 15 < results["examples"]["psnr"] < 40
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of its own")
 def test_large_blocks_are_reused():
     """Page faults of taking and returning 64 MiB twenty times, before and after; a process of its own."""

@@ -49,6 +49,7 @@ from diffender.paper.tables import (
 )
 from diffender.pipeline import Defended, DIFFender, Localized, Purified
 from diffender.report.page import table_page
+from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json
 from diffender.utils.images import save_png
@@ -345,11 +346,12 @@ def test_settings_are_paired_with_the_usual_one():
 
 
 def test_what_the_vae_keeps_is_told_in_decibels(tmp_path):
-    """An error of 0.1 is 20 dB."""
-    x, mask = torch.full((2, 3, 16, 16), 0.5), torch.zeros(2, 1, 16, 16)
+    """An error of 0.1 is 20 dB. The VAE sees images of the size that the defence works at."""
+    x, mask = torch.full((2, 3, 20, 20), 0.5), torch.zeros(2, 1, 20, 20)
 
     class Plain:
-        model = SimpleNamespace(vae=SimpleNamespace(encode=lambda x: x, decode=lambda z: z + 0.1))
+        model = SimpleNamespace(latents=Posterior.sample, decode=lambda z: z + 0.1)
+        posterior = staticmethod(lambda x: Posterior(F.interpolate(x, (16, 16)), torch.zeros(2, 3, 16, 16)))
         sample_noise, restore = (lambda *_: None), (lambda self, x, mask, noise: x)
 
         def __call__(self, x, noise):
@@ -430,6 +432,11 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
     (undefended,) = (line for line in text.splitlines() if "Undefended, patch as photographed" in line)
     assert undefended.endswith("| 100.0 (1/1) | 100.0 (1/1) |")
     assert "The 67 % of frames" in text
+    assert run_table(7, opts) == text, "again, from its records"
+    frames = (tmp_path / "frames.csv").read_text()
+    (tmp_path / "frames.csv").write_text(frames.replace(",near,", ",far,"))
+    with pytest.raises(InputError, match="with another file, label or configuration; delete that folder"):
+        run_table(7, opts)
     (tmp_path / "frames.csv").write_text(f"file,label\n{a.path},{a.label}\n")
     with pytest.raises(InputError, match="wanted are file, label, configuration"):
         run_table(7, opts)
@@ -451,6 +458,12 @@ def test_every_table_runs_and_resumes(tmp_path, number):
     first = evaluate(tmp_path, *args)
     assert "quoted" in first
     assert evaluate(tmp_path, *args).splitlines()[-6:] == first.splitlines()[-6:]
+
+
+@pytest.mark.slow
+def test_figure_1_of_a_classifier_of_another_size(tmp_path):
+    args = ("--classifier", "efficientnet_lite1", "--preset", "smoke", "--images", "1", "--iters-undefended", "1")
+    assert "Fig. 1" in evaluate(tmp_path, "--figure", "1", *args)
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
     of = seconds | {"query": 0.0, "undefended": 0.0} if made else seconds
     each = costs(opts, of)
     todo = [{variant: len(part) * cost for variant, cost in each.items()} for part in parts]
-    checks = {"off": 0, "quick": 50 + 8 * opts.eot, "full": 50 + 100 * opts.eot * opts.iters}[opts.trust]
+    checks = {"off": 0, "quick": 70, "full": 70 + 100 * opts.eot * opts.iters}[opts.trust]
     after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
     after += sum(len(part) for part in parts) * curve_costs(opts, seconds)
     return Forecast(todo, after, seconds, (0, "") if opts.run.quiet else memory_needed(opts, target, x, parts))
@@ -83,7 +83,8 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
     if found["pass"] < LONG:
         found["query"] = timed(lambda rows: undefended(x, None), 1)
         found["undefended"] = timed(partial(step, undefended), 1)
-        for kind in set(kinds(opts)) - {"transfer"} if attacks(opts) else ():
+        differentiated = any(cls.access == "gradient" for cls in attacks(opts).values())
+        for kind in set(kinds(opts)) - {"transfer"} if differentiated else ():
             found[kind] = timed(partial(step, target.under(backward_of(opts, kind))), wide)
     return {what: cost * found["pass"] for what, cost in COST.items()} | found
 

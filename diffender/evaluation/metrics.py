@@ -71,6 +71,7 @@ def mask_scores(mask: Tensor, truth: Tensor) -> MaskScores:
 def auc(score: Tensor, truth: Tensor) -> float:
     """Probability that a random pixel of the patch scores above a random one outside, ties counted half; 0.5 is chance.
     1-D tensors; NaN where either side has no pixel."""
+    score, truth = score.cpu(), truth.cpu()  # float64 is not on every device
     apart = score[truth > 0.5][:, None] - score[truth <= 0.5]
     return ((apart > 0).double() + 0.5 * (apart == 0)).mean().item()
 

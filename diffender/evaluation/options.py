@@ -26,10 +26,9 @@ OURS = {"diffender": "DIFFender", "hardened": "DIFFender, hardened"}  # what has
 FIGURES = (1, 2, 3, 4, 5, 8, 9)  # of the paper
 BUDGET = ("iters", "iters_undefended", "eot", "restarts", "queries", "queries_undefended")  # of attacks
 # Flags that the figures and Table 7 settle themselves: to give one is a mistake.
-JUDGED = ("queries", "queries_undefended", "verdicts")
-ADAPTIVE = ("grad", "iters", "restarts", *JUDGED)
+ADAPTIVE = ("grad", "iters", "restarts", "verdicts")
 FIXED = {f"figure {n}": (*ADAPTIVE, "eot") for n in (1, 3, 4, 5, 9)} | {
-    "figure 2": JUDGED, "table 7": ADAPTIVE,
+    "figure 2": ("verdicts",), "figure 8": ("theta",), "table 7": ADAPTIVE,
 }  # fmt: skip
 PRESETS = {  # what the options that default to none become
     "smoke": {
@@ -190,6 +189,9 @@ def refuse_conflicts(opts: Options) -> None:
         raise InputError(f"--figure is {opts.figure}; choose from {', '.join(map(str, FIGURES))}")
     if opts.table and opts.figure:
         raise InputError(f"--table {opts.table} and --figure {opts.figure}: one at a time")
+    memory = opts.target.defense.model
+    if opts.max_memory is not None and (memory.micro_batch is not None or memory.keep):
+        raise InputError("--max-memory sets --micro-batch and keeps no activations; leave out --micro-batch and --keep")
     if opts.frames and opts.table != 7:
         raise InputError("--frames is for --table 7, which judges photographs of printed patches")
     if opts.name is not None and not is_folder_within(opts.name):
@@ -267,22 +269,26 @@ def refuse_unread(opts: Options) -> None:
     from diffender.faces.identification import RECOGNIZERS
 
     filled, defense = with_preset(opts), opts.target.defense
-    ours, hiding = is_ours(filled), set(WITH_PENALTY) & set(kinds(filled))
-    single, number, alone = opts.table is None and opts.figure is None, opts.table, "runs without --table and --figure"
-    chosen = PAPER_ATTACKS if opts.table or opts.figure else tuple(attacks(filled))
+    ours, number, alone = is_ours(filled), opts.table, "runs without --table and --figure"
+    single = opts.table is None and opts.figure is None
+    fixed = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
+    chosen, runs = tuple(attacks(filled)), f"--attack is {opts.attack}"
+    if not single:  # a figure has no number among the tables
+        chosen = {None: ("advp",), 6: ("gdpa", "rhde"), 7: ("advp",)}.get(number, PAPER_ATTACKS)
+        runs = f"{f'--table {number}' if number else f'--figure {opts.figure}'} runs {', '.join(chosen)}"
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
     for flag, value in own.items():
         readers = [n for n, cls in ATTACKS.items() if flag.removesuffix("_undefended") in cls.reads()]
         if value is not None and not set(readers) & set(chosen):
-            raise InputError(
-                f"{flagged(flag)} {value} is read by {', '.join(readers)}, and --attack is {opts.attack}: leave it out"
-            )
-    differentiated = not chosen or any(ATTACKS[name].access == "gradient" for name in chosen)
+            raise InputError(f"{flagged(flag)} {value} is read by {', '.join(readers)}, and {runs}: leave it out")
+    differentiated = any(ATTACKS[name].access == "gradient" for name in chosen)
+    through = set(kinds(filled)) if differentiated and "grad" not in fixed else set()
+    hiding = set(WITH_PENALTY) & through
     conditions = {  # flag: whether it is given, what reads it, whether that is there
-        "grad": (opts.grad not in (None, "auto"), "attacks with gradients, as advp", differentiated),
-        "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & set(kinds(filled))),
+        "grad": (opts.grad not in (None, "auto"), "attacks with gradients, as advp", differentiated or not chosen),
+        "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),
         "ste_k": (opts.backward.ste_k != EXACT.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
         "evasion": (opts.backward.evasion != EXACT.evasion, "--grad full+loc and evade", hiding),
         "hide": (opts.backward.hide != EXACT.hide, "--grad full+loc and evade", hiding),
@@ -297,7 +303,11 @@ def refuse_unread(opts: Options) -> None:
         "curves": (opts.curves, alone, single),
         "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
         "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
-        "trust_images": (opts.trust_images != Options.trust_images, "--trust quick and full", opts.trust != "off"),
+        "trust_images": (
+            opts.trust_images != Options.trust_images,
+            "--trust quick and full",
+            opts.trust != "off" and single,
+        ),
         "name": (opts.name, alone, single),
         "prompts": (
             defense.prompts,
@@ -307,8 +317,8 @@ def refuse_unread(opts: Options) -> None:
     } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
     if number == 3 and "restore" in defense.method:
         conditions["restore"] = (True, "tables other than 3", False)
-    budgetless = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
-    conditions |= {flag: (getattr(opts, flag), "runs and other tables and figures", False) for flag in budgetless}
+    given = vars(opts) | defense.method
+    conditions |= {flag: (given.get(flag), "runs and other tables and figures", False) for flag in fixed}
     check_read(conditions)
 
 

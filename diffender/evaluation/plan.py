@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffender.config import PAPER, THROUGH_RESTORATION, Backward, DIFFenderConfig
 from diffender.evaluation.options import Options, attacks, is_ours, kinds, shard_of
+from diffender.utils.errors import InputError
 from diffender.utils.options import change, flagged
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     one = footprint(model, classifier.net, classifier.cfg.size)
     rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
     if opts.max_memory is not None:
+        model.keep = False  # as the limit reckons
         model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
     elif opts.target.defense.model.keep is None:  # what other defences than DIFFender would keep is not known
         model.keep = is_ours(opts) and keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
@@ -90,6 +92,12 @@ def as_drawn(opts: Options, target: Defended) -> Options:
     """The options with EOT 1 where all samples of a step would be the same: without noise, at one place."""
     same = target.sample_noise(["0"], 0, "plan") is None and opts.patch.location != "eot"
     return replace(opts, eot=1) if same else opts
+
+
+def refuse_unused_eot(asked: int | None, opts: Options) -> None:
+    """Raises InputError where another EOT was asked for than the options have, as drawn."""
+    if asked not in (None, opts.eot):
+        raise InputError(f"--eot {asked}: {opts.defense} draws no noise, so all samples are the same; leave it out")
 
 
 def build_plans(opts: Options, target: Defended) -> list[Plan]:

@@ -103,8 +103,11 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
     """
     opts = experiments[0].opts
-    if len(set(file_names(batch.ids))) < len(batch.ids):
-        raise InputError("two images have names that differ in / and __ alone, so they would share files; rename one")
+    names = file_names(batch.ids)
+    if len({*names, *(f"{name}_mask" for name in names)}) < 2 * len(names):
+        raise InputError(
+            "two images have names that differ in / and __ alone, or in _mask, so they would share files; rename one"
+        )
     if attacks(opts):
         check_square(batch.x)
     for e in experiments:

@@ -21,6 +21,7 @@ from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, DIFFenderConfig
 from diffender.evaluation.metrics import counted, map_auc, mask_scores, mcnemar, percent, proportion
 from diffender.factory import config_of, hashes_of, open_classifier, open_items, open_model, pick_device
+from diffender.ops import resize
 from diffender.paper.ablate import ANEW, Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.restore import composite
@@ -140,7 +141,7 @@ def ablate(opts: Options) -> None:
         "seed": opts.run.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps{anew}",
         "options": flat(opts) | asdict(base),
-        "sha256": hashes_of(asked.model, prompts=prompts),
+        "sha256": hashes_of(asked.model, prompts=prompts, classifier=opts.target.classifier_weights),
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
     for name in names:
@@ -218,9 +219,8 @@ def show(
     opts: Options, defense: DIFFender, classifier: Classifier, batch: Batch, attacked: Attacked, first: int = 8
 ) -> dict[str, float]:
     """What the VAE keeps of the clean photographs; and an image of the first ones, `images.png`."""
-    vae = defense.model.vae
     parts = [batch.x[rows] for rows in slices(opts.batch_size, batch.ids)]
-    recon = torch.cat([vae.decode(vae.encode(x)).clamp(0, 1) for x in parts])
+    recon = torch.cat([round_trip(defense, x) for x in parts])
     psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
     x, image, mask = batch.x[:first], attacked.image[:first], attacked.mask[:first]
     noise = defense.sample_noise(batch.ids[:first], opts.run.seed, "ablation")
@@ -238,6 +238,13 @@ def show(
     save_png(make_grid(torch.cat(stages), len(x)), Path(opts.out) / "images.png")
     right = is_right(classifier, recon, batch.y, opts.batch_size)
     return {"psnr": psnr.mean().item(), "round_trip_right": right.mean().item()}
+
+
+def round_trip(defense: DIFFender, x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] out of the VAE, at the size that the defence works at; latents are the means."""
+    posterior = defense.posterior(x)
+    z = defense.model.latents(posterior, torch.zeros_like(posterior.mean))
+    return resize(defense.model.decode(z), x.shape[-2:]).clamp(0, 1)
 
 
 def markdown(results: dict) -> str:

@@ -110,7 +110,7 @@ def figure_1(opts: Options, folder: Path) -> str:
     s = scene(opts)
     d, cfg = s.target.defense, s.target.defense.cfg
     model, image, noise = d.model, s.made.image, s.noise()
-    pair = predict_pair(model, model.encode(image, noise.image), d.contexts, noise, cfg, d.blank)
+    pair = predict_pair(model, model.latents(d.posterior(image), noise.image), d.contexts, noise, cfg, d.blank)
     prompted, empty = (model.decode(x0[:, 0]) for x0 in pair)
     found = d.localize(image, noise)
     columns = {"attacked": image, "x0, prompt": prompted, "x0, empty prompt": empty}
@@ -135,7 +135,7 @@ def figure_2(opts: Options, folder: Path) -> str:
 
     grad = kinds(opts)[-1]
     task = Task(s.target.under(backward_of(opts, grad)), s.batch.x, y, s.batch.ids, opts.run.seed)
-    knowing = AdvP.from_flags(attack_flags(opts))(task, init=s.made.state)
+    knowing = attack_all(AdvP.from_flags(attack_flags(opts)), task, opts.batch_size, s.made.state)
     columns, right = [Column("clean", s.batch.x, seen(s.batch.x))], []
     for title, attacked in (("patch made on\nthe classifier", s.made), ("patch made on\nthe defence", knowing)):
         out = s.target.defense(attacked.image, s.noise())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffender.attacks import AdvP
 from diffender.attacks.expectation import Attacked, Task
-from diffender.classifiers.dataset import Batch, csv_items, load_image, read_csv
+from diffender.classifiers.dataset import Batch, csv_items, digest_of, load_image, read_csv
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.jpeg import JPEG
 from diffender.evaluation.plan import mine
@@ -31,6 +31,7 @@ from diffender.noise import generator
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import QUOTED
 from diffender.pipeline import Purified
+from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
 from diffender.utils.images import save_png
 from diffender.utils.markdown import table
@@ -96,14 +97,21 @@ def judge_photographs(e: Experiment) -> list[str]:
     done = read_records(e.folder)
     for i in bar(mine(e.opts, len(items)), "photographs", e.opts.run.quiet):
         item, row = items[i], rows[i]
-        if item.id in done:
-            continue
         files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
+        told = {"hashes": [digest_of(file) for file in files], "label": item.label}
+        told["configuration"] = row["configuration"]
+        if item.id in done:
+            if any(done[item.id].get(key) != value for key, value in told.items()):
+                raise InputError(
+                    f"{e.folder} holds what was seen of {item.id} with another file, label or configuration; delete "
+                    "that folder"
+                )
+            continue
         shot = Shot(*(load_image(file, e.target.classifier.cfg)[None].to(e.device) for file in files))
         out = e.target.defense(shot.attacked, e.target.sample_noise([item.id], e.opts.run.seed, "verdict"))
         frame = grade(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
         save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
-        append_records(e.own, [{"id": item.id, "frames": {f"photographed/{row['configuration']}": [frame]}}])
+        append_records(e.own, [{"id": item.id, **told, "frames": {f"photographed/{row['configuration']}": [frame]}}])
     return [item.id for item in items]
 
 
