@@ -58,6 +58,8 @@ def main() -> None:
     flags.add_argument("--parts", default=",".join(PARTS))
     flags.add_argument("--compile", action="store_true", help="torch.compile both")
     args = flags.parse_args()
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        flags.error(f"--parts {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     dtype = getattr(torch, args.dtype)
     model = load_model(args.model, "random", dtype).to(args.device)
     wrap = torch.compile if args.compile else lambda f: f

@@ -540,7 +540,7 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trust, "DRAWS", 1)
     few = Task(target, x, y, ids, 0)
-    checks = {c["name"]: c for c in trust.trust_report("quick", few, [plan], records, results, tmp_path)}
+    checks = {c["name"]: c for c in trust.trust_report(Options(), few, [plan], records, results, tmp_path)}
     assert checks["the defence is random"]["passed"]
     assert checks["patch gradient exactly zero"]["passed"]
     assert checks["exact gradient against finite differences, soft mask"]["passed"]
@@ -677,7 +677,7 @@ def test_convergence_is_of_the_last_variant_that_has_gradients(small, tmp_path):
     for record in records:
         record["attacks"]["advp/bpda"]["loss"], record["attacks"]["advp/auto"]["loss"] = [1.0, 0.9], [1.0, 0.5]
     task = small._replace(victim=Defended(Noted(), Plain()))
-    checks = trust.trust_report("quick", task, [plan], records, {"rows": []}, tmp_path)
+    checks = trust.trust_report(Options(), task, [plan], records, {"rows": []}, tmp_path)
     told = {check["name"]: check["figure"] for check in checks}
     assert told["the loss over 7 steps, images left right: 2"].startswith("falls by 0.5")
 
@@ -789,7 +789,7 @@ def test_every_check_runs(target, photos, tmp_path):
     records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
     through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Task(Undefended(target.classifier), x, y, ["a"], 0)))
     few = Task(target, x, y, ["a"], 0)
-    checks = trust.trust_report("full", few, [plan], records, {"rows": rows}, tmp_path)
+    checks = trust.trust_report(change(Options(), trust="full"), few, [plan], records, {"rows": rows}, tmp_path)
     names = Counter(c["name"] for c in checks)
     assert len(names) == len(checks) >= 18
     for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):

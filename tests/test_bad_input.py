@@ -78,6 +78,9 @@ def bad(tmp_path_factory):
     }
     for name, content in tables.items():
         (folder / f"{name}.csv").write_text(content)
+    for name, rows in {"none": "", "gone": "gone.png,a cat\n", "text": "captions.csv,a cat\n"}.items():
+        (folder / "captioned" / name).mkdir(parents=True)
+        (folder / "captioned" / name / "captions.csv").write_text("file,caption\n" + rows)
     (folder / "latin.csv").write_bytes("file,label\nä.png,1\n".encode("latin-1"))
     for name in ("nothing", "people/only", "classes/n00000000"):
         (folder / name).mkdir(parents=True)
@@ -354,6 +357,12 @@ FILES = [
     ("pretrain vae --data {bad}/nothing", "training wants a folder with captions.csv"),
     ("pretrain unet --data {bad}/nothing --out o", "run the vae stage first"),
     ("pretrain all --data {bad}/nothing", "all needs --minutes"),
+    ("pretrain all --data {bad}/nothing --minutes 1 --steps 9", "--steps is read by single stages alone"),
+    ("pretrain all --data x --minutes 1 --init {bad}/other.safetensors", "--init is read by single stages alone"),
+    ("pretrain vae --data {bad}/other.safetensors --out o", "holds no photographs; give a file of `pretrain pack`"),
+    ("pretrain vae --data {bad}/captioned/none --out o", "captions.csv lists no photographs"),
+    ("pretrain pack --data {bad}/captioned/gone --out o", "captions.csv lists gone.png, which is not there"),
+    ("pretrain pack --data {bad}/captioned/text --out {bad}/file/a", "choose another place"),
     ("pretrain join --data {bad}/nothing --out m", "no parts of a model in"),
     ("defend", "no images given; name files or folders"),
     ("defend {bad}/nothing", "no images in"),

@@ -230,6 +230,8 @@ def test_pickled_folders_are_named_and_converted(models, tmp_path):
     variant = root / "text_encoder" / "pytorch_model.fp16.bin"
     variant.with_name("pytorch_model.bin").rename(variant)
     torch.save({"state": {}}, root / "unet" / "optimizer.bin")  # left by a training, and no part of the model
+    (root / "safety_checker").mkdir()
+    torch.save({"a": torch.ones(2)}, root / "safety_checker" / "pytorch_model.bin")  # none either
     assert [f"{path.parent.name}/{path.name}" for path in convert_folder(root)] == [
         "text_encoder/model.fp16.safetensors",
         "unet/diffusion_pytorch_model.safetensors",
@@ -323,6 +325,9 @@ def test_another_vae(models, tmp_path):
         assert_same(loaded, other, parts=("vae",))
     with pytest.raises(InputError, match="keys missing"):
         load_model("auto", main, parts={"vae": main})
+    state = {k: v for k, v in other.vae.state_dict().items() if k != "decoder.conv_out.bias"}
+    with pytest.raises(InputError, match=r"short.safetensors does not hold this model: 1 keys missing .*conv_out.bias"):
+        load_model("auto", main, parts={"vae": write(state, tmp_path / "short.safetensors")})
 
 
 def test_a_run_is_known_by_every_file_of_its_model(tmp_path):

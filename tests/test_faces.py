@@ -146,6 +146,15 @@ def test_pairs_of_a_csv(tmp_path):
     assert [same for *_, same in read_pairs(tmp_path / "pairs.csv", tmp_path)] == [True, False]
 
 
+def test_pairs_that_do_not_say_what_they_are_are_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("file_a,file_b,same\na.jpg,b.jpg,True\n")
+    with pytest.raises(InputError, match="same is 'True'; it is 1 for two images of one person, 0 for two people"):
+        read_pairs(tmp_path / "pairs.csv", tmp_path)
+    (tmp_path / "pairs.txt").write_text("1\t1\nAnn\tone\t2\n")
+    with pytest.raises(InputError, match="Ann one; after a name stands the number of its image"):
+        read_pairs(tmp_path / "pairs.txt", tmp_path)
+
+
 def test_verification_by_hand():
     distances = torch.tensor([0.1, 0.9, 0.2, 0.8] * 5)
     same = torch.tensor([True, False, True, False] * 5)

@@ -1,7 +1,9 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
+import importlib
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -508,6 +510,20 @@ def test_what_a_function_or_module_holds_counts(make):
     """Twice made with the same value it is the same, with another it is another."""
     one, again, two = (code_digest(diffender.Purifier(make(k))) for k in (1, 1, 2))
     assert one == again != two
+
+
+@pytest.mark.parametrize(("place", "counts"), [("my-packages", True), ("lib/site-packages", False)])
+def test_code_of_the_users_own_counts_wherever_it_lies(place, counts, tmp_path, monkeypatch):
+    (tmp_path / place).mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / place)
+    name, told = f"own_{'in' * counts}side", []
+    for factor in (1, 2):
+        code = f"class Purify:\n    def __call__(self, x):\n        return x * {factor}\n"
+        (tmp_path / place / f"{name}.py").write_text(code)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        told.append(code_digest(diffender.Purifier(importlib.import_module(name).Purify())))
+    assert (told[0] != told[1]) is counts
 
 
 def test_the_order_of_a_set_does_not_count():

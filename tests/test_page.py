@@ -227,6 +227,16 @@ def test_the_page_in_a_browser(html, tmp_path, browser, width):
     tab.close()
 
 
+def test_without_javascript_every_attack_is_shown(html, tmp_path, browser):
+    (tmp_path / "report.html").write_text(html)
+    tab = browser.new_page(java_script_enabled=False)
+    tab.goto((tmp_path / "report.html").as_uri())
+    rows = tab.locator(".card").first.locator(".attacks > .row")
+    assert rows.count() == rows.filter(visible=True).count() == 1 + len(RECORDS[0]["attacks"])
+    assert tab.locator(".picks").filter(visible=True).count() == 0
+    tab.close()
+
+
 def test_a_table_leads_to_its_runs(html, tmp_path, browser):
     run, table = tmp_path / "tables" / "<b> #1", tmp_path / "table1"
     run.mkdir(parents=True)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from diffender.pretrain.corpus import (
     Photos,
     Samples,
     load_photos,
+    pack,
     random_region,
     training_sample,
 )
@@ -326,6 +328,21 @@ def test_parts_are_those_of_the_last_model(tmp_path):
         whole.join(out, tmp_path / "joined")
         assert (tmp_path / "joined").read_bytes() == content
     assert {p.name for p in work.iterdir()} == {"tiny.safetensors"}
+
+
+def test_a_photograph_that_does_not_decode_is_named(tmp_path):
+    (tmp_path / "captions.csv").write_text("file,caption\ncaptions.csv,a cat\n")
+    with pytest.raises(InputError, match="cannot read image .*captions.csv: it does not decode"):
+        pack(tmp_path, tmp_path / "packed", {}, lambda text: [1])
+
+
+def test_the_folder_beside_the_place_that_is_here(monkeypatch, tmp_path):
+    for name in ("train_vae", "train_unet"):
+        monkeypatch.setattr(whole, name, lambda recipe, on_save=None: None)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    whole.train_all(Recipe(stage="all", device=torch.device("cpu"), out=Path(), minutes=1))
+    assert sorted(p.name for p in (tmp_path / "out-work").iterdir()) == ["decoder.done", "unet.done", "vae.done"]
 
 
 def test_samples_of_another_encoder_are_refused(folder, monkeypatch, tmp_path):

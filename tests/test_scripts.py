@@ -103,6 +103,9 @@ def test_the_commit_is_known_without_git(tmp_path, monkeypatch):
     for change in (["status"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
         subprocess.run(["git", *change], cwd=tmp_path, check=True, capture_output=True)
         assert provenance.commit() == asked
+    subprocess.run(["git", "worktree", "add", "-q", "-b", "other", "w"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path / "w")
+    assert provenance.commit() == asked, "of a worktree, too"
 
 
 def test_a_shard_does_its_share(tmp_path, here):

@@ -215,3 +215,8 @@ def class_names() -> list[str]:
 
     info = ImageNetInfo()
     return [info.index_to_description(i) for i in range(info.num_classes())]
+
+
+def short_class_names() -> list[str]:
+    """The first of each class's names, for a report."""
+    return [name.partition(",")[0] for name in class_names()]

@@ -254,7 +254,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         if not opts.run.quiet:
             print(f"checking the evaluation on {n} images (--trust {opts.trust})")
         few = Task(e.target, batch.x[:n].to(e.device), batch.y[:n].to(e.device), batch.ids[:n], opts.run.seed)
-        results["trust"] = trust_report(opts.trust, few, e.plans, records, results, e.folder, opts.batch_size)
+        results["trust"] = trust_report(opts, few, e.plans, records, results, e.folder)
     if opts.curves != "off":
         with patient(how_to_go_on(e)) as may_stop:
             every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.run.seed)

@@ -21,6 +21,7 @@ from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
 from diffender.config import THROUGH_MASK, WITH_PENALTY, Backward
 from diffender.defenses.hardened import Hardened
+from diffender.evaluation.options import Options
 from diffender.evaluation.verdicts import Plan, by_variant, file_names, load_attacked, strongest_of
 from diffender.noise import Noise
 from diffender.pipeline import Defended, DIFFender
@@ -105,16 +106,16 @@ class Bench(NamedTuple):
 
 
 def trust_report(
-    level: str, task: Task, plans: Sequence[Plan], records: Sequence[dict], results: dict, folder: Path, size: int = 1
+    opts: Options, task: Task, plans: Sequence[Plan], records: Sequence[dict], results: dict, folder: Path
 ) -> list[dict]:
-    """The checks of the run in `folder`, as dictionaries; `task` holds the few images that they are made on, `size` of
-    them at a time, and the defended classifier."""
+    """The checks of the run in `folder` that --trust asks for, as dictionaries; `task` holds the few images that they
+    are made on, --batch-size of them at a time, and the defended classifier."""
     plan, target = plans[0], task.victim
     saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(task.image_ids))
     image, mask = (t.to(task.x) for t in saved)
     kind = next((kind for kind in reversed(plan.adaptive) if kind != "queries"), None)
-    bench = Bench(task, plan, records, results, image, mask, None, kind, size)
-    if level == "full":
+    bench = Bench(task, plan, records, results, image, mask, None, kind, opts.batch_size)
+    if opts.trust == "full":
         bench = bench._replace(state=bench.attack_alone().state)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
@@ -122,7 +123,7 @@ def trust_report(
         found += [*(() if isinstance(target.defense, Hardened) else noise_is_used(bench)), *masks(bench)]
     if bench.kind is not None:
         found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
-        if level == "full":
+        if opts.trust == "full":
             found += [one for check in (FULL if ours else FULL_OF_ANY) for one in check(bench)]
     return [check._asdict() for check in found]
 

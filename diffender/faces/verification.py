@@ -39,9 +39,13 @@ def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
     """LFW's pairs.txt (name i j, or name i name j), or a csv with file_a, file_b and same."""
     if path.suffix == ".csv":
         rows = read_csv(path, "file_a", "file_b", "same")
+        if wrong := next((r["same"] for r in rows if r["same"] not in ("0", "1")), None):
+            raise InputError(f"{path}: same is {wrong!r}; it is 1 for two images of one person, 0 for two people")
         return [(root / r["file_a"], root / r["file_b"], r["same"] == "1") for r in rows]
 
     def image(name: str, number: str) -> Path:
+        if not number.isdecimal():
+            raise InputError(f"{path}: {name} {number}; after a name stands the number of its image, as in LFW's pairs")
         return root / name / f"{name}_{int(number):04d}.jpg"
 
     pairs = []

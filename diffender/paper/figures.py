@@ -18,7 +18,7 @@ from diffender.attacks import AdvP
 from diffender.attacks.attack import attack_all, slices
 from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
-from diffender.classifiers.imagenet import class_names
+from diffender.classifiers.imagenet import short_class_names
 from diffender.defenses import build
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import attack_flags, backward_of, build_target, describe
@@ -127,11 +127,11 @@ def figure_2(opts: Options, folder: Path) -> str:
     it is right."""
     s = scene(opts)
     opts, classifier, y = s.opts, s.target.classifier, s.batch.y
-    names = classifier.names or class_names()
+    names = classifier.names or short_class_names()
 
     def seen(x: Tensor) -> list[tuple[str, str]]:
         answers = zip(classifier(x).argmax(dim=1).tolist(), y.tolist(), strict=True)
-        return [(names[c].split(",")[0][:18], "green" if c == label else "firebrick") for c, label in answers]
+        return [(names[c][:18], "green" if c == label else "firebrick") for c, label in answers]
 
     grad = kinds(opts)[-1]
     task = Task(s.target.under(backward_of(opts, grad)), s.batch.x, y, s.batch.ids, opts.run.seed)

@@ -30,7 +30,7 @@ import sys
 
 from diffender.pretrain.options import Beforehand, Jedi, Recipe, Training
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.options import parse, run
+from diffender.utils.options import check_read, parse, run
 
 STAGES = dict.fromkeys(("pack", "all", "join", "vae", "decoder", "unet"), Training)
 STAGES |= {"jedi": Jedi, "universal": Beforehand, "gdpa": Beforehand}
@@ -41,6 +41,9 @@ def train(stage: str, opts: Training) -> None:
         raise InputError("--data is missing; give a folder with captions.csv, or a file that `pack` wrote")
     if stage == "all" and opts.minutes is None:
         raise InputError("all needs --minutes, the time that there is")
+    if stage == "all":
+        steps = opts.steps != Training.steps
+        check_read({"init": (opts.init, "single stages", False), "steps": (steps, "single stages", False)})
     if (crop := opts.sizes.get("crop", 0)) % 8:
         raise InputError(f"--crop is {crop}; it is a multiple of 8")
     # Imported after the options are known to be good: torch takes seconds.

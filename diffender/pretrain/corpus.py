@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from diffender.classifiers.dataset import read_csv, resized
+from diffender.classifiers.dataset import open_image, read_csv, resized
 from diffender.pretrain.options import Recipe
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header, save_atomic
@@ -54,7 +54,9 @@ def load_photos(source: Path, short_side: int) -> Photos:
     """Every photograph of a folder with captions.csv (columns file, caption), or of a file of `pack`, resized."""
     images = []
     if source.is_file():
-        captions = read_header(source)["captions"]
+        captions = read_header(source).get("captions")
+        if captions is None:
+            raise InputError(f"{source} holds no photographs; give a file of `pretrain pack`, or a folder")
         packed = load_tensors(source)
         parts = packed["photographs"].split(packed["lengths"].tolist())
         files = [io.BytesIO(part.numpy().tobytes()) for part in parts]
@@ -63,7 +65,8 @@ def load_photos(source: Path, short_side: int) -> Photos:
         captions = [caption for _, caption in rows]
         files = [path for path, _ in rows]
     for file in bar(files, "reading photographs"):
-        images.append(pil_to_tensor(resized(Image.open(file).convert("RGB"), short_side)))
+        image = open_image(file) if isinstance(file, Path) else Image.open(file).convert("RGB")
+        images.append(pil_to_tensor(resized(image, short_side)))
     return Photos(images, captions)
 
 
@@ -73,7 +76,12 @@ def captioned_files(root: Path) -> list[tuple[Path, str]]:
         raise InputError(
             f"no {table}: training wants a folder with captions.csv (columns file, caption), or a packed one"
         )
-    return [(root / row["file"], row["caption"]) for row in read_csv(table, "file", "caption")]
+    rows = read_csv(table, "file", "caption")
+    if not rows:
+        raise InputError(f"{table} lists no photographs; give it rows of file and caption")
+    if gone := next((row["file"] for row in rows if not (root / row["file"]).is_file()), None):
+        raise InputError(f"{table} lists {gone}, which is not there; copy it, or take out its row")
+    return [(root / row["file"], row["caption"] or "") for row in rows]
 
 
 def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]]) -> None:
@@ -83,9 +91,9 @@ def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str
     the captions, which stand in the header, so that no tokenizer is needed there.
     """
     parts, captions = [], []
-    for path, caption in bar(list(captioned_files(root)), "packing"):
+    for path, caption in bar(captioned_files(root), "packing"):
         buffer = io.BytesIO()
-        resized(Image.open(path).convert("RGB"), 256).save(buffer, "WEBP", quality=60, method=6)
+        resized(open_image(path), 256).save(buffer, "WEBP", quality=60, method=6)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
         captions.append(caption)
     tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}

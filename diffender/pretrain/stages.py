@@ -29,7 +29,7 @@ from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL
 from diffender.utils.errors import InputError
-from diffender.utils.files import load_tensors, read_header, save_atomic
+from diffender.utils.files import load_tensors, place_for, read_header, save_atomic
 from diffender.utils.images import save_png
 from diffender.weights.loading import load_model, save_model
 
@@ -107,6 +107,7 @@ def early_layers(data: Path) -> Classifier:
 
 def pack_all(data: Path, out: Path) -> None:
     """Photographs, tokens and the classifier's first layers in the file `out`."""
+    out = place_for(out)
     net = load_classifier("efficientnet_lite0").net
     layers = {k: v for k, v in net.state_dict().items() if k.startswith(EARLY) and v.is_floating_point()}
     pack(data, out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)

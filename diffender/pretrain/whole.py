@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def train_all(recipe: Recipe) -> None:
     logs of the losses and the images.
     """
     deadline = time.monotonic() + 60 * recipe.minutes - LAST
-    work = recipe.out.with_name(f"{recipe.out.name}-work")
+    out = recipe.out.resolve()
+    work = out.with_name(f"{out.name}-work")
     work.mkdir(parents=True, exist_ok=True)
     left = dict(SHARES)
     usual = ON_A_GPU if recipe.device.type == "cuda" else ON_A_CPU
@@ -45,12 +47,12 @@ def train_all(recipe: Recipe) -> None:
             own = {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
             given = replace(recipe, **usual[stage] | recipe.sizes | own)
             if stage == "unet":
-                train_unet(given, lambda: carry(work, recipe.out, recipe.parts))
+                train_unet(given, lambda: carry(work, out, recipe.parts))
             else:
                 train_vae(given)
             done.touch()
         del left[stage]
-        carry(work, recipe.out, recipe.parts)
+        carry(work, out, recipe.parts)
     print(f"everything is in {recipe.out}")
 
 
@@ -67,10 +69,9 @@ def carry(work: Path, out: Path, megabytes: float) -> None:
     if model.is_file():
         content, size = model.read_bytes(), int(megabytes * 1e6)
         parts = [content[i : i + size] for i in range(0, len(content), size)]
-        for i, part in enumerate(parts):
-            (work / f"part.{i}").write_bytes(part)
-        for i in range(len(parts)):  # all at once, so that a kill leaves no parts of two models
-            (work / f"part.{i}").replace(out / f"tiny.safetensors.{i}")
+        with ExitStack() as stack:  # renamed in the end, one right after the other: a kill leaves parts of one model
+            for i, part in enumerate(parts):
+                stack.enter_context(whole(out / f"tiny.safetensors.{i}")).write_bytes(part)
         for old in parts_in(out)[len(parts) :]:
             old.unlink()
     for file in [*work.glob("*.jsonl"), *(f for f in work.glob("*.png") if "-loss" not in f.name)]:

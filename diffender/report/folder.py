@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffender.classifiers.imagenet import class_names
+from diffender.classifiers.imagenet import short_class_names
 from diffender.evaluation.records import read_config, read_finished
 from diffender.report.page import page
 from diffender.report.tables import csv_table, latex_table, markdown
@@ -29,7 +29,7 @@ def write_report(folder: Path) -> dict:
         results, records = read_finished(folder)
         if results and "verdicts" not in results:
             raise InputError(f"{folder} holds results of another kind; give a folder that evaluate.py wrote")
-        names = results["names"] or class_names()
+        names = results["names"] or short_class_names()
         texts = {
             "table.md": markdown(results),
             "table.csv": csv_table(results),
@@ -67,5 +67,5 @@ def save_grid(folder: Path, records: Sequence[dict], path: Path, names: Sequence
             if stage in seen:
                 answer = seen[stage]
                 colour = "green" if answer == record["label"] else "firebrick"
-                axis.set_title(f"{stage}: {names[answer].split(',')[0][:20]}", fontsize=8, color=colour)
+                axis.set_title(f"{stage}: {names[answer][:20]}", fontsize=8, color=colour)
     save_figure(figure, path, dpi=100)

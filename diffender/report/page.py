@@ -168,7 +168,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
     label = record["label"]
 
     def answer(c: int, confidence: float | None = None) -> Answer:
-        return Answer(names[c].split(",")[0], c == label, confidence)
+        return Answer(names[c], c == label, confidence)
 
     def row(name: str, found: dict, variant: str = "") -> dict:
         alone, sure = found.get("confidence", (None, None))
@@ -186,7 +186,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
     rows = [row("no patch", record), *(row(name, a, name) for name, a in record["attacks"].items())]
     return {
         "id": record["id"],
-        "label": f"is {names[label].split(',')[0]}",
+        "label": f"is {names[label]}",
         "states": states(record),
         "clean": [figure("clean", photograph, folder, answer(record["undefended"], clean))] if photograph else [],
         "rows": rows,
@@ -284,7 +284,7 @@ def photograph(record: dict, folder: Path) -> dict:
     original = Path(record["file"])  # where it was when it was defended; another file may be there now
     there = original.is_file() and sha256(original) == record["sha256"]
     stages = ({"photograph": original} if there else {}) | files
-    shown = [figure(s, f, folder / "images", told.get(s), 2 * WIDTH) for s, f in stages.items()]
+    shown = [figure(s, f, folder / "images", told.get(s), 2 * WIDTH) for s, f in stages.items() if f.is_file()]
     name = "what was masked"
     return {
         "id": record["id"],

@@ -5,6 +5,7 @@ A digest is the same in every process, so that a run goes on with the same model
 
 import dis
 import hashlib
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -123,5 +124,5 @@ def version(module: str) -> str | None:
     """The version of the installed package that a module belongs to; None for code of the user's own."""
     name = module.partition(".")[0]
     package = sys.modules.get(name)
-    installed = "-packages" in (getattr(package, "__file__", None) or "")
+    installed = re.search(r"[/\\](site|dist)-packages[/\\]", getattr(package, "__file__", None) or "")
     return f"{name} {getattr(package, '__version__', '')}" if installed or name in (OURS, *STANDARD) else None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from diffender.utils.errors import InputError
 
@@ -28,7 +29,7 @@ PICKLED_PART = "*pytorch_model*.bin"  # of a Hugging Face folder; what is beside
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block succeeds, and is deleted otherwise."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may share the folder
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")  # several machines may share the folder
     try:
         yield partial
         partial.rename(path)

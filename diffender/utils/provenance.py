@@ -67,13 +67,16 @@ def commit() -> str | None:
     """The commit that this checkout is at, as git's own files say; None where there is no checkout."""
     git = CHECKOUT / ".git"
     try:
+        if git.is_file():  # of a worktree
+            git = CHECKOUT / git.read_text("utf-8").removeprefix("gitdir:").strip()
+        shared = git / (git / "commondir").read_text("utf-8").strip() if (git / "commondir").is_file() else git
         head = (git / "HEAD").read_text("utf-8").strip()
         branch = head.removeprefix("ref: ")
         if branch == head:
             return head
-        if (git / branch).is_file():
-            return (git / branch).read_text("utf-8").strip()
-        packed = (git / "packed-refs").read_text("utf-8").splitlines()
+        if (shared / branch).is_file():
+            return (shared / branch).read_text("utf-8").strip()
+        packed = (shared / "packed-refs").read_text("utf-8").splitlines()
     except OSError:
         return None
     return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)

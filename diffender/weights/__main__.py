@@ -39,7 +39,7 @@ def main() -> None:
         if file.is_dir() and args.out:
             raise InputError(f"--out {args.out} is for one file; those of a folder stay in it: leave it out")
         if file.is_dir():
-            print("\n".join(map(str, official.convert_folder(file))))
+            print("\n".join(map(str, official.convert_folder(file))) or f"all of {file} is converted already")
         else:
             print(official.convert(file, args.out or file.with_suffix(".safetensors")))
     else:

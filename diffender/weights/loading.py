@@ -85,7 +85,9 @@ def load_model(
         part: match(source, part.replace("locator", "unet"), getattr(model, part), ema and part == "unet")
         for part, source in sources.items()
     }
-    check_match(main.path, main.unknown, matches.values())
+    for source in {id(source): source for source in sources.values()}.values():
+        unknown = main.unknown if source is main else []  # of another file only a part is asked for
+        check_match(source.path, unknown, [found for part, found in matches.items() if sources[part] is source])
     for part, found in matches.items():
         module = getattr(model, part)
         tensors = read(found.tensors, module.state_dict(), dtype if isinstance(module, UNet) else torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffender.utils.errors import InputError
 from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256
+from diffender.weights.reading import FOLDERS
 
 
 class Published(NamedTuple):
@@ -86,7 +87,8 @@ class Inert:
 
 def convert_folder(folder: Path) -> list[Path]:
     """The model's .bin files of a Hugging Face folder, as `convert` does it, that have no .safetensors files yet."""
-    files = sorted([*folder.glob(PICKLED_PART), *folder.glob(f"*/{PICKLED_PART}")])
+    parts = [folder, *(folder / Path(stem).parent for stem in FOLDERS.values())]
+    files = sorted(file for part in parts for file in part.glob(PICKLED_PART))
     if not files:
         raise InputError(
             f"no {PICKLED_PART} file in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"

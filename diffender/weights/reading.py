@@ -141,7 +141,7 @@ def folder_files(folder: Path) -> dict[str, list[Path]]:
         for base in dict.fromkeys((stem, stem.removeprefix(f"{folder.name}/"))):
             whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
             whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
-            indices = sorted(folder.glob(f"{base}*.index*.json"))
+            indices = sorted(folder.glob(f"{base}*safetensors.index*.json"))
             if whole:
                 found.setdefault(part, whole[:1])
             elif indices:
@@ -253,10 +253,10 @@ def check_match(path: Path, unknown: list[str], matches: Iterable[Match]) -> Non
             raise InputError(f"{path} holds {strange} ({first_five(unexpected)}), which is not supported")
         raise InputError(
             f"{path} does not hold this model: {len(missing)} keys missing ({first_five(missing)}), {len(unexpected)} "
-            f"unexpected ({first_five(unexpected)}); check --model and --weights"
+            f"unexpected ({first_five(unexpected)}); check the model's name and this file"
         )
     if misfits:
-        raise InputError(f"{path} holds other tensors than this model's ({first_five(misfits)}); check --weights")
+        raise InputError(f"{path} holds other tensors than this model's ({first_five(misfits)}); check this file")
 
 
 def stranger(names: Iterable[str]) -> str | None:
