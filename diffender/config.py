@@ -142,7 +142,7 @@ class ModelOptions:
     )
     dtype: str = option(
         "auto",
-        "Dtype of the UNet. auto: float32; on a GPU bfloat16, but for the embedded model. Text encoder and VAE stay in "
+        "Dtype of the UNet. auto: float32; on a GPU bfloat16, but for models of ours. Text encoder and VAE stay in "
         "float32.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )

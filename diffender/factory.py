@@ -15,7 +15,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 from diffender.utils.files import printable, sha256
-from diffender.weights.loading import RANDOM, WEIGHTS, exact_convolutions, load_model, settings_of
+from diffender.weights.loading import RANDOM, WEIGHTS, exact_convolutions, header_of, load_model, settings_of
 from diffender.weights.prompts import contexts_for
 from diffender.weights.reading import folder_files
 
@@ -89,7 +89,8 @@ def open_items(opts: TargetOptions) -> list[Item]:
 def pick_dtype(opts: ModelOptions, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 for an official model on a GPU, and float32 elsewhere. float16 rounds less: the
     map, a difference of two near numbers, is more exact in it."""
-    auto = "bfloat16" if device.type == "cuda" and not opts.embedded else "float32"
+    ours = opts.embedded or "config" in header_of(opts.weights)
+    auto = "bfloat16" if device.type == "cuda" and not ours else "float32"
     return getattr(torch, auto if opts.dtype == "auto" else opts.dtype)
 
 

@@ -23,7 +23,7 @@ from diffender.pretrain import stages
 from diffender.pretrain.__main__ import train
 from diffender.pretrain.options import Training
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
-from diffender.weights.loading import ready
+from diffender.weights.loading import WEIGHTS, ready
 from diffender.weights.prompts import contexts_for
 
 FEW = {"hardened": ":masks=2", "diffpure": ":steps=1", "rhde": {"queries": 24, "population": 4, "iters": 1}}
@@ -129,6 +129,8 @@ def test_half_precision_is_of_official_models_on_a_gpu_where_nothing_else_is_ask
     assert factory.pick_dtype(official, gpu) == torch.bfloat16
     assert factory.pick_dtype(official, cpu) == factory.pick_dtype(ModelOptions(), gpu) == torch.float32
     assert factory.pick_dtype(replace(official, dtype="float16"), gpu) == torch.float16
+    ours = ModelOptions(weights=str(WEIGHTS / "tiny.safetensors"))
+    assert factory.pick_dtype(ours, gpu) == torch.float32, "a file of ours, whatever its name"
 
 
 def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):

@@ -116,8 +116,13 @@ def settings_of(weights: str | Path | None, name: str = "auto") -> DIFFenderConf
     """The settings of the method that suit a model, without reading more of it than its file's header."""
     if weights is None and name in ("auto", "tiny"):
         weights = WEIGHTS / "tiny.safetensors"
+    return settings_in(header_of(weights), Path(weights or "").expanduser(), name)
+
+
+def header_of(weights: str | Path | None) -> dict:
+    """The header of a model's file, which has a configuration if the model is of ours; empty for what is no file."""
     path = Path(weights or "").expanduser()
-    return settings_in(read_header(path) if path.is_file() else {}, path, name)
+    return read_header(path) if path.is_file() else {}
 
 
 def settings_in(header: dict, path: Path, name: str) -> DIFFenderConfig:
