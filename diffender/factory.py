@@ -66,17 +66,18 @@ def config_of(opts: ModelOptions, method: Mapping[str, Any]) -> DIFFenderConfig:
 
 def open_target(opts: TargetOptions, device: torch.device, model: LatentDiffusion | None = None) -> Defended:
     """The classifier behind the defence that the flags ask for, on their device; `model` where it is open already."""
-    return Defended(open_defense(opts.defense, device, model), open_classifier(opts).to(device))
+    return Defended(open_defense(opts.defense, device, model), open_classifier(opts, device))
 
 
-def open_classifier(opts: TargetOptions) -> Classifier:
-    """The classifier that the flags ask for; a recogniser of faces takes its gallery from --data."""
+def open_classifier(opts: TargetOptions, device: torch.device) -> Classifier:
+    """The classifier that the flags ask for, on its device; a recogniser of faces takes its gallery from --data."""
     if opts.classifier in RECOGNIZERS:
-        return identify(opts.classifier, opts.classifier_weights, split_faces(list_faces(opts.data), opts.fold))
+        faces = split_faces(list_faces(opts.data), opts.fold)
+        return identify(opts.classifier, opts.classifier_weights, faces, device)
     classifier = load_classifier(opts.classifier, opts.classifier_weights, opts.classes, RECOGNIZERS)
     if opts.classes is not None:
         classifier.names = [*map(printable, own_classes(opts.data, opts.classes))]
-    return classifier
+    return classifier.to(device)
 
 
 def open_items(opts: TargetOptions) -> list[Item]:

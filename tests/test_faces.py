@@ -179,7 +179,7 @@ def test_real_faces_are_recognised(faces):
     )
     assert float(verified.stdout.split(" %")[0]) > 98, verified.stderr
     split = split_faces(list_faces(str(faces / "identities.csv")))
-    classifier = identify("mobilefacenet", str(WEIGHTS), split)
+    classifier = identify("mobilefacenet", str(WEIGHTS), split, torch.device("cpu"))
     assert len(correct_subset(split.probes, classifier, 9, 0).ids) == 9
     assert len(classifier.features(torch.rand(1, 3, 224, 224))) == len(classifier.cfg.taps)
 
@@ -188,5 +188,5 @@ def test_the_flags_open_a_recogniser(faces):
     opts = TargetOptions(
         data=str(faces / "identities.csv"), classifier="mobilefacenet", classifier_weights=str(WEIGHTS)
     )
-    assert isinstance(runs.open_classifier(opts).net.embed, MobileFaceNet)
+    assert isinstance(runs.open_classifier(opts, torch.device("cpu")).net.embed, MobileFaceNet)
     assert len(runs.open_items(opts)) == 9

@@ -96,12 +96,12 @@ def load_recognizer(name: str, weights: str | None) -> nn.Module:
     return net.eval()
 
 
-def identify(name: str, weights: str | None, faces: Faces) -> Classifier:
-    """A classifier of images in [0, 1] into the people of `faces`, from a recogniser and their gallery."""
+def identify(name: str, weights: str | None, faces: Faces, device: torch.device) -> Classifier:
+    """A classifier of images in [0, 1] into the people of `faces`, from a recogniser and their gallery, on a device."""
     cfg = RECOGNIZERS[name]
     net = load_recognizer(name, weights)
-    embed = Classifier(net, cfg)  # normalises, as it does for logits
+    embed = Classifier(net, cfg).to(device)  # normalises, as it does for logits
     parts = [faces.gallery[i : i + 64] for i in range(0, len(faces.gallery), 64)]
-    embeddings = torch.cat([embed(torch.stack([load_image(i.path, cfg) for i in part])) for part in parts])
-    people = torch.tensor([item.label for item in faces.gallery])
-    return Classifier(Gallery(net, prototypes(embeddings, people)), cfg, names=faces.names)
+    embeddings = torch.cat([embed(torch.stack([load_image(i.path, cfg) for i in part]).to(device)) for part in parts])
+    people = torch.tensor([item.label for item in faces.gallery], device=device)
+    return Classifier(Gallery(net, prototypes(embeddings, people)), cfg, names=faces.names).to(device)

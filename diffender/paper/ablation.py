@@ -123,7 +123,7 @@ def ablate(opts: Options) -> None:
         raise InputError("--no-composite is not studied here: leave it out")
     out = place_for(Path(opts.out) / "results.json").parent
     device = pick_device(opts.run.device)
-    classifier = open_classifier(opts.target).to(device)
+    classifier = open_classifier(opts.target, device)
     model, base = open_model(asked.model, device), config_of(asked.model, asked.method)
     prompts = Path(asked.prompts or SHIPPED)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
