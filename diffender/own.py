@@ -238,6 +238,7 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
     if isinstance(victim.defense, Hardened):
         cleanser = victim.defense.cleanser
         found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
+        found |= {"otherwise": victim.defense.otherwise}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     hashes = {what: digest(found) for what, found in tensors.items()}
     return found | {

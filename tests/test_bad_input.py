@@ -286,6 +286,7 @@ CONFLICTS = [
     ("evaluate --data samples --defense fnc:alpha=1.2,statistics=samples", "of the images are among FNC's, samples"),
     ("evaluate --attack ready", "give --patch-file"),
     ("evaluate --attack gdpa --gdpa-mode amortised", "give --generator"),
+    ("evaluate --defense hardened:otherwise=none", "otherwise is 'none'; where no windows agree answers diffender, or"),
     ("evaluate --defense jpeg --grad full", "--grad full is unknown for jpeg"),
     ("evaluate --max-memory 0.6", "--max-memory 0.6 GiB is too little"),
     ("evaluate --model sd15-inpainting", "needs --weights"),

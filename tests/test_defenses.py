@@ -565,6 +565,8 @@ def test_hardened_believes_windows_first(target, photos):
     assert torch.equal(out.image[1], x[1])
     x[0, :, 220, 220] = 1
     assert torch.equal(toy.defense(x, noise).image[:1], target.defense(x, noise).image[:1])
+    alone = Hardened(target.defense, PatchCleanser(Bright(), 0.05, masks=2), "majority")
+    assert Bright()(alone(x, noise).image).argmax(dim=1).tolist() == [alone.cleanser(row) for row in x] == [1, 0]
     undecided = Hardened(target.defense, Undecided(target.classifier, 0.05))
     assert all(torch.equal(a, b) for a, b in zip(undecided(photos[:2], noise), plain, strict=True))
 
@@ -629,7 +631,7 @@ def test_auto_goes_through_the_defence_and_bpda_around_it(target, photos, name):
 
 USUAL = {  # settings where none are given
     "diffender": {},
-    "hardened": {"area": 0.05, "masks": 4},
+    "hardened": {"area": 0.05, "masks": 4, "otherwise": "diffender"},
     "none": {},
     "resize": {},
     "vae": {},

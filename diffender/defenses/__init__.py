@@ -142,11 +142,12 @@ def build_diffpure(target: Defended, **settings: Any) -> Defended:
     return Defended(Purifier(purify, d.model), target.classifier)
 
 
-def build_hardened(target: Defended, area: float = 0.05, masks: int = 4) -> Defended:
-    """`area` is the share of the largest square patch to withstand, `masks` the number of windows along an axis."""
+def build_hardened(target: Defended, area: float = 0.05, masks: int = 4, otherwise: str = "diffender") -> Defended:
+    """`area` is the share of the largest square patch to withstand, `masks` the number of windows along an axis.
+    `otherwise` answers where no windows agree: diffender, or, as in PatchCleanser, the majority."""
     d = target.defense
     assert isinstance(d, DIFFender)  # as `build` asks
-    return Defended(Hardened(d, PatchCleanser(target.classifier, area, masks)), target.classifier)
+    return Defended(Hardened(d, PatchCleanser(target.classifier, area, masks), otherwise), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:

@@ -23,12 +23,16 @@ class Hardened(DIFFender):
     """purified = defense(x, noise): x (B, 3, S, S) in [0, 1], square.
 
     Where the windows agree on a class the image is returned so that the classifier reads that class: as it is, or
-    under the window whose row agrees. Elsewhere it is what DIFFender makes of it. The map is DIFFender's in both cases.
+    under the window whose row agrees. Elsewhere it is what DIFFender makes of it. With `otherwise` = majority the
+    classifier reads the class that most windows give there: that is PatchCleanser alone. The map is DIFFender's in all
+    cases. Raises InputError for another `otherwise`.
     """
 
-    def __init__(self, plain: DIFFender, cleanser: PatchCleanser):
+    def __init__(self, plain: DIFFender, cleanser: PatchCleanser, otherwise: str = "diffender"):
+        if otherwise not in ("diffender", "majority"):
+            raise InputError(f"otherwise is {otherwise!r}; where no windows agree answers diffender, or the majority")
         super().__init__(plain.model, plain.contexts, plain.cfg, plain.size)
-        self.cleanser = cleanser
+        self.cleanser, self.otherwise = cleanser, otherwise
 
     def forward(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
@@ -57,8 +61,10 @@ class Hardened(DIFFender):
         return self
 
     def window(self, x: Tensor) -> Tensor | None:
-        """What to cover of one image (3, S, S), as a mask (1, S, S): nothing, a window, or None without agreement."""
+        """What to cover of one image (3, S, S), as a mask (1, S, S): nothing, a window, or None for DIFFender."""
         agreed = self.cleanser.agreed(x)
+        if agreed is None and self.otherwise == "majority":
+            agreed = self.cleanser.majority(x)
         if agreed is None:
             return None
         label, i = agreed

@@ -72,14 +72,16 @@ class PatchCleanser:
         return self.predict(x, [(i, j) for j in range(len(self.windows(x.shape[-1])))])
 
     def __call__(self, x: Tensor) -> int:
-        """The class of one image (3, S, S): the one all single windows agree on, else a dissenter that a second
-        round confirms, else the majority."""
+        """The class of one image (3, S, S): the one all single windows agree on, else one that a second round confirms,
+        else the majority."""
+        label, _ = self.agreed(x) or self.majority(x)
+        return label
+
+    def majority(self, x: Tensor) -> tuple[int, int]:
+        """The class of one image (3, S, S) that most single windows give, and the first of these windows."""
         first = self.singles(x)
-        majority = max(set(first), key=first.count)
-        for i, label in enumerate(first):
-            if label != majority and set(self.row(x, i)) == {label}:
-                return label
-        return majority
+        label = max(set(first), key=first.count)
+        return label, first.index(label)
 
     def agreed(self, x: Tensor) -> tuple[int, int] | None:
         """The class of one image (3, S, S) that all windows, or all pairs with one window, agree on, and that window.

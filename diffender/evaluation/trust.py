@@ -352,7 +352,7 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
     for prompt in ("empty", "manual"):
         other = DIFFender(defense.model, contexts_for(prompt, defense.model), defense.cfg)
         if isinstance(defense, Hardened):
-            other = Hardened(other, defense.cleanser)
+            other = Hardened(other, defense.cleanser, defense.otherwise)
         victim = Defended(other, bench.target.classifier, bench.adaptive[1].backward)
         shares[prompt] = bench.accuracy(bench.attack(victim).image)
     text = ", ".join(f"{name}: {rounded(share)}" for name, share in shares.items())
