@@ -786,7 +786,8 @@ def test_every_check_runs(target, photos, tmp_path):
     plan = Plan("advp", ATTACKS["advp"](iters=5, eot=1), {"full": (ATTACKS["advp"](iters=1, eot=1), target)})
     record = {"accuracy": 1.0, "low": 0.5, "high": 1.0, "n": 1, "right": 1}
     rows = [{"attack": "advp", "gradient": "transfer", "undefended": record, "average": record}]
-    records = [{"attacks": {"advp/full": {"loss": [1.0, 0.5]}}}]
+    records = [fake_record("a", y.item(), [y.item()], advp__full=[0])]
+    records[0]["attacks"]["advp/full"]["loss"] = [1.0, 0.5]
     through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Task(Undefended(target.classifier), x, y, ["a"], 0)))
     few = Task(target, x, y, ["a"], 0)
     checks = trust.trust_report(change(Options(), trust="full"), few, [plan], records, {"rows": rows}, tmp_path)
