@@ -158,7 +158,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --figure 5 --decoy 1", "--decoy is read by --grad full+loc and evade alone"),
     ("evaluate --table 1 --trust-images 4", "--trust-images is read by --trust quick and full alone"),
     ("evaluate --figure 8 --theta 3", "--theta is read by runs and other tables and figures alone"),
-    ("evaluate --figure 8 --queries 50", "--queries 50 is read by rhde, sparse-rs, and --figure 8 runs advp"),
+    ("evaluate --figure 2 --queries 50", "--queries 50 is read by rhde, sparse-rs, and --figure 2 runs advp"),
     ("evaluate --table 7 --gdpa-mode generator", "--gdpa-mode generator is read by gdpa, and --table 7 runs"),
     ("evaluate --max-memory 6 --micro-batch 4", "--max-memory sets --micro-batch and keeps no activations"),
     ("evaluate --max-memory 6 --keep", "--max-memory sets --micro-batch and keeps no activations"),

@@ -273,8 +273,8 @@ def refuse_unread(opts: Options) -> None:
     single = opts.table is None and opts.figure is None
     fixed = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
     chosen, runs = tuple(attacks(filled)), f"--attack is {opts.attack}"
-    if not single:  # a figure has no number among the tables
-        chosen = {None: ("advp",), 6: ("gdpa", "rhde"), 7: ("advp",)}.get(number, PAPER_ATTACKS)
+    if not single:  # tables and Figure 8 share runs, which are named by all settings: they take flags of one another
+        chosen = PAPER_ATTACKS if opts.figure == 8 or number not in (None, 7) else ("advp",)
         runs = f"{f'--table {number}' if number else f'--figure {opts.figure}'} runs {', '.join(chosen)}"
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
