@@ -69,7 +69,7 @@ def carry(work: Path, out: Path, megabytes: float) -> None:
     if model.is_file():
         content, size = model.read_bytes(), int(megabytes * 1e6)
         parts = [content[i : i + size] for i in range(0, len(content), size)]
-        with ExitStack() as stack:  # renamed in the end, one right after the other: a kill leaves parts of one model
+        with ExitStack() as stack:  # all are renamed in the end, so that a kill seldom leaves parts of two models
             for i, part in enumerate(parts):
                 stack.enter_context(whole(out / f"tiny.safetensors.{i}")).write_bytes(part)
         for old in parts_in(out)[len(parts) :]:
