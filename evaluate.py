@@ -19,7 +19,7 @@ once or one after the other.
 
 import json
 
-from diffender.evaluation.options import Options, names, refuse_conflicts, refuse_unread, with_preset
+from diffender.evaluation.options import Options, is_ours, names, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import sources
 from diffender.evaluation.records import read_records
 from diffender.utils.options import parse, run
@@ -53,8 +53,8 @@ def main() -> None:
     batch = load_images(opts, experiment.target)
     done = len(read_records(experiment.folder).keys() & set(batch.ids))
     if not opts.run.quiet:
-        prompt, folder = opts.target.defense.prompt_kind, experiment.folder
-        print(f"{prompt} prompts; {experiment.device}; {done} images done before; results in {folder}")
+        prompt = f"{opts.target.defense.prompt_kind} prompts; " if is_ours(opts) else ""
+        print(f"{prompt}{experiment.device}; {done} images done before; results in {experiment.folder}")
     work([experiment], batch)
     if opts.dry_run:
         print(json.dumps(experiment.config | {"settings from": sources(opts)}, indent=1))

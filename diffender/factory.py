@@ -21,23 +21,24 @@ from diffender.weights.reading import folder_files
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError for a device that is not there.
+    """`auto` is the CUDA GPU where there is one. Raises InputError for a device that is not there.
 
-    From here on `exact_convolutions` holds. A GPU that was picked is this process's current one: what pins memory or
-    waits for a GPU asks for no other.
+    From here on `exact_convolutions` holds. A GPU that was picked becomes this process's current one: pinned memory and
+    torch.cuda.synchronize use that.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     exact_convolutions()
     try:
-        device = torch.empty(0, device=name).device
+        nothing = torch.empty(0, device=name)
+        nothing.cpu()  # from meta, which torch knows as well, nothing can be read
     except (RuntimeError, AssertionError) as e:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
-        raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes the best") from e
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+        raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes cuda, or cpu") from e
+    if nothing.device.type == "cuda":
+        torch.cuda.set_device(nothing.device)
+    return nothing.device
 
 
 def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:

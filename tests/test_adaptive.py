@@ -22,7 +22,7 @@ from diffender.evaluation import plan as plans
 from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import WORKING, Footprint, fit_micro_batch, footprint, kept_bytes, peak_bytes
 from diffender.evaluation.metrics import mcnemar
-from diffender.evaluation.options import Options, attacks, kinds, with_preset
+from diffender.evaluation.options import Options, adaptive_kinds, attacks, kinds, with_preset
 from diffender.evaluation.run import work
 from diffender.evaluation.verdicts import (
     Judge,
@@ -904,6 +904,13 @@ def test_presets_fill_what_was_not_given():
     assert with_preset(Options(defense="JPEG:quality=50")).defense == "jpeg:quality=50"
     assert with_preset(Options(grad="All")).grad == strong.grad
     assert kinds(with_preset(Options(grad="all", defense="jpeg"))) == ["transfer", "bpda", "auto"]
+    told = [adaptive_kinds(with_preset(Options(attack=attack))) for attack in ("advp,rhde", "rhde", "none")]
+    assert told == [["evade"], [], []], "what asks for answers alone takes no gradient"
+    assert [with_preset(Options(defense=d)).curves for d in ("diffender", "jpeg", "hardened")] == [
+        "theta",
+        "off",
+        "off",
+    ]
     assert duration(90) == "90 seconds" and duration(86400 * 3) == "3 days"
 
 

@@ -93,6 +93,12 @@ def test_probes_are_not_in_the_gallery(tmp_path):
         list_faces(str(tmp_path / "nobody"))
 
 
+def test_a_list_of_faces_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "faces.CSV").write_text("file,identity\na.png,ann\n")
+    assert list_faces("~/faces.CSV") == [("ann", tmp_path / "a.png")]
+
+
 def test_images_are_counted_by_their_decimals_alone():
     """A superscript is a digit to Python, and no number."""
     names = ["img10.jpg", "img2.jpg", "x²1.jpg", "²1.jpg"]

@@ -84,9 +84,9 @@ def csv_items(table: Path, classes: int | None) -> list[Item]:
     wnids, items = ranks() if classes is None else {}, []
     allowed = "class indices from 0 to 999, or ImageNet-1k wnids" if classes is None else f"0 to {classes - 1}"
     for number, row in enumerate(read_csv(table, "file", "label"), start=2):
-        if not row["file"]:
+        if not Path(row["file"]).name:
             raise InputError(f"{table}, line {number}: no file")
-        label = (row["label"] or "").strip()
+        label = row["label"].strip()
         if label not in wnids and not (label.isdecimal() and int(label) < (classes or 1000)):
             raise InputError(f"{table}, line {number}: label {label!r}; labels are {allowed}")
         rank = wnids[label] if label in wnids else int(label)
@@ -111,7 +111,7 @@ def validation_items(root: Path) -> list[Item]:
     solution = next((p for d in places if (p := d / "LOC_val_solution.csv").is_file()), None)
     if solution is not None:
         rows = read_csv(solution, "ImageId", "PredictionString")
-        wnids = {row["ImageId"]: (row["PredictionString"] or "").strip().partition(" ")[0] for row in rows}
+        wnids = {row["ImageId"]: row["PredictionString"].strip().partition(" ")[0] for row in rows}
     else:
         wnids = ground_truth(places)
     if unknown := [p.name for p in images if wnids.get(p.stem) not in ranks()]:
@@ -143,7 +143,7 @@ def ground_truth(places: Sequence[Path]) -> dict[str, str]:
 
 
 def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a csv file that has these columns, at least. Raises InputError for any other file."""
+    """Rows of a csv file that has these columns, at least, in every row. Raises InputError for any other file."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as f:
             reader = csv.DictReader(f)
@@ -155,6 +155,9 @@ def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
             f"{table} has the columns {', '.join(found) or 'none'}; wanted are {', '.join(columns)}: "
             f"{', '.join(sorted(missing))} is missing"
         )
+    for number, row in enumerate(rows, start=2):
+        if short := [column for column in columns if row[column] is None]:
+            raise InputError(f"{table}, line {number}: no {short[0]}; give as many values as the first line has names")
     return rows
 
 

@@ -48,7 +48,7 @@ def numbers(flag: str, text: str) -> list[float | int]:
     for value in values:
         if not within(value, low, high):
             raise InputError(f"--{flag} is {value:g}; allowed is {allowed(low, high)}")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def key(image_id: str, area: float, masks: float) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffender.attacks.expectation import Task, Victim, samples
 from diffender.attacks.patch import margin
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
-from diffender.evaluation.options import Options, attacks, budget, kinds
+from diffender.evaluation.options import Options, adaptive_kinds, attacks, budget, kinds
 from diffender.evaluation.plan import AREAS, backward_of, config_of, describe, recorded_steps
 from diffender.noise import generator
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from diffender.pipeline import Defended
 
-LONG = 20.0  # seconds: where a pass takes longer, the rest is told from it, not measured
+LONG = 20.0  # seconds: where a pass takes longer, other costs are estimated from it by COST, not measured
 COST = {  # in passes of the defence: a query and a step on the undefended classifier, a sample of each gradient
     "pass": 1.0, "query": 0.06, "undefended": 0.25,
     "bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "evade": 1.5, "auto": 3.6,
@@ -83,8 +83,7 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
     if found["pass"] < LONG:
         found["query"] = timed(lambda rows: undefended(x, None), 1)
         found["undefended"] = timed(partial(step, undefended), 1)
-        differentiated = any(cls.access == "gradient" for cls in attacks(opts).values())
-        for kind in set(kinds(opts)) - {"transfer"} if differentiated else ():
+        for kind in adaptive_kinds(opts):
             found[kind] = timed(partial(step, target.under(backward_of(opts, kind))), wide)
     return {what: cost * found["pass"] for what, cost in COST.items()} | found
 
@@ -109,7 +108,7 @@ def announce(opts: Options, forecasts: list[Forecast]) -> None:
         print(f"{len(forecasts)} experiments, about {duration(total)}{memory}")
         return
     (only,) = forecasts
-    adaptive = [kind for kind in kinds(opts) if kind != "transfer" and opts.attack != "none"]
+    adaptive = adaptive_kinds(opts)
     told = ", ".join(f"{what} {only.seconds[what]:.2f} s" for what in ("pass", *adaptive))
     print(f"about {duration(total)}: {told}{memory}")
     if opts.preset == "paper" and adaptive:
@@ -154,11 +153,10 @@ def costs(opts: Options, of: Mapping[str, float]) -> dict[str, float]:
             found[f"{name}/queries"] = verdicts + opts.queries * of["pass"]
         elif cls.access == "gradient":
             found[f"{name}/transfer"] += opts.iters_undefended * (of["undefended"] + cls.moves * of["query"])
-            for kind in kinds(opts):
-                if kind != "transfer":
-                    chosen = 3 * max(3, opts.eot) * of["pass"]
-                    attempt = opts.iters * (opts.eot * of[kind] + cls.moves * of["pass"]) + chosen
-                    found[f"{name}/{kind}"] = verdicts + opts.restarts * attempt
+            for kind in adaptive_kinds(opts):
+                chosen = 3 * max(3, opts.eot) * of["pass"]
+                attempt = opts.iters * (opts.eot * of[kind] + cls.moves * of["pass"]) + chosen
+                found[f"{name}/{kind}"] = verdicts + opts.restarts * attempt
     return found
 
 
@@ -168,7 +166,8 @@ def curve_costs(opts: Options, of: Mapping[str, float]) -> float:
         return 0
     columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
     whole = sum(costs(opts, of).values()) / max(1, len(attacks(opts)))
-    return 3 * columns * of["pass"] + (len(AREAS) * whole if opts.curves == "all" else 0)
+    over_theta = 3 * columns * of["pass"] if opts.defense == "diffender" else 0
+    return over_theta + (len(AREAS) * whole if opts.curves == "all" else 0)
 
 
 def duration(seconds: float) -> str:

@@ -225,6 +225,8 @@ def budget(opts: Options, preset: str) -> dict:
     values = dict(PRESETS[preset])
     if not is_ours(opts):
         values |= {"grad": ",".join(GRADIENTS["others"][1:])}
+    if opts.defense != "diffender":
+        values |= {"curves": "off"}
     return values
 
 
@@ -242,6 +244,12 @@ def kinds(opts: Options) -> list[str]:
     """The gradients asked for, of options with their preset."""
     assert opts.grad is not None
     return opts.grad.split(",")
+
+
+def adaptive_kinds(opts: Options) -> list[str]:
+    """Those by which the defence itself is attacked: none where no attack takes a gradient."""
+    takes = any(cls.access == "gradient" for cls in attacks(opts).values())
+    return [kind for kind in kinds(opts) if takes and kind != "transfer"]
 
 
 def attacks(opts: Options) -> dict[str, type[Attack]]:
@@ -301,8 +309,13 @@ def refuse_unread(opts: Options) -> None:
         "attack": (opts.attack != Options.attack, alone, single),
         "trust": (opts.trust != Options.trust, alone, single),
         "curves": (opts.curves, alone, single),
+        "curves theta": (opts.curves == "theta", "--defense diffender", opts.defense == "diffender"),
         "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
-        "prompt": (defense.prompt not in (None, "tuned"), "tables other than 2 and 4", number not in (2, 4)),
+        "prompt": (
+            defense.prompt not in (None, "tuned"),
+            "--defense diffender and hardened, and tables other than 2 and 4",
+            ours and number not in (2, 4),
+        ),
         "trust_images": (
             opts.trust_images != Options.trust_images,
             "--trust quick and full",
@@ -318,7 +331,7 @@ def refuse_unread(opts: Options) -> None:
     if number == 3 and "restore" in defense.method:
         conditions["restore"] = (True, "tables other than 3", False)
     given = vars(opts) | defense.method
-    conditions |= {flag: (given.get(flag), "runs and other tables and figures", False) for flag in fixed}
+    conditions |= {flag: (given.get(flag) is not None, "runs and other tables and figures", False) for flag in fixed}
     check_read(conditions)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from diffender.config import PAPER, THROUGH_RESTORATION, Backward, DIFFenderConfig
-from diffender.evaluation.options import Options, attacks, is_ours, kinds, shard_of
+from diffender.evaluation.options import Options, adaptive_kinds, attacks, is_ours, shard_of
 from diffender.utils.errors import InputError
 from diffender.utils.options import change, flagged
 
@@ -75,7 +75,7 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
 
 def recorded_steps(opts: Options) -> int:
     """UNet evaluations of restoration that the gradients asked for pass through."""
-    return config_of(opts).evaluations if set(kinds(opts)) & set(THROUGH_RESTORATION) else 0
+    return config_of(opts).evaluations if set(adaptive_kinds(opts)) & set(THROUGH_RESTORATION) else 0
 
 
 def backward_of(opts: Options, kind: str) -> Backward:
@@ -115,9 +115,8 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
         if cls.access == "queries":
             adaptive["queries"] = (attack, target)
         elif cls.access == "gradient":
-            for kind in kinds(opts):
-                if kind != "transfer":
-                    adaptive[kind] = (attack, target.under(backward_of(opts, kind)))
+            for kind in adaptive_kinds(opts):
+                adaptive[kind] = (attack, target.under(backward_of(opts, kind)))
         plans.append(Plan(name, base, adaptive))
     return plans
 

@@ -22,8 +22,8 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> dict[str, dic
                     records.setdefault(record["id"], record)
                 except (ValueError, TypeError, KeyError) as e:
                     raise InputError(
-                        f"{path}, line {number} is damaged ({one_line(e)}); delete that line and run the same command "
-                        "with --name again: its image is done anew"
+                        f"{path}, line {number} is damaged ({one_line(e)}); delete that line and give the same "
+                        "command again, with the same --name or --out: its image is done anew"
                     ) from e
     return records
 

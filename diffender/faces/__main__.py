@@ -30,11 +30,12 @@ def main() -> None:
     from diffender.faces.identification import RECOGNIZERS, load_recognizer
     from diffender.faces.verification import read_pairs, verify
 
-    if not Path(opts.pairs).is_file():
+    table, root = Path(opts.pairs).expanduser(), Path(opts.data).expanduser()
+    if not table.is_file():
         raise InputError(f"no pairs at {opts.pairs!r}; give LFW's pairs.txt, or a csv of file_a, file_b and same")
     cfg = RECOGNIZERS[opts.classifier]
     embed = Classifier(load_recognizer(opts.classifier, opts.classifier_weights), cfg)
-    pairs = read_pairs(Path(opts.pairs), Path(opts.data))
+    pairs = read_pairs(table, root)
     files = dict.fromkeys(file for a, b, _ in pairs for file in (a, b))
     known = {file: embed(load_image(file, cfg)[None])[0] for file in bar(files, "embedding")}
     distances = torch.stack([(known[a] - known[b]).square().sum() for a, b, _ in pairs])

@@ -42,8 +42,8 @@ class Faces(NamedTuple):
 
 def list_faces(data: str) -> list[tuple[str, Path]]:
     """(person, path) for each image: a csv of file and identity, or a folder of a folder for each person, as LFW."""
-    path = Path(data)
-    if path.is_file() and path.suffix == ".csv":
+    path = Path(data).expanduser()
+    if path.is_file() and path.suffix.lower() == ".csv":
         return [(row["identity"], path.parent / row["file"]) for row in read_csv(path, "file", "identity")]
     if not path.is_dir():
         raise InputError(

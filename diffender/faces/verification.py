@@ -37,7 +37,7 @@ def verify(distances: Tensor, same: Tensor, folds: int = 10) -> Verification:
 
 def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
     """LFW's pairs.txt (name i j, or name i name j), or a csv with file_a, file_b and same."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         rows = read_csv(path, "file_a", "file_b", "same")
         if wrong := next((r["same"] for r in rows if r["same"] not in ("0", "1")), None):
             raise InputError(f"{path}: same is {wrong!r}; it is 1 for two images of one person, 0 for two people")

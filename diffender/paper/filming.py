@@ -91,7 +91,7 @@ def film(e: Experiment, batch: Batch) -> None:
 
 def judge_photographs(e: Experiment) -> list[str]:
     """A record for each photograph of the csv that is not done; returns their names."""
-    path = Path(e.opts.target.data)
+    path = Path(e.opts.target.data).expanduser()
     items = csv_items(path, e.opts.target.classes)
     rows = read_csv(path, "file", "label", "configuration")
     done = read_records(e.folder)

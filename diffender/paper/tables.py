@@ -178,7 +178,7 @@ def run_table(number: int, opts: Options) -> str:
 
 def run_table_7(opts: Options) -> str:
     """The same of the table of filmed patches: from the photographs that --frames names, or by simulation."""
-    if opts.frames and not Path(opts.frames).is_file():
+    if opts.frames and not Path(opts.frames).expanduser().is_file():
         raise InputError(
             f"--frames {opts.frames}: no such file; give a csv of file, label, configuration and, if you like, clean"
         )

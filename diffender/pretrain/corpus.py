@@ -81,7 +81,7 @@ def captioned_files(root: Path) -> list[tuple[Path, str]]:
         raise InputError(f"{table} lists no photographs; give it rows of file and caption")
     if gone := next((row["file"] for row in rows if not (root / row["file"]).is_file()), None):
         raise InputError(f"{table} lists {gone}, which is not there; copy it, or take out its row")
-    return [(root / row["file"], row["caption"] or "") for row in rows]
+    return [(root / row["file"], row["caption"]) for row in rows]
 
 
 def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]]) -> None:

@@ -57,14 +57,15 @@ def environment(device: torch.device) -> dict:
     return origin() | versions | where
 
 
-@cache
 def origin() -> dict:
-    """The day on which this process first asked, and the commit that its checkout was at: its code is no later one."""
+    """The day, and the commit of the code."""
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
+@cache
 def commit() -> str | None:
-    """The commit that this checkout is at, as git's own files say; None where there is no checkout."""
+    """The commit that this checkout was at when this process first asked: its code is no later one. Read from git's
+    own files; None where there is no checkout."""
     git = CHECKOUT / ".git"
     try:
         if git.is_file():  # of a worktree
