@@ -158,7 +158,7 @@ def main() -> None:
         "apart": {"authors": apart(image, theirs), "fast": apart(image, quick), "other noise": apart(image, again)},
     }
     base = seconds["authors, diffusers"]
-    off = {"authors, diffusers": apart(image, theirs), "fast": apart(image, quick)}
+    off = {"authors, diffusers": figures["apart"]["authors"], "fast": figures["apart"]["fast"]}
     rows = [(n, f"{s:.2f}", f"**{s / base:.2f}**", f"{off[n]:.1e}" if n in off else "") for n, s in seconds.items()]
     rows.append(("ours, other noise", "", "", f"{figures['apart']['other noise']:.1e}"))
     head = (f"{args.model}, {args.dtype}, m {cfg.draws}, T {cfg.steps}", "seconds", "ratio", "inside the mask, to ours")

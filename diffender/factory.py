@@ -1,6 +1,7 @@
 """From options to objects: the model, the classifier, the images, the device."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,16 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     exact_convolutions()
     try:
-        nothing = torch.empty(0, device=name)
-        nothing.cpu()  # from meta, which torch knows as well, nothing can be read
+        if name.startswith("meta"):
+            raise RuntimeError("tensors there hold no values")
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes cuda, or cpu") from e
-    if nothing.device.type == "cuda":
-        torch.cuda.set_device(nothing.device)
-    return nothing.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
@@ -54,8 +56,9 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 
 
 def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
-    """The defence that the flags ask for, on its device; `model` where it is open already."""
-    model = open_model(opts.model, device) if model is None else model
+    """The defence that the flags ask for, on its device. Where `model` is open already, its networks are shared; what
+    is kept and split is the defence's own."""
+    model = open_model(opts.model, device) if model is None else copy(model)
     contexts = contexts_for(opts.prompt_kind, model, opts.prompts)
     return DIFFender(model, contexts, config_of(opts.model, opts.method))
 

@@ -42,7 +42,8 @@ def dilate(x: Tensor, kernel: int = 3) -> Tensor:
 def connected(seeds: Tensor, region: Tensor) -> Tensor:
     """The part of `region` that is 8-connected, within it, to one of `seeds`; all (B, 1, H, W) in {0, 1}.
 
-    The fixed point of dilating the seeds within the region, for each image on its own.
+    The fixed point of dilating the seeds within the region, for each image on its own. Seeds may be other numbers above
+    0: each connected part then has the largest in it.
     """
     found, before = seeds * region, None
     while before is None or not torch.equal(found, before):

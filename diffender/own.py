@@ -146,7 +146,7 @@ def options_for(victim: Defended, asked: dict[str, Any], options: dict[str, Any]
     check_options(opts)
     refuse_conflicts(opts)
     refuse_unread(opts)
-    return change(with_preset(opts), defense=title(victim))  # in the letters of its name
+    return change(with_preset(opts), defense=title(victim))  # with_preset made its name lower case
 
 
 @contextmanager

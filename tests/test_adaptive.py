@@ -975,10 +975,10 @@ def test_with_quiet_nothing_is_measured_before_the_start(monkeypatch):
 
 
 def test_a_limit_of_memory_keeps_no_activations(model, monkeypatch):
-    for name, value in {"keep": True, "micro_batch": None}.items():
-        monkeypatch.setattr(model, name, value)
-    plans.build_target(with_preset(change(Options(), max_memory=6.0)), model)
-    assert model.keep is False
+    monkeypatch.setattr(model, "keep", True)
+    limited = plans.build_target(with_preset(change(Options(), max_memory=6.0)), model).defense.model
+    assert limited.keep is False and limited.unet is model.unet
+    assert model.keep is True, "what one experiment keeps and splits is its own"
 
 
 def test_memory_by_hand(monkeypatch):

@@ -288,7 +288,7 @@ def test_a_patch_that_moves_is_one_patch(batch):
 
     attack = ATTACKS["advp"](area=0.2, iters=1, eot=3, location="eot")
     task = Task(Watched(), x, y, IDS[:2], 0, lambda z: margin(z, y))
-    start, home = attack.first_pixels(task, ""), attack.home(task, "")
+    start, home = attack.first_pixels(task, SIZE, ""), attack.home(task, "")
     out = attack(task, init=torch.cat([start, home], dim=1))
     pixels = out.state[:, :3]
     masks = [attack.place(task, "attack 0", k, home) for k in range(3)]
@@ -408,8 +408,8 @@ def test_shapes_corners_and_restarts_are_those_asked_for(batch):
     task, plain = Task(Linear(), *batch, IDS, 0), ATTACKS["advp"](area=0.2)
     for given, mask in (({"shape": "circle"}, {"shape": "circle"}), ({"location": "corner"}, {"corner": True})):
         assert torch.equal(replace(plain, **given).home(task, ""), masks_for(task, "patch", 0.2, **mask))
-    for start in (plain.home, plain.first_pixels):
-        assert not torch.equal(start(task, ""), start(task, " 1"))
+    assert not torch.equal(plain.home(task, ""), plain.home(task, " 1"))
+    assert not torch.equal(plain.first_pixels(task, SIZE, ""), plain.first_pixels(task, SIZE, " 1"))
 
 
 def test_a_course_remembers_the_best_state_of_each_image():

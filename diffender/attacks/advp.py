@@ -70,7 +70,7 @@ class AdvP(GradientAttack):
         """The r-th run, from its own place and first pixels."""
         x, key = task.x, f" {r}" if r else ""
         if init is None:
-            patch, home, candidates = self.first_pixels(task, key), self.home(task, key), []
+            patch, home, candidates = self.first_pixels(task, task.x.shape[-1], key), self.home(task, key), []
         else:
             patch, home = init.split((3, 1), dim=1)
             candidates = [patch]
@@ -99,12 +99,6 @@ class AdvP(GradientAttack):
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
         image = apply_patch(to_8bit(x), self.carried(patch, home, mask), mask)
         return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
-
-    def first_pixels(self, task: Task, key: str) -> Tensor:
-        """Uniform noise, (B, 3, S, S)."""
-        shape = task.x.shape[1:]
-        drawn = [torch.rand(*shape, generator=generator(task.seed, i, f"init{key}")) for i in task.image_ids]
-        return torch.stack(drawn).to(task.x)
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin
+from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.options import check_options, option
 from diffender.utils.progress import bar
@@ -131,6 +132,11 @@ class GradientAttack(Attack):
     eot: int = option(10, "Noise samples in each step.", low=1)
     eot_batch: int = option(1, "How many of them side by side. Changes results by rounding.", low=1)
     restarts: int = option(1, "Attempts, of which each image keeps the best.", low=1)
+
+    def first_pixels(self, task: Task, side: int, key: str) -> Tensor:
+        """Uniform noise, (B, 3, side, side), for the attempt of that key."""
+        draws = [generator(task.seed, i, f"init{key}") for i in task.image_ids]
+        return torch.stack([torch.rand(3, side, side, generator=g) for g in draws]).to(task.x)
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         return best_attempt(task, attempts, self.eot, self.eot_batch)

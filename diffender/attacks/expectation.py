@@ -1,7 +1,7 @@
 """Expectation over the victim's noise (EOT, Athalye et al. 2018), and the choice among patches on fresh noise."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,21 +16,14 @@ Draw = Callable[[int], tuple[Tensor, Tensor, Noise | Tensor | None]]  # k -> att
 class Victim(Protocol):
     """The attacked model: maps images in [0, 1] and the noise of one pass to logits.
 
-    Noise is None for deterministic models.
+    Noise is None for deterministic models. One that has `with_penalty(x, noise, patch)`, patch (B, 1, S, S) in {0, 1}
+    being where the attacker's pixels are, gives the logits (B, K) and a penalty (B,) that gradient attacks minimise
+    besides their own loss.
     """
 
     def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
-
-
-@runtime_checkable
-class Penalised(Protocol):
-    """A victim with a penalty that gradient attacks minimise besides their own loss."""
-
-    def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits (B, K) and the penalty (B,). patch (B, 1, S, S) in {0, 1}: where the attacker's pixels are."""
-        ...
 
 
 class Attacked(NamedTuple):
@@ -85,7 +78,7 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         drawn = [draw(k) for k in range(start, min(start + batch, eot))]
         images, patches, noises = zip(*drawn, strict=True)
         x = torch.cat(images).detach().requires_grad_()
-        if isinstance(task.victim, Penalised):
+        if hasattr(task.victim, "with_penalty"):
             logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
         else:
             logits, penalty = task.victim(x, stack(noises)), x.new_zeros(())

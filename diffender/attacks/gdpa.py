@@ -233,11 +233,6 @@ class GDPA(GradientAttack):
                 starts.append((pixels, to_theta(corner, size, side)))
         return starts
 
-    def first_pixels(self, task: Task, side: int, key: str) -> Tensor:
-        """Uniform noise, (B, 3, s, s)."""
-        draws = [generator(task.seed, i, f"init{key}") for i in task.image_ids]
-        return torch.stack([torch.rand(3, side, side, generator=g) for g in draws]).to(task.x)
-
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:
         """Top left corners (B, 2), best first for each image: GRID x GRID places, by the lower of the losses with a
         grey patch and with `pattern` (ROA's exhaustive search, Wu et al. 2020)."""

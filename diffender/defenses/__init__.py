@@ -195,8 +195,8 @@ def parse_defense(text: str) -> tuple[str, dict[str, int | float | str]]:
 def build(text: str, target: Defended) -> Defended:
     """The defence that a name, or a name with settings as "jpeg:quality=50", stands for, around target's classifier.
 
-    target is DIFFender: it lends its diffusion model, at its size, to the defences that need one. Move it to its device
-    before: what they take of it does not follow.
+    target is DIFFender: it lends its diffusion model, at its size, to the defences that need one. Move it to its
+    device first: a defence keeps what it took, and does not follow a later move.
     """
     name, settings = parse_defense(text)
     return DEFENSES[name].build(target, **settings)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffender.classifiers.imagenet import Classifier, channels_last
 from diffender.utils.errors import InputError
-from diffender.utils.options import allowed, within
+from diffender.utils.options import check_range
 
 
 def clip_norm(f: Tensor, alpha: float, dim: int = 1) -> Tensor:
@@ -31,8 +31,7 @@ def fnc(classifier: Classifier, alpha: float = 1.1) -> Classifier:
     """A copy of the classifier, sharing its weights, that clips after every module of `cfg.clips`."""
     if not classifier.cfg.clips:
         raise InputError(f"FNC does not know where to clip {classifier.cfg.tag}; set its ClassifierConfig.clips")
-    if not within(alpha, 0.01, None):
-        raise InputError(f"alpha is {alpha}; allowed is {allowed(0.01, None)}")
+    check_range("alpha", alpha, 0.01, None)
     memo = {id(p): p for p in classifier.parameters()}  # not the buffers: batch statistics may be made anew
     twin = copy.deepcopy(classifier, memo)
 

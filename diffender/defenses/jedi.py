@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffender.defenses.fill import harmonic
 from diffender.defenses.smoothing import mirrored
-from diffender.ops import dilate
+from diffender.ops import connected
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
 from diffender.weights.loading import WEIGHTS
@@ -106,11 +106,8 @@ def suspicious(x: Tensor, clean_mean: tuple[float, ...], clean_std: tuple[float,
 def without_small(mask: Tensor, min_area: float) -> Tensor:
     """Mask (B, 1, H, W) in {0, 1} without its 8-connected regions below a share of the image."""
     pixels = mask[0].numel()
-    own = torch.arange(1, pixels + 1, device=mask.device, dtype=torch.float64).view(1, *mask.shape[1:])
-    labels, before = own * mask, None
-    while before is None or not torch.equal(labels, before):  # each region ends with the largest number in it
-        before, labels = labels, dilate(labels) * mask
-    flat = labels.flatten(1).long()
+    own = torch.arange(1.0, pixels + 1, device=mask.device).view(1, *mask.shape[1:])  # exact up to 2^24 pixels
+    flat = connected(own, mask).flatten(1).long()  # each region has the largest number in it
     sizes = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=torch.long)
     sizes = sizes.scatter_add_(1, flat, torch.ones_like(flat)).gather(1, flat).view_as(mask)
     return mask * (sizes >= min_area * pixels)

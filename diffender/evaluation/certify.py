@@ -17,7 +17,7 @@ from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256, write_json, write_text
 from diffender.utils.markdown import table
-from diffender.utils.options import allowed, option, parse, part, run, within
+from diffender.utils.options import check_range, option, parse, part, run
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
 
@@ -46,8 +46,7 @@ def numbers(flag: str, text: str) -> list[float | int]:
     except ValueError as e:
         raise InputError(f"--{flag} is {text}; give numbers, with commas") from e
     for value in values:
-        if not within(value, low, high):
-            raise InputError(f"--{flag} is {value:g}; allowed is {allowed(low, high)}")
+        check_range(f"--{flag}", value, low, high)
     return list(dict.fromkeys(values))
 
 

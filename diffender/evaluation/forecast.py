@@ -131,11 +131,11 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[list[i
         return 0, ""
     one = footprint(model, target.classifier.net, x.shape[-1])
     draws = config_of(opts).draws
-    side_by_side = min(opts.batch_size, max((len(part) for part in parts), default=1))
-    above = peak_bytes(one, side_by_side * opts.eot_batch, draws, model.micro_batch)  # as wide as verdicts
+    images = min(opts.batch_size, max((len(part) for part in parts), default=1))
+    verdict_rows, attack_rows = images * opts.eot_batch, images * min(opts.eot, opts.eot_batch)
+    above = peak_bytes(one, verdict_rows, draws, model.micro_batch)
     if model.keep:
-        rows = side_by_side * min(opts.eot, opts.eot_batch)
-        above = max(above, kept_bytes(one, rows, draws, recorded_steps(opts)))
+        above = max(above, kept_bytes(one, attack_rows, draws, recorded_steps(opts)))
     peak = held_bytes(x.device) + above
     micro = f", micro-batches of {model.micro_batch}" if model.micro_batch else ""
     return peak, f"; at most {peak / GIB:.1f} GiB{micro}"

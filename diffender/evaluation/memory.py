@@ -86,7 +86,7 @@ def peak_bytes(one: Footprint, images: int, draws: int, micro_batch: int | None)
     Steps of the sampler and samples of EOT do not enter.
     """
     limit = micro_batch or sys.maxsize
-    rows = min(images * 2 * draws, max(2, limit)), min(images, limit)  # the two texts of a row are never apart
+    rows = min(images * 2 * draws, max(2, limit)), min(images, limit)  # the two texts of a row stay in one micro-batch
     largest = max(one.unet * rows[0], one.encoder * rows[1], one.decoder * rows[1])
     return round(WORKING * max(largest, one.classifier * images))
 

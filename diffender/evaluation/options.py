@@ -141,9 +141,7 @@ class Options:
     frames: str | None = option(
         None, "Table 7 from photographs: a csv with the columns file, label, configuration and clean."
     )
-    tuning_data: str = option(
-        "samples", "Images that are not evaluated: Table 2 tunes prompts on them, FNC estimates its statistics."
-    )
+    tuning_data: str = option("samples", "Table 2: photographs to tune prompts on, other ones than are evaluated.")
     run: RunOptions = part(RunOptions())
     batch_size: int = option(
         1, "Images per batch. A killed process loses one batch. Changes results by rounding.", low=1

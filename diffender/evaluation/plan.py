@@ -64,12 +64,12 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     model, classifier = target.defense.model, target.classifier
     device, draws = classifier.mean.device, config_of(opts).draws
     one = footprint(model, classifier.net, classifier.cfg.size)
-    rows, widest = (opts.batch_size * min(opts.eot, opts.eot_batch), opts.batch_size * opts.eot_batch)  # of verdicts
+    verdict_rows, attack_rows = opts.batch_size * opts.eot_batch, opts.batch_size * min(opts.eot, opts.eot_batch)
     if opts.max_memory is not None:
         model.keep = False  # as the limit reckons
-        model.micro_batch = fit_micro_batch(one, widest, draws, held_bytes(device), int(opts.max_memory * GIB))
+        model.micro_batch = fit_micro_batch(one, verdict_rows, draws, held_bytes(device), int(opts.max_memory * GIB))
     elif opts.target.defense.model.keep is None:  # what other defences than DIFFender would keep is not known
-        model.keep = is_ours(opts) and keep_or_recompute(one, rows, draws, recorded_steps(opts), device)
+        model.keep = is_ours(opts) and keep_or_recompute(one, attack_rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 
 

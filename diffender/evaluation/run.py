@@ -61,16 +61,10 @@ class Experiment(NamedTuple):
     config: dict  # everything that an image's result depends on
     names: Sequence[str] | None  # of the classes; none: ImageNet's
     call: str | None = None  # from Python, that made it and resumes it; none: this process's command line
-    memory: dict | None = None  # what its model keeps and splits, as attributes; none: as the model is
 
     @property
     def device(self) -> torch.device:
         return self.target.classifier.mean.device
-
-    def in_turn(self) -> None:
-        """Set what the model keeps and splits: experiments share one model."""
-        for name, value in (self.memory or {}).items():
-            setattr(self.target.defense.model, name, value)
 
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
@@ -81,10 +75,7 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     folder = Path("runs") / (opts.name or default_name(opts))
     shard, shards = shard_of(opts.shard)
     own = folder / ("per_image.jsonl" if shards == 1 else f"per_image-{shard}-of-{shards}.jsonl")
-    model = target.defense.model
-    memory = None if model is None else {"keep": model.keep, "micro_batch": model.micro_batch}
-    plans, names = build_plans(opts, target), target.classifier.names
-    return Experiment(opts, folder, own, target, plans, resolved(opts), names, memory=memory)
+    return Experiment(opts, folder, own, target, build_plans(opts, target), resolved(opts), target.classifier.names)
 
 
 def load_images(opts: Options, target: Defended) -> Batch:
@@ -121,7 +112,6 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     left = [[[i for i in part if batch.ids[i] not in records] for part in parts] for records in there]
     forecasts = []
     for e, todo in zip(experiments, left, strict=True):
-        e.in_turn()
         forecasts.append(forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=bool(forecasts)))
     if not opts.run.quiet:
         announce(opts, forecasts)
@@ -206,7 +196,6 @@ def judge_part(
 ) -> None:
     """Attack, judge and record some images, each variant of which should `cost` so many seconds."""
     ids, x, y = ([batch.ids[i] for i in rows], batch.x[rows].to(e.device), batch.y[rows].to(e.device))
-    e.in_turn()
     begun, before, energy = time.monotonic(), progress.evaluations, counters()
     with named_images(ids):
         task = Task(e.target.undefended(), x, y, ids, e.opts.run.seed)
@@ -227,7 +216,6 @@ def made_in(records: Sequence[dict], key: str) -> list[str]:
 
 def finish(e: Experiment, batch: Batch) -> dict | None:
     """Results, checks and curves of a run whose records are all there, in results.json; None while shards work."""
-    e.in_turn()
     opts = e.opts
     found = read_records(e.folder)
     records = [found[i] for i in batch.ids if i in found]

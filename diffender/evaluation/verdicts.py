@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,15 +66,6 @@ def verdict(seen: Sequence[int], label: int) -> Verdict:
     right = [c == label for c in seen]
     top = Counter(votes).most_common(1)[0][0]
     return Verdict(float(right[0]), mean(right), float(all(right)), float(top == label))
-
-
-@runtime_checkable
-class Certifying(Protocol):
-    """A defence that can prove for a place that no patch there changes its answer."""
-
-    def certified(self, x: Tensor, labels: Sequence[int], patch: Tensor) -> list[bool]:
-        """Clean images (B, 3, S, S), their labels, and the places (B, 1, S, S) in {0, 1}."""
-        ...
 
 
 class Judge(NamedTuple):
@@ -139,7 +130,7 @@ def evaluate_batch(
                 "loss": [thin(row.tolist()) for row in made.trace],
                 "fooled": [thin(row.tolist()) for row in made.fooled],
             }
-            if isinstance(judge.target.defense, Certifying):
+            if hasattr(judge.target.defense, "certified"):
                 columns["certified"] = judge.target.defense.certified(x, y.tolist(), mask)
             for b, record in enumerate(records):
                 record["attacks"][variant] = {name: column[b] for name, column in columns.items()}

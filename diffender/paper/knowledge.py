@@ -37,7 +37,8 @@ def known(records: Sequence[dict], within: bool = False) -> dict[int, dict]:
 
 
 def draw_knowledge(runs: dict[str, Path], path: Path, within: Collection[str] = ()) -> None:
-    """One line for each run, by its title, with Wilson's 95 % intervals; `within`: titles of which `known` is told."""
+    """One line for each run, by its title, with Wilson's 95 % intervals. `within` are titles of defences that lie
+    within the classifier, as FNC does."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for i, (title, folder) in enumerate(runs.items()):

@@ -22,7 +22,7 @@ from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
 from diffender.evaluation.records import open_run, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
-from diffender.evaluation.verdicts import Certifying, Verdict, by_kind, by_variant, strongest_of, verdict
+from diffender.evaluation.verdicts import Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import model_hashes, open_model, pick_device
@@ -241,7 +241,7 @@ def readings(key: str, experiment: Experiment, ids: Sequence[str]) -> dict[str, 
     found = {}
     if stronger and "bpda" in kinds(experiment.opts):
         found["bpda"] = by_column(experiment, ids, stronger | {"bpda"} if key in WITHIN else stronger)
-    if isinstance(experiment.target.defense, Certifying):
+    if hasattr(experiment.target.defense, "certified"):
         records = read_records(experiment.folder)
         proven = {"clean": by_column(experiment, ids)["clean"]}
         for plan in experiment.plans:

@@ -122,9 +122,12 @@ def change(opts: Options, **values: Any) -> Options:
     return replace(opts, **new)
 
 
-def allowed(low: float | None, high: float | None) -> str:
-    """A range in words."""
-    return f"at least {low}" if high is None else f"from {low} to {high}"
+def check_range(what: str, value: float, low: float | None, high: float | None) -> None:
+    """Raises InputError for a number outside of a range, both ends included, None for an open one; so do NaN and
+    infinity."""
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"{what} is {value}; allowed is {allowed}")
 
 
 def check_options(opts: Any) -> None:
@@ -143,8 +146,8 @@ def check_options(opts: Any) -> None:
             raise InputError(
                 f"unknown {leaf.name} {value!r}; choose one of {', '.join(choices)}{nearest(str(value), choices)}"
             )
-        if kind in (int, float) and not within(value, low, high):
-            raise InputError(f"{leaf.name} is {value}; allowed is {allowed(low, high)}")
+        if kind in (int, float):
+            check_range(leaf.name, value, low, high)
 
 
 class Parser(argparse.ArgumentParser):
@@ -206,8 +209,8 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     for f in flags:
         value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, int | float) and not within(value, low, high):
-            parser.error(f"{flagged(f.name)} is {value}; allowed is {allowed(low, high)}")
+        if isinstance(value, int | float):
+            check_range(flagged(f.name), value, low, high)
     return change(start, **vars(args))
 
 
@@ -232,15 +235,10 @@ def with_hyphens(word: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
-def within(value: float, low: float | None, high: float | None) -> bool:
-    """Whether a number lies in a range, both ends included, None for an open one; NaN and infinity do not."""
-    return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
-
-
 def check_read(flags: Mapping[str, tuple[object, str, object]]) -> None:
     """Raises InputError for an option that is given and that nothing in this command reads.
 
-    Of each, by name: whether it is given, what reads it, and whether that is there.
+    `flags` maps an option's name to whether it is given, what reads it, and whether that is there.
     """
     for name, (given, reader, there) in flags.items():
         if given and not there:

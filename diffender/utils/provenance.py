@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -64,20 +65,9 @@ def origin() -> dict:
 
 @cache
 def commit() -> str | None:
-    """The commit that this checkout was at when this process first asked: its code is no later one. Read from git's
-    own files; None where there is no checkout."""
-    git = CHECKOUT / ".git"
-    try:
-        if git.is_file():  # of a worktree
-            git = CHECKOUT / git.read_text("utf-8").removeprefix("gitdir:").strip()
-        shared = git / (git / "commondir").read_text("utf-8").strip() if (git / "commondir").is_file() else git
-        head = (git / "HEAD").read_text("utf-8").strip()
-        branch = head.removeprefix("ref: ")
-        if branch == head:
-            return head
-        if (shared / branch).is_file():
-            return (shared / branch).read_text("utf-8").strip()
-        packed = (shared / "packed-refs").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
+    """The commit that this checkout was at when this process first asked: its code is no later one. None where there
+    is no checkout, or no git."""
+    git = ["git", f"--git-dir={CHECKOUT / '.git'}", "rev-parse", "--verify", "--quiet", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return None
