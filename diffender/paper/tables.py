@@ -47,6 +47,7 @@ NAMES = {
     "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
     "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
     "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
+    "jedi-own": "Jedi, its entropies estimated at this size", "windows": "PatchCleanser's windows (Xiang et al., 2022)",
     "hardened": "DIFFender, hardened",
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
@@ -61,11 +62,12 @@ TUNING = {  # of Table 2, by preset
 }  # fmt: skip
 VARIANTS: dict[str, dict] = {
     "diffender": {}, "hardened": {"defense": "hardened"}, "NR": {"restore": False}, "EP": {"prompt": "empty"},
-    "MP": {"prompt": "manual"},
+    "MP": {"prompt": "manual"}, "jedi-own": {"defense": "jedi:stats=own", "grad": None},
+    "windows": {"defense": "hardened:otherwise=majority", "evasion": 0.0},  # they hold no map to hide from
 }  # fmt: skip
 BASELINES = ("jpeg", "smoothing", "dw", "lgs", "fnc")
 ROWS = {  # of each table
-    1: ("resize", "vae", *BASELINES, "diffpure", "jedi", "hardened", "diffender"),
+    1: ("resize", "vae", *BASELINES, "diffpure", "jedi", "jedi-own", "windows", "hardened", "diffender"),
     2: ("without mask", "without feature", "without l1", "diffender"),
     3: ("NR", "diffender"),
     4: ("EP", "MP", "diffender"),
@@ -94,11 +96,7 @@ def changes(number: int, key: str, opts: Options) -> dict:
     """How a row's options differ from the table's. Tunes the prompts of Table 2."""
     if number == 2:
         return {"prompts": retuned(opts, "none" if key == "diffender" else key.removeprefix("without "))}
-    if key in VARIANTS:
-        return VARIANTS[key]
-    # FNC's statistics are estimated anew where enough photographs are named that are not evaluated.
-    counts = key == "fnc" and opts.tuning_data != "samples" and opts.target.classifier not in RECOGNIZERS
-    return {"defense": f"fnc:statistics={opts.tuning_data}" if counts else key, "grad": None}
+    return VARIANTS.get(key, {"defense": key, "grad": None})
 
 
 def retuned(opts: Options, without: str) -> str:
