@@ -10,6 +10,7 @@ that the input of every norm is about as small as the square root of its epsilon
 import atexit
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -106,12 +107,17 @@ def checkpoint(family: str) -> Path:
     return path
 
 
+@cache
+def loaded(family: str) -> LatentDiffusion:
+    return load_model("auto", checkpoint(family))
+
+
 def build(family: str, dtype: torch.dtype) -> LatentDiffusion:
     """The model as the product runs it, through its loading function: frozen, in the layout that it chooses.
 
     In bfloat16 the UNet alone, as on a GPU; in float64 everything, which no command does.
     """
-    model = load_model("auto", checkpoint(family), dtype if dtype == torch.bfloat16 else torch.float32)
+    model = load_model("auto", checkpoint(family), dtype) if dtype == torch.bfloat16 else deepcopy(loaded(family))
     assert any(not p.is_contiguous() for p in model.unet.parameters()), "channels last"
     return model.double() if dtype == torch.float64 else model
 

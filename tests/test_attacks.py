@@ -300,9 +300,8 @@ def test_a_patch_that_moves_is_one_patch(batch):
     total = sum(margin(victim(apply_patch(x, relocated(canvas, home, m), m)), y).sum() for m in masks)
     slope = torch.autograd.grad(total, canvas)[0]
     stepped = to_8bit((start - attack.lr * slope.sign()).clamp(0, 1))
-    assert any(torch.equal(pixels[0] * home[0], p[0] * home[0]) for p in (to_8bit(start), stepped))
-    again = attack.draw(task, stepped, home, 1, "")(0)[0]  # the next step's samples
-    assert again.shape == x.shape
+    place = attack.place(task, "choice", 2, home)  # of the step's end, which is judged last
+    assert torch.equal(seen[-1][place.expand_as(x) == 1], stepped[home.expand_as(x) == 1])
     assert torch.equal(out.image[out.mask.expand_as(x) == 1], pixels[home.expand_as(x) == 1])
 
 
@@ -434,11 +433,11 @@ def test_patches_are_judged_as_files_hold_them(batch):
 
 
 def test_advp_breaks_the_real_classifier(classifier, photos):
-    """A 5 % patch of 40 steps takes a real ImageNet network down."""
-    y = classifier(photos).argmax(dim=1)
-    x, y = photos[:2], y[:2]
-    attack = ATTACKS["advp"](iters=40, eot=1)
-    out = attack(Task(Undefended(classifier), x, y, ["p0", "p1"], 0))
+    """A 5 % patch of 20 steps takes a real ImageNet network down."""
+    x = photos[:1]
+    y = classifier(x).argmax(dim=1)
+    attack = ATTACKS["advp"](iters=20, eot=1)
+    out = attack(Task(Undefended(classifier), x, y, ["p0"], 0))
     assert (classifier(out.image).argmax(dim=1) != y).all()
     assert out.mask.mean().item() == pytest.approx(0.05, rel=0.01)
 

@@ -18,7 +18,8 @@ from diffender.weights.prompts import SHIPPED
 from tests.conftest import SMALL
 
 TINY = WEIGHTS / "tiny.safetensors"
-PROGRAMS = {"evaluate": "evaluate", "train": "train"} | {name: module for name, (module, _) in COMMANDS.items()}
+PROGRAMS = {"evaluate": "evaluate", "train": "train", "diffender": "diffender.__main__"}
+PROGRAMS |= {name: module for name, (module, _) in COMMANDS.items()}
 
 
 def png(width, height, data, crc=None):
@@ -266,6 +267,9 @@ NAMES = [
     ("pretrain unet --data x --steps -3", "--steps is -3"),
     ("pretrain vae --data x --device foo", "--device foo is not here"),
     ("weights", "the following arguments are required"),
+    ("diffender defnd photo.jpg", "unknown command 'defnd'; choose one of defend, weights"),
+    ("diffender certify --masks 0", "--masks is 0"),
+    ("certify --masks many", "--masks is many; give numbers, with commas"),
     ("weights fetch sd3", "invalid choice: 'sd3'"),
 ]
 
@@ -285,6 +289,7 @@ CONFLICTS = [
     ("evaluate --sampler dpmpp --eta 1", "eta is 1.0; DPM-Solver++(2M) is deterministic"),
     ("evaluate --no-composite --grad bpda-mask", "--no-composite leaves --grad bpda-mask no way back"),
     ("evaluate --no-composite", "--no-composite leaves --grad evade no way back: give --grad bpda, surrogate, full"),
+    ("train --adaptive 9 --rounds 3", "--adaptive 9 with --rounds 3: no round would be compared"),
     ("evaluate --no-restore --no-composite", "without restoration there is no image to return whole"),
     ("evaluate --figure 1 --prompt empty", "--prompt empty has none: leave it out"),
     ("evaluate --shape circle --area 0.9 --trust off", "a circle of 0.9 of the image does not fit into it"),

@@ -1,8 +1,5 @@
 """Face recognisers, galleries and protocols."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -10,12 +7,13 @@ from PIL import Image
 from diffender import factory as runs
 from diffender.classifiers.dataset import correct_subset, load_image
 from diffender.config import TargetOptions
+from diffender.faces.__main__ import main as verify_faces
 from diffender.faces.identification import RECOGNIZERS, identify, list_faces, load_recognizer, natural, split_faces
 from diffender.faces.networks import Gallery, InceptionResnetV1, MobileFaceNet, prototypes
 from diffender.faces.verification import read_pairs, verify
 from diffender.utils.errors import InputError
 from diffender.utils.files import save_atomic
-from tests.conftest import ROOT, SHARED
+from tests.conftest import SHARED
 
 FACES = SHARED / "data" / "faces"
 WEIGHTS = FACES / "mobilefacenet.safetensors"
@@ -177,13 +175,11 @@ def test_verification_by_hand():
         verify(distances, same, folds=11)
 
 
-def test_real_faces_are_recognised(faces):
+def test_real_faces_are_recognised(faces, call):
     args = ("--pairs", faces / "pairs.csv", "--data", faces)
     net = ("--classifier", "mobilefacenet", "--classifier-weights", WEIGHTS)
-    verified = subprocess.run(
-        [sys.executable, "-m", "diffender.faces", *args, *net], cwd=ROOT, capture_output=True, text=True
-    )
-    assert float(verified.stdout.split(" %")[0]) > 98, verified.stderr
+    _, out, error = call(verify_faces, "diffender faces", *args, *net)
+    assert float(out.split(" %")[0]) > 98, error
     split = split_faces(list_faces(str(faces / "identities.csv")))
     classifier = identify("mobilefacenet", str(WEIGHTS), split, torch.device("cpu"))
     assert len(correct_subset(split.probes, classifier, 9, 0).ids) == 9

@@ -99,7 +99,7 @@ def interrupt_after(monkeypatch, module, name, times):
 def test_ctrl_c_finishes_the_picture_in_hand_and_says_how_to_go_on(tmp_path, monkeypatch, here):
     from diffender.evaluation import run as experiment
 
-    args = [*SMALL, "--images", "3", "--attack", "none"]
+    args = [*SMALL, "--images", "3", "--attack", "none", "--quiet"]
     interrupt_after(monkeypatch, experiment, "evaluate_batch", 2)
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in a shell's background
     code, _, error = here(*args)
@@ -240,11 +240,11 @@ def test_without_a_terminal_progress_is_lines_and_quiet_is_quiet(tmp_path, here)
 
 
 def test_a_reader_who_goes_leaves_no_traceback():
-    """As in `evaluate.py --list | head -1`."""
+    """As in `python -m diffender | head -1`."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", "--list"], stdout=write, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "diffender"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")

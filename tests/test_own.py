@@ -38,6 +38,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
 
 FAST = {"iters": 3, "iters_undefended": 20, "curves": "off", "verdicts": 3}
+ONE = FAST | {"iters": 1, "iters_undefended": 1}  # where the attack's strength does not matter
 TEN = [f"class {i}" for i in range(10)]
 
 
@@ -215,7 +216,7 @@ def test_a_purifier_of_ones_own(images, classifier, photos):
 
     victim = diffender.Defended(diffender.Purifier(Dim()), classifier)
     y = classifier(photos[:1]).argmax(dim=1)
-    results = diffender.benchmark(victim, photos[:1], y, gradient="bpda,auto", name="own", trust="off", **FAST)
+    results = diffender.benchmark(victim, photos[:1], y, gradient="bpda,auto", name="own", trust="off", **ONE)
     assert [r["gradient"] for r in results["rows"]] == ["", "transfer", "bpda", "auto", ""]
     assert results["defense"] == "Dim (own)"
 
@@ -263,7 +264,7 @@ def test_a_random_purifier(classifier, photos):
     for n, seed in enumerate((0, 0)):
         torch.manual_seed(n)
         victim = diffender.Defended(diffender.Purifier(Noisy(), random=True), classifier)
-        given = {"gradient": "bpda", "eot": 1, "trust": "off", "seed": seed, "name": f"noisy {n}"} | FAST
+        given = {"gradient": "bpda", "eot": 1, "trust": "off", "seed": seed, "name": f"noisy {n}"} | ONE
         diffender.benchmark(victim, photos[:1], y, **given)
         seen.append(json.loads((Path("runs") / f"noisy {n}" / "per_image.jsonl").read_text("utf-8"))["attacks"])
     assert seen[0]["advp/bpda"]["defended"] == seen[1]["advp/bpda"]["defended"]
@@ -398,7 +399,10 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
         code, _, error = call(main, "evaluate.py", *args)
         return code, error
 
-    code, error = run(*common, *weights, "--preset", "smoke", "--attack", "none", "--trust", "off", "--name", "own")
+    fast = ["--draws", "1", "--steps", "1", "--verdicts", "1", "--curves", "off", "--quiet", "--no-keep"]
+    code, error = run(
+        *common, *weights, *fast, "--attack", "none", "--trust", "off", "--curves", "off", "--name", "own"
+    )
     assert code == 0, error
     results = json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))
     assert results["names"] == ["cats", "dogs"]

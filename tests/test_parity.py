@@ -14,6 +14,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
+from diffender.config import DIFFenderConfig
 from diffender.stable_diffusion import model as diffusion
 from diffender.stable_diffusion import samplers, text, unet, vae
 from tests import cases
@@ -217,7 +218,7 @@ MISTAKES = {  # name: (group where it must show, what goes wrong)
     "final alpha 1": ("sampler/sd2", lambda p: grid(p, "ddim", lambda g: [*g[:-1], g[-1]._replace(a_prev=1.0)])),
     "guidance from the prompt's side": (
         "sampler/sd15",
-        lambda p: p.setattr(cases, "GUIDANCE", cases.GUIDANCE - 1),
+        lambda p: p.setattr(cases, "DIFFenderConfig", lambda **given: DIFFenderConfig(**given | {"guidance": 6.5})),
     ),
     "v taken for epsilon": (
         "sampler/sd2",

@@ -3,7 +3,7 @@
 import json
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
 from diffender.evaluation.options import Options, with_preset
 from diffender.evaluation.verdicts import Plan
+from diffender.pipeline import DIFFender
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
@@ -41,6 +42,17 @@ def test_curves_agree_with_the_verdicts_and_are_resumed(tmp_path, monkeypatch, h
     monkeypatch.setattr(curves, "over_theta", None)  # what is there is not done again
     assert here(*args)[0] == 0
     assert json.loads((folder / "results.json").read_text())["curves"] == results["curves"]
+
+
+def test_a_curve_uses_its_own_thresholds(target, pasted, monkeypatch):
+    monkeypatch.setattr(curves, "THRESHOLDS", (1.5, 4.0))
+    defense = target.defense
+    noise = defense.sample_noise(["a"], 0, "test")
+    low, high = curves.at_thresholds(defense, pasted, noise)
+    for image, theta in ((low, 1.5), (high, 4.0)):
+        alone = DIFFender(defense.model, defense.contexts, replace(defense.cfg, theta=theta))
+        assert torch.allclose(image, alone(pasted, noise).image[0], atol=1e-5)
+    assert (low - high).abs().max() > 0.1
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,16 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="--track wandb needs a package that is not here; pip install wandb"):
         TRACKERS["wandb"](tmp_path, {})
+
+
+def test_accuracies_reach_a_tracker_after_each_image(monkeypatch, here):
+    heard = []
+    run = types.SimpleNamespace(log=lambda values, step: heard.append((step, values)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    code, _, error = here(*SMALL, "--attack", "none", "--track", "wandb", "--name", "t")
+    assert code == 0, error
+    assert [step for step, _ in heard] == [1, 2]
+    assert heard[-1][1]["none/all/single"] in (0, 0.5, 1)
 
 
 def test_accuracies_reach_tensorboard(tmp_path, here):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from diffender.evaluation.options import PRESETS
 from tests.conftest import ROOT
 
 NOTEBOOK = ROOT / "docs/quickstart.ipynb"
@@ -14,6 +15,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS["laptop"], "iters_undefended", 1)
     names = {}
     with matplotlib.rc_context():
         matplotlib.use("agg")

@@ -36,13 +36,13 @@ def script(name, *args, cwd):
     return subprocess.run([sys.executable, ROOT / name, *args], cwd=cwd, capture_output=True, text=True, timeout=1200)
 
 
-def test_tune_then_evaluate(tmp_path, here):
+def test_tune_then_evaluate(tmp_path, call, here):
     """train.py on one photograph, evaluate.py with its prompts: files, counts, images, resumption."""
     small = "--shots 1 --held-out 1 --rounds 1 --iters 2 --steps 2 --draws 1"
-    tuned = script("train.py", *small.split(), cwd=tmp_path)
-    assert tuned.returncode == 0, tuned.stderr
+    code, out, err = call(train.main, "train.py", *small.split())
+    assert code == 0, err
     for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R", "held_out_iou"):
-        assert f"{term} " in tuned.stdout
+        assert f"{term} " in out
     prompts = tmp_path / "runs" / "prompts.safetensors"
     assert prompts.is_file()
 

@@ -17,6 +17,7 @@ from diffender.losses import EVASIONS
 from diffender.paper import ablate, ablation
 from diffender.report.__main__ import filled
 from diffender.stable_diffusion.samplers import SAMPLERS
+from diffender.utils.errors import InputError
 from diffender.utils.options import leaves
 from tests.conftest import ROOT
 
@@ -123,6 +124,15 @@ def test_documents_show_the_committed_results():
         assert filled(document, ROOT / "results") == document, "run python -m diffender report README.md docs/*.md"
     for folder in (p.parent for p in (ROOT / "results").glob("*/table.md")):
         assert any(f"<!-- results/{folder.name} -->" in document for document in documents), folder
+
+
+def test_a_document_is_filled_from_the_results(tmp_path):
+    stale = "before\n<!-- results/a -->\nold\n<!-- end -->\nafter\n"
+    with pytest.raises(InputError, match="whose table the document asks for"):
+        filled(stale, tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/table.md").write_text("| new |\n")
+    assert filled(stale, tmp_path) == "before\n<!-- results/a -->\n| new |\n<!-- end -->\nafter\n"
 
 
 def test_names_that_stand_twice_are_the_same():

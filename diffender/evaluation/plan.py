@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffender.config import PAPER, THROUGH_RESTORATION, Backward, DIFFenderConfig
@@ -63,13 +64,13 @@ def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defende
     target = open_target(change(opts.target, **method_of(opts)), pick_device(opts.run.device), model)
     model, classifier = target.defense.model, target.classifier
     device, draws = classifier.mean.device, config_of(opts).draws
-    one = footprint(model, classifier.net, classifier.cfg.size)
+    one = partial(footprint, model, classifier.net, classifier.cfg.size)
     verdict_rows, attack_rows = opts.batch_size * opts.eot_batch, opts.batch_size * min(opts.eot, opts.eot_batch)
     if opts.max_memory is not None:
         model.keep = False  # as the limit reckons
-        model.micro_batch = fit_micro_batch(one, verdict_rows, draws, held_bytes(device), int(opts.max_memory * GIB))
+        model.micro_batch = fit_micro_batch(one(), verdict_rows, draws, held_bytes(device), int(opts.max_memory * GIB))
     elif opts.target.defense.model.keep is None:  # what other defences than DIFFender would keep is not known
-        model.keep = is_ours(opts) and keep_or_recompute(one, attack_rows, draws, recorded_steps(opts), device)
+        model.keep = is_ours(opts) and keep_or_recompute(one(), attack_rows, draws, recorded_steps(opts), device)
     return build(opts.defense, target)
 
 

@@ -22,6 +22,7 @@ from diffender.evaluation.forecast import announce, forecast
 from diffender.evaluation.options import OURS, Options, attacks, shard_of
 from diffender.evaluation.plan import (
     as_drawn,
+    attack_flags,
     batches,
     build_plans,
     build_target,
@@ -69,7 +70,10 @@ class Experiment(NamedTuple):
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
     """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
-    open_items(opts.target)  # what does not exist shows before anything is loaded
+    open_items(opts.target)  # what does not exist, or does not fit, shows before anything is loaded
+    parse_defense(opts.defense)
+    for cls in attacks(opts).values():
+        cls.from_flags(attack_flags(opts))
     target = build_target(opts, model)
     opts = as_drawn(opts, target)
     folder = Path("runs") / (opts.name or default_name(opts))

@@ -12,26 +12,20 @@ from pathlib import Path
 
 from diffender.utils.errors import InputError
 from diffender.utils.options import Parser, run
-
-NAMES = ("sd15-inpainting", "sd2-inpainting", "inception_v3", "swin_s", "resnet50", "vit_b_16")
+from diffender.weights import official
 
 
 def main() -> None:
     parser = Parser(prog="diffender weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download an official file and check its hash")
-    fetch.add_argument("name", choices=NAMES)
+    fetch.add_argument("name", choices=official.FILES)
     convert = commands.add_parser("convert", help="a pickled official file to safetensors, running nothing in it")
     convert.add_argument("file", type=Path, help="a .ckpt or .bin file, or a Hugging Face folder")
     convert.add_argument("--out", type=Path, help="default: the same name with .safetensors")
     inspect = commands.add_parser("inspect", help="what a file or folder holds")
     inspect.add_argument("path", type=Path)
     args = parser.parse_args()
-    # Imported after the options are known to be good: torch takes seconds.
-    from diffender.weights import official
-    from diffender.weights.loading import describe
-    from diffender.weights.reading import scan
-
     if args.command == "fetch":
         print(official.fetch(args.name))
     elif args.command == "convert":
@@ -43,6 +37,9 @@ def main() -> None:
         else:
             print(official.convert(file, args.out or file.with_suffix(".safetensors")))
     else:
+        from diffender.weights.loading import describe  # imports torch, which takes seconds
+        from diffender.weights.reading import scan
+
         print(describe(scan(args.path)))
 
 

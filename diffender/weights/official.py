@@ -1,4 +1,7 @@
-"""The official checkpoints: what is published where, and how it becomes a safetensors file on this machine."""
+"""The official checkpoints: what is published where, and how it becomes a safetensors file on this machine.
+
+Torch is imported inside the functions: what only fetches a file answers at once.
+"""
 
 import re
 import zipfile
@@ -6,12 +9,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from diffender.utils.errors import InputError
 from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256
-from diffender.weights.reading import FOLDERS
 
 
 class Published(NamedTuple):
@@ -87,6 +86,8 @@ class Inert:
 
 def convert_folder(folder: Path) -> list[Path]:
     """The model's .bin files of a Hugging Face folder, as `convert` does it, that have no .safetensors files yet."""
+    from diffender.weights.reading import FOLDERS
+
     parts = [folder, *(folder / Path(stem).parent for stem in FOLDERS.values())]
     files = sorted(file for part in parts for file in part.glob(PICKLED_PART))
     if not files:
@@ -104,6 +105,8 @@ def convert(path: Path, out: Path) -> Path:
     Read with weights_only, so nothing in the file is run: classes of training frameworks in it become `Inert`, and a
     file that asks for functions of the system is refused.
     """
+    import torch
+
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a {', '.join(sorted(PICKLES))} file")
     if out.exists() and out.samefile(path):
@@ -125,7 +128,7 @@ def convert(path: Path, out: Path) -> Path:
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors, seen = {}, set()
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
             storage = value.untyped_storage().data_ptr()
             tensors[key] = value.clone() if storage in seen else value  # tied weights: safetensors has no sharing
             seen.add(storage)
