@@ -50,11 +50,14 @@ from diffender.weights.prompts import contexts_for
 
 
 @pytest.fixture(scope="module")
-def attacked(classifier, photos):
-    """Two photographs with patches that the bare classifier misreads."""
-    x = photos[:2]
-    y = classifier(x).argmax(dim=1)
-    return y, ATTACKS["advp"](iters=20, eot=1)(Task(Undefended(classifier), x, y, ["a", "b"], 0))
+def attacked(classifier, photos, pasted):
+    """The label of a photograph, and the photograph with a square that the localiser finds, as an attack gives it."""
+    mask = torch.zeros(1, 1, 224, 224)
+    mask[..., 60:116, 100:156] = 1
+    nothing = torch.zeros(1)
+    return classifier(photos[:1]).argmax(dim=1), Attacked(
+        pasted, mask, torch.cat([pasted, mask], dim=1), nothing, nothing, nothing
+    )
 
 
 # A detector of bright pixels before a linear classifier: what each gradient mode can see, in closed form.
@@ -139,7 +142,7 @@ def test_eot_is_the_mean_of_its_samples_side_by_side_or_not():
 
 
 def test_eot_of_the_real_defence(target, attacked):
-    y, out = (t[:1] for t in (attacked[0], attacked[1].image))
+    y, out = attacked[0], attacked[1].image
     task = Task(target, out, y, ["a"], 0, lambda z: margin(z, y))
     found = list(samples(task, lambda k: (out, out[:, :1], task.noise("eot", k)), 2))
     x = out.clone().requires_grad_()
@@ -164,7 +167,7 @@ def test_eot_batch_and_batch_size_change_no_attack():
 
 
 def test_modes_differ_in_gradient_alone(target, attacked):
-    image, mask = attacked[1].image[:1], attacked[1].mask[:1]
+    image, mask, *_ = attacked[1]
     noise = target.sample_noise(["a"], 0, "modes")
     inside = mask.expand_as(image) == 1
     values, gradients = {}, {}
@@ -262,7 +265,7 @@ def test_straight_through_estimators(target, attacked):
     assert not binarize(z, 2.5, "none").requires_grad
     assert torch.equal(binarize(z, 2.5, "soft", 2.0), torch.sigmoid(2.0 * (z - 2.5)))
 
-    image, mask = attacked[1].image[:1], attacked[1].mask[:1]
+    image, mask, *_ = attacked[1]
     noise = target.sample_noise(["a"], 0, "ste")
     norms = {}
     for ste in ("identity", "sigmoid", "none"):
@@ -300,7 +303,7 @@ def test_hiding_loss_hides(target, attacked, mode):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
     victim = Defended(target.defense, target.classifier, Backward(mode, evasion=100.0, hide="mean"))
-    made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image[:1], y[:1], ["a"], 0), init=out.state[:1])
+    made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image, y, ["a"], 0), init=out.state)
     assert made.trace[0, -1] < made.trace[0, 0]
 
 
@@ -765,6 +768,8 @@ def test_momentum_is_as_steady_as_a_mean_of_so_many_steps():
     cosines = [torch.nn.functional.cosine_similarity(v[::2], v[1::2]).mean().item() for v in (directions, means)]
     assert cosines[0] == pytest.approx(cosines[1], abs=0.03)
     assert 0.1 < cosines[0] < 0.5
+    assert k == pytest.approx(19, abs=0.01) and AdvP(iters=10).averaged_steps == pytest.approx(9.176, abs=1e-3)
+    assert AdvP(iters=1).averaged_steps == AdvP(momentum=0.0).averaged_steps == 1
 
 
 @pytest.mark.parametrize("k", [1, 20])

@@ -492,12 +492,25 @@ def test_what_is_certified_holds(classifier, photos):
     assert proven > 0
 
 
+class Narrow(torch.nn.Module):
+    """Class 0 is ahead by a little, whatever the image."""
+
+    mean = torch.zeros(3, 1, 1)
+
+    def __init__(self, lead):
+        super().__init__()
+        self.lead = lead
+
+    def forward(self, x):
+        return torch.tensor([[self.lead, 0.0, -1.0]]).repeat(len(x), 1)
+
+
 class Told(PatchCleanser):
     """Answers from a table of pairs, and counts how many it was asked for."""
 
-    def predict(self, x, pairs):
+    def logits(self, x, pairs):
         self.asked.extend(pairs)
-        return [self.answers[i, j] for i, j in pairs]
+        return F.one_hot(torch.tensor([self.answers[i, j] for i, j in pairs]), 3).float()
 
 
 def test_rows_agree_as_defined():
@@ -543,6 +556,15 @@ def test_certificates_are_of_rows_that_agree_and_windows_that_hide_all():
         held.append(any(r for r, h in zip(right, hiding, strict=True) if h))
         assert cleanser.certified(x, 0, patch) == held[-1]
     assert 5 < sum(held) < 35
+
+
+def test_a_lead_that_rounding_may_change_certifies_nothing():
+    x, patch = torch.zeros(3, 30, 30), spot(4, 4)
+    for lead, certified in ((2e-3, True), (5e-4, False)):
+        cleanser = PatchCleanser(Narrow(lead), 0.028, masks=3)
+        assert cleanser(x) == 0
+        assert cleanser.certified(x, 0, patch) == certified
+        assert cleanser.certified_places(x, 0) == certified
 
 
 class Undecided(PatchCleanser):

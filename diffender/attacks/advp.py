@@ -54,7 +54,7 @@ class AdvP(GradientAttack):
 
     @property
     def averaged_steps(self) -> float:
-        return steps_averaged_by(self.momentum)
+        return steps_averaged_by(self.momentum, self.iters)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` is the state (B, 4, S, S) of an earlier result: patch pixels, and the mask of where they are kept."""

@@ -109,12 +109,14 @@ def check_square(x: Tensor) -> None:
         raise InputError(f"images of {tuple(x.shape[-2:])} pixels; attacks take square ones: crop them")
 
 
-def steps_averaged_by(momentum: float) -> float:
-    """How many gradients a plain mean needs to be as steady as their sum with weights momentum^k, k = 0, 1, ...
+def steps_averaged_by(momentum: float, steps: int) -> float:
+    """How many gradients a plain mean needs to be as steady as the sum of so many steps' with weights momentum^k.
 
-    The sum has a signal of 1 / (1 - momentum) and a variance of 1 / (1 - momentum^2).
+    The weights' sum is the signal, and the sum of their squares the variance. After many steps it is
+    (1 + momentum) / (1 - momentum).
     """
-    return (1 + momentum) / (1 - momentum)
+    weights = [momentum**k for k in range(steps)]
+    return sum(weights) ** 2 / sum(w**2 for w in weights)
 
 
 def within(callback: Callback, i: int, n: int) -> Callback:

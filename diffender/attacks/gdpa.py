@@ -195,7 +195,7 @@ class GDPA(GradientAttack):
 
     @property
     def averaged_steps(self) -> float:
-        return steps_averaged_by(MODES[self.mode][0])
+        return steps_averaged_by(MODES[self.mode][0], self.iters)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2): direct mode starts from it, and in the others it competes in the end."""

@@ -16,6 +16,7 @@ from diffender.restore import composite
 from diffender.utils.errors import InputError
 
 AT_ONCE = 4  # pairs of a row, before it is asked whether the row can still agree
+ROUNDING = 1e-3  # of logits, at most
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,23 @@ class PatchCleanser:
                 mask[:, top : top + side, left : left + side] = 1
         return masks
 
+    def logits(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """Those of one image (3, S, S) under pairs of windows, (len(pairs), K)."""
+        parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
+        return torch.cat([self.classifier(self.cover(x, part)) for part in parts])
+
     def predict(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> list[int]:
         """The classes of one image (3, S, S) under pairs of windows."""
-        parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
-        return [label for part in parts for label in self.classifier(self.cover(x, part)).argmax(dim=1).tolist()]
+        return self.logits(x, pairs).argmax(dim=1).tolist()
+
+    def surely(self, x: Tensor, pairs: Sequence[tuple[int, int]], label: int) -> list[bool]:
+        """Whether the label leads, under each pair of windows, by more than the rounding of another batch."""
+        values, labels = self.logits(x, pairs).topk(2)
+        return (labels[:, 0].eq(label) & (values[:, 0] - values[:, 1] > ROUNDING)).tolist()
 
     def singles(self, x: Tensor) -> list[int]:
         """The classes under each window alone: the first round."""
         return self.predict(x, [(i, i) for i in range(len(self.windows(x.shape[-1])))])
-
-    def row(self, x: Tensor, i: int) -> list[int]:
-        """The classes under window i together with each of the others."""
-        return self.predict(x, [(i, j) for j in range(len(self.windows(x.shape[-1])))])
 
     def __call__(self, x: Tensor) -> int:
         """The class of one image (3, S, S): the one all single windows agree on, else one that a second round confirms,
@@ -110,19 +116,19 @@ class PatchCleanser:
     def certified(self, x: Tensor, label: int, patch: Tensor) -> bool:
         """Whether no pixels in a place (1, S, S) in {0, 1} can change the answer from the true label.
 
-        It is so where a window hides the whole place and every pair with that window gives the label: the attacker's
-        pixels are in none of these pairs, and each other row shares a pair with this one, so none agrees on another
-        class.
+        It is so where a window hides the whole place and every pair with that window gives the label, beyond rounding:
+        the attacker's pixels are in none of these pairs, and each other row shares a pair with this one, so none agrees
+        on another class.
         """
-        places = ((i, self.hidden(x, [(i, i)])[0]) for i in range(len(self.windows(x.shape[-1]))))
-        hiding = [i for i, hidden in places if (patch <= hidden).all()]
-        return any(set(self.row(x, i)) == {label} for i in hiding)
+        every = range(len(self.windows(x.shape[-1])))
+        hiding = [i for i in every if (patch <= self.hidden(x, [(i, i)])[0]).all()]
+        return any(all(self.surely(x, [(i, j) for j in every], label)) for i in hiding)
 
     def right_rows(self, x: Tensor, label: int) -> list[bool]:
-        """Of each window, whether all pairs with it give the label."""
+        """Of each window, whether all pairs with it give the label, beyond rounding."""
         n = len(self.windows(x.shape[-1]))
         pairs = list(combinations_with_replacement(range(n), 2))
-        wrong = {i for pair, seen in zip(pairs, self.predict(x, pairs), strict=True) if seen != label for i in pair}
+        wrong = {i for pair, sure in zip(pairs, self.surely(x, pairs, label), strict=True) if not sure for i in pair}
         return [i not in wrong for i in range(n)]
 
     def certified_places(self, x: Tensor, label: int) -> float:
