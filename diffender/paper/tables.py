@@ -47,8 +47,7 @@ NAMES = {
     "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
     "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
     "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
-    "jedi-own": "Jedi, its entropies estimated at this size", "windows": "PatchCleanser's windows (Xiang et al., 2022)",
-    "hardened": "DIFFender, hardened",
+    "jedi-own": "Jedi, with entropies of this size", "hardened": "DIFFender, hardened",
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
@@ -63,11 +62,10 @@ TUNING = {  # of Table 2, by preset
 VARIANTS: dict[str, dict] = {
     "diffender": {}, "hardened": {"defense": "hardened"}, "NR": {"restore": False}, "EP": {"prompt": "empty"},
     "MP": {"prompt": "manual"}, "jedi-own": {"defense": "jedi:stats=own", "grad": None},
-    "windows": {"defense": "hardened:otherwise=majority", "evasion": 0.0},  # they hold no map to hide from
 }  # fmt: skip
 BASELINES = ("jpeg", "smoothing", "dw", "lgs", "fnc")
 ROWS = {  # of each table
-    1: ("resize", "vae", *BASELINES, "diffpure", "jedi", "jedi-own", "windows", "hardened", "diffender"),
+    1: ("resize", "vae", *BASELINES, "diffpure", "jedi", "jedi-own", "hardened", "diffender"),
     2: ("without mask", "without feature", "without l1", "diffender"),
     3: ("NR", "diffender"),
     4: ("EP", "MP", "diffender"),
