@@ -47,7 +47,7 @@ NAMES = {
     "true harmonic": "control: true mask, harmonic", "true diffusion": "control: true mask, our model",
     "random grey": "control: random mask, grey", "random mean": "control: random mask, mean colour",
     "random harmonic": "control: random mask, harmonic", "random diffusion": "control: random mask, our model",
-    "jedi-own": "Jedi, with entropies of this size", "hardened": "DIFFender, hardened",
+    "jedi-own": "Jedi, statistics of this size", "hardened": "DIFFender, hardened",
     "diffender": "DIFFender", "NR": "DIFFender (NR)", "EP": "DIFFender (EP)", "MP": "DIFFender (MP)",
     "without mask": "without L_CE", "without l1": "without L_1", "without feature": "without d",
 }  # fmt: skip
