@@ -411,6 +411,22 @@ def test_shapes_corners_and_restarts_are_those_asked_for(batch):
     assert not torch.equal(plain.first_pixels(task, SIZE, ""), plain.first_pixels(task, SIZE, " 1"))
 
 
+def test_a_patch_of_few_values_has_no_others_and_hurts(batch):
+    """And its steps are not lost in the rounding: going on from its state, it is the same attack."""
+    task = Task(Linear(), *batch, IDS, 0)
+    few, free = (ATTACKS["advp"](area=0.2, iters=20, eot=1, levels=n) for n in (2, 256))
+    out = few(task)
+    inside = out.mask.expand_as(out.image) == 1
+    assert set(out.image[inside].tolist()) == {0.0, 1.0}
+    assert torch.equal(out.image[~inside], to_8bit(task.x)[~inside])
+    start = few.first_pixels(task, SIZE, "")
+    begun = apply_patch(task.x, few.rounded(start) * out.mask, out.mask)
+    assert (margin(task.victim(out.image), task.y) < margin(task.victim(begun), task.y)).all()
+    again = few(task, init=out.state)
+    assert (margin(task.victim(again.image), task.y) <= margin(task.victim(out.image), task.y)).all()
+    assert torch.equal(free.rounded(start), to_8bit(start))
+
+
 def test_a_course_remembers_the_best_state_of_each_image():
     course, none = Course(), torch.zeros(2)
     for state, score in ((1.0, [1.0, 5.0]), (2.0, [3.0, 2.0]), (3.0, [2.0, 4.0])):

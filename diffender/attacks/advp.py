@@ -41,6 +41,7 @@ class AdvP(GradientAttack):
         "fixed", "eot: a new place for each EOT sample and for the verdict.", choices=("fixed", "corner", "eot")
     )
     targeted: bool = False  # cross-entropy to a random class instead of the margin
+    levels: int = option(256, "Values of each channel of the patch, steps going straight through.", low=2, high=256)
     lr: float = option(0.05, "Step size in units of the pixel range; halved at 1/2 and 3/4 of the steps.", low=0)
     momentum: float = option(0.9, "Share of the last step's direction that stays.", low=0, high=0.999)
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
@@ -85,26 +86,30 @@ class AdvP(GradientAttack):
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
             lr = self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
-            patch = (patch - lr * velocity.sign()).clamp(0, 1)
+            patch = (patch - lr * velocity.sign()).clamp(0, 1)  # free, however few values are shown of it
             callback((step + 1) / self.iters)
 
         states = torch.stack([*candidates, *course.best, patch])
         purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
-        shown = [self.shown(x, task, to_8bit(p), home, purpose + key) for p in states]
+        shown = [self.shown(x, task, self.rounded(p), home, purpose + key) for p in states]
         scores = [judge(task, one, purpose + key, self.eot, self.eot_batch, least) for one in shown]
         chosen = torch.stack(scores).argmax(dim=0)
         patch = to_8bit(states[chosen, torch.arange(len(x), device=x.device)])
         mask = self.place(task, "verdict", 0, home)
         judged = judgements(task, self.eot, least, moving=self.location == "eot")
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
-        image = apply_patch(to_8bit(x), self.carried(patch, home, mask), mask)
+        image = apply_patch(to_8bit(x), self.carried(self.rounded(patch), home, mask), mask)
         return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""
         kept = [a.state.split((3, 1), dim=1) for a in attempts]
-        shown = [self.shown(to_8bit(task.x), task, patch, home, "restarts") for patch, home in kept]
+        shown = [self.shown(to_8bit(task.x), task, self.rounded(patch), home, "restarts") for patch, home in kept]
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
+
+    def rounded(self, patch: Tensor) -> Tensor:
+        """The patch in as many values as it may have."""
+        return (patch * (self.levels - 1)).round() / (self.levels - 1)
 
     def shown(self, x: Tensor, task: Task, patch: Tensor, home: Tensor, purpose: str) -> Shown:
         """x with the patch where it is kept, or, if it may lie anywhere, at another place in each pass."""
@@ -131,10 +136,11 @@ class AdvP(GradientAttack):
     def draw(self, task: Task, patch: Tensor, home: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
         purpose = f"attack {0 if self.fixed_noise else step}{key}"
+        seen = patch if self.levels == 256 else self.rounded(patch)  # 8 bits are fine enough to forget while it moves
 
         def sample(k: int):  # noqa: ANN202
             mask = self.place(task, purpose, k, home)
-            return apply_patch(task.x, self.carried(patch, home, mask), mask), mask, task.noise(purpose, k)
+            return apply_patch(task.x, self.carried(seen, home, mask), mask), mask, task.noise(purpose, k)
 
         return sample
 

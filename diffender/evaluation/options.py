@@ -80,6 +80,12 @@ class PatchOptions:
     targeted: bool | None = option(
         None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
     )
+    levels: int | None = option(
+        None,
+        "Values of each channel of the patch of advp and lavan (default: 256). 2: eight colours, too few for jedi.",
+        low=2,
+        high=256,
+    )
     gdpa_mode: str | None = option(
         None, "Mode of gdpa (default: direct).", choices=("direct", "generator", "amortised")
     )
