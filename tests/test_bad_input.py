@@ -169,7 +169,7 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --max-memory 6 --micro-batch 4", "--max-memory sets --micro-batch and keeps no activations"),
     ("evaluate --max-memory 6 --keep", "--max-memory sets --micro-batch and keeps no activations"),
     ("evaluate --ste sigmoid", "--ste is read by --grad bpda-mask, surrogate, full, full+loc alone"),
-    ("evaluate --tuning-data samples2", "--tuning-data is read by --table 1 and 2 alone"),
+    ("evaluate --tuning-data samples2", "--tuning-data is read by --table 2 alone"),
     (
         "evaluate --attack gdpa --gdpa-mode amortised --generator {bad}/other.safetensors --trust full",
         "--gdpa-mode amortised has a generator for one size",

@@ -86,7 +86,7 @@ class AdvP(GradientAttack):
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
             lr = self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
-            patch = (patch - lr * velocity.sign()).clamp(0, 1)  # free, however few values are shown of it
+            patch = (patch - lr * velocity.sign()).clamp(0, 1)
             callback((step + 1) / self.iters)
 
         states = torch.stack([*candidates, *course.best, patch])
@@ -108,7 +108,7 @@ class AdvP(GradientAttack):
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
 
     def rounded(self, patch: Tensor) -> Tensor:
-        """The patch in as many values as it may have."""
+        """The patch in as many values as it may have; the one that the steps move keeps all of them."""
         return (patch * (self.levels - 1)).round() / (self.levels - 1)
 
     def shown(self, x: Tensor, task: Task, patch: Tensor, home: Tensor, purpose: str) -> Shown:

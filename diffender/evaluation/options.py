@@ -308,7 +308,7 @@ def refuse_unread(opts: Options) -> None:
         "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": (opts.folds > 1, "--table 6", opts.table == 6),
         "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
-        "tuning_data": (opts.tuning_data != "samples", "--table 1 and 2", opts.table in (1, 2)),
+        "tuning_data": (opts.tuning_data != "samples", "--table 2", opts.table == 2),
         "fold": (opts.target.fold, "a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
         "attack": (opts.attack != Options.attack, alone, single),
         "trust": (opts.trust != Options.trust, alone, single),
