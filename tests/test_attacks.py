@@ -425,6 +425,8 @@ def test_a_patch_of_few_values_has_no_others_and_hurts(batch):
     again = few(task, init=out.state)
     assert (margin(task.victim(again.image), task.y) <= margin(task.victim(out.image), task.y)).all()
     assert torch.equal(free.rounded(start), to_8bit(start))
+    three = replace(few, levels=3).rounded(start)
+    assert len(three.unique()) == 3 and torch.equal(three, to_8bit(three)), "a file holds them as they were judged"
 
 
 def test_a_course_remembers_the_best_state_of_each_image():

@@ -400,9 +400,7 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
         return code, error
 
     fast = ["--draws", "1", "--steps", "1", "--verdicts", "1", "--curves", "off", "--quiet", "--no-keep"]
-    code, error = run(
-        *common, *weights, *fast, "--attack", "none", "--trust", "off", "--curves", "off", "--name", "own"
-    )
+    code, error = run(*common, *weights, *fast, "--attack", "none", "--trust", "off", "--name", "own")
     assert code == 0, error
     results = json.loads((tmp_path / "runs/own/results.json").read_text("utf-8"))
     assert results["names"] == ["cats", "dogs"]

@@ -108,8 +108,9 @@ class AdvP(GradientAttack):
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
 
     def rounded(self, patch: Tensor) -> Tensor:
-        """The patch in as many values as it may have; the one that the steps move keeps all of them."""
-        return (patch * (self.levels - 1)).round() / (self.levels - 1)
+        """The patch in as many values as it may have, all of an 8-bit file; the one that the steps move is free."""
+        steps = self.levels - 1
+        return to_8bit((patch * steps).round() / steps)
 
     def shown(self, x: Tensor, task: Task, patch: Tensor, home: Tensor, purpose: str) -> Shown:
         """x with the patch where it is kept, or, if it may lie anywhere, at another place in each pass."""
