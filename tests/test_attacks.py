@@ -429,6 +429,16 @@ def test_a_patch_of_few_values_has_no_others_and_hurts(batch):
     assert len(three.unique()) == 3 and torch.equal(three, to_8bit(three)), "a file holds them as they were judged"
 
 
+def test_what_is_saved_was_judged(batch, monkeypatch):
+    """With 64 values, rounding to 8 bits first would often end at another value than rounding once."""
+    shown = []
+    monkeypatch.setattr(advp, "judge", lambda task, image, *_: shown.append(image) or torch.arange(2.0))
+    task = Task(Linear(), batch[0][:2], batch[1][:2], IDS[:2], 0)
+    out = ATTACKS["advp"](area=0.2, iters=3, eot=1, levels=64)(task)
+    inside = out.mask.expand_as(out.image) == 1
+    assert any(torch.equal(out.image[inside], image[inside]) for image in shown)
+
+
 def test_a_course_remembers_the_best_state_of_each_image():
     course, none = Course(), torch.zeros(2)
     for state, score in ((1.0, [1.0, 5.0]), (2.0, [3.0, 2.0]), (3.0, [2.0, 4.0])):

@@ -89,12 +89,12 @@ class AdvP(GradientAttack):
             patch = (patch - lr * velocity.sign()).clamp(0, 1)
             callback((step + 1) / self.iters)
 
-        states = torch.stack([*candidates, *course.best, patch])
+        states = to_8bit(torch.stack([*candidates, *course.best, patch]))
         purpose, least = ("attack 0", 1) if self.fixed_noise else ("choice", 3)
         shown = [self.shown(x, task, self.rounded(p), home, purpose + key) for p in states]
         scores = [judge(task, one, purpose + key, self.eot, self.eot_batch, least) for one in shown]
         chosen = torch.stack(scores).argmax(dim=0)
-        patch = to_8bit(states[chosen, torch.arange(len(x), device=x.device)])
+        patch = states[chosen, torch.arange(len(x), device=x.device)]
         mask = self.place(task, "verdict", 0, home)
         judged = judgements(task, self.eot, least, moving=self.location == "eot")
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
