@@ -594,6 +594,32 @@ def test_hardened_believes_windows_first(target, photos):
     assert all(torch.equal(a, b) for a, b in zip(undecided(photos[:2], noise), plain, strict=True))
 
 
+class NearTie(Bright):
+    """Class 0 always; hardly, while the pixel at the lower right is bright."""
+
+    def forward(self, x):
+        lead = torch.where(x[:, 0, 215, 215] > 0.9, 5e-4, 1.0)
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
+
+
+def test_the_answer_is_given_by_an_image_that_is_no_near_tie(target):
+    """All windows agree, but only the last covers the pixel that brings the other class close."""
+    toy = Hardened(target.defense, PatchCleanser(NearTie(), 0.05, masks=2))
+    x = torch.full((2, 3, 224, 224), 0.5)
+    x[1, :, 215, 215] = 1
+    noise = toy.sample_noise(["a", "b"], 0, "test")
+    assert torch.equal(toy(x, noise).mask, toy.cleanser.hidden(x[0], [(), (3, 3)]))
+
+
+def test_windows_before_a_changed_map_are_refused(target):
+    class Mine(DIFFender):
+        pass
+
+    mine = Mine(target.defense.model, target.defense.contexts)
+    with pytest.raises(InputError, match="plain is a Mine, whose own methods would be lost; subclass Hardened"):
+        Hardened(mine, PatchCleanser(target.classifier, 0.05))
+
+
 def test_hardened_covers_and_certifies_the_place_of_the_patch(target):
     """The window that hides the patch is the mask; certificates are each image's own."""
     toy = Hardened(target.defense, PatchCleanser(Bright(), 0.05, masks=2))

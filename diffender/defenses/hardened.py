@@ -25,12 +25,14 @@ class Hardened(DIFFender):
     Where the windows agree on a class the image is returned so that the classifier reads that class: as it is, or
     under the window whose row agrees. Elsewhere it is what DIFFender makes of it. With `otherwise` = majority the
     classifier reads the class that most windows give there: that is PatchCleanser alone. The map is DIFFender's in all
-    cases. Raises InputError for another `otherwise`.
+    cases. Raises InputError for another `otherwise`, and for a subclass of DIFFender, whose changes it would not use.
     """
 
     def __init__(self, plain: DIFFender, cleanser: PatchCleanser, otherwise: str = "diffender"):
         if otherwise not in ("diffender", "majority"):
             raise InputError(f"otherwise is {otherwise!r}; where no windows agree answers diffender, or the majority")
+        if type(plain) is not DIFFender:
+            raise InputError(f"plain is a {type(plain).__name__}, whose own methods would be lost; subclass Hardened")
         super().__init__(plain.model, plain.contexts, plain.cfg, plain.size)
         self.cleanser, self.otherwise = cleanser, otherwise
 
@@ -68,8 +70,12 @@ class Hardened(DIFFender):
         if agreed is None:
             return None
         label, i = agreed
-        already = int(self.cleanser.classifier(x[None]).argmax()) == label
-        return torch.zeros_like(x[:1]) if already else self.cleanser.hidden(x, [(i, i)])[0]
+        # The classifier reads it once more, in another batch, where a near tie may end otherwise. If the place of the
+        # patch is certified, there is a window under which it is no near tie.
+        every = range(len(self.cleanser.windows(x.shape[-1])))
+        ways = ((), (i, i), *((k, k) for k in every))  # () covers nothing
+        sure = next((way for way in ways if self.cleanser.surely(x, [way], label)[0]), (i, i))
+        return self.cleanser.hidden(x, [sure])[0]
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
         """Where the map shows nothing, the classifier sees x under one window. The noise decides which."""

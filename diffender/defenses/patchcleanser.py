@@ -46,11 +46,11 @@ class PatchCleanser:
         starts = [*range(0, size - side, stride), size - side]
         return [(top, left, side) for top in starts for left in starts]
 
-    def cover(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """One image (3, S, S) under each pair of windows, (P, 3, S, S); a pair of the same is a single one."""
+    def cover(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
+        """One image (3, S, S) under each pair of windows, (P, 3, S, S); a pair of the same is a single one, () none."""
         return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean is 0 to the network
 
-    def hidden(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    def hidden(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
         """What each pair of windows covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
         windows = self.windows(x.shape[-1])
         masks = x.new_zeros(len(pairs), 1, *x.shape[1:])
@@ -59,7 +59,7 @@ class PatchCleanser:
                 mask[:, top : top + side, left : left + side] = 1
         return masks
 
-    def logits(self, x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    def logits(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
         """Those of one image (3, S, S) under pairs of windows, (len(pairs), K)."""
         parts = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
         return torch.cat([self.classifier(self.cover(x, part)) for part in parts])
@@ -68,7 +68,7 @@ class PatchCleanser:
         """The classes of one image (3, S, S) under pairs of windows."""
         return self.logits(x, pairs).argmax(dim=1).tolist()
 
-    def surely(self, x: Tensor, pairs: Sequence[tuple[int, int]], label: int) -> list[bool]:
+    def surely(self, x: Tensor, pairs: Sequence[tuple[int, ...]], label: int) -> list[bool]:
         """Whether the label leads, under each pair of windows, by more than the rounding of another batch."""
         values, labels = self.logits(x, pairs).topk(2)
         return (labels[:, 0].eq(label) & (values[:, 0] - values[:, 1] > ROUNDING)).tolist()
