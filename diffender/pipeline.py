@@ -98,12 +98,17 @@ class DIFFender(nn.Module):
         noise = sample_noise(shape, (self.cfg.draws, steps), seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
+    def twin(self) -> "DIFFender":
+        """The same defence, with whatever a subclass has changed. Networks are shared; contexts and size may be set."""
+        other = copy(self)
+        other._buffers = self._buffers.copy()
+        return other
+
     def at(self, size: tuple[int, int]) -> "DIFFender":
-        """The same defence, working at another size, with whatever a subclass has changed."""
+        """The same defence, working at another size."""
         if size == self.size:
             return self
-        other = copy(self)  # shares networks and contexts
-        other._buffers = self._buffers.copy()
+        other = self.twin()
         other.work_at(size)
         return other
 

@@ -21,6 +21,7 @@ from diffender.attacks.expectation import Attacked, Task, samples
 from diffender.attacks.patch import margin, masks_for
 from diffender.config import THROUGH_MASK, WITH_PENALTY, Backward
 from diffender.defenses.hardened import Hardened
+from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options
 from diffender.evaluation.verdicts import Plan, by_variant, file_names, load_attacked, strongest_of
 from diffender.noise import Noise
@@ -30,6 +31,10 @@ from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
 SPREAD_DRAWS = 8  # behind the check of their spread
+BELOW = {  # of a gradient, the one that knows a little less; transfer for others
+    "auto": "bpda", "bpda-mask": "bpda", "surrogate": "bpda-mask", "full": "bpda-mask", "full+loc": "full",
+    "bpda": "transfer",
+}  # fmt: skip
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0, 0.55)}  # undefended accuracy
 
 FALLING = ("falling or flat", lambda s: s[-1] <= s[0] + 0.1)
@@ -185,16 +190,24 @@ def masks(bench: Bench) -> Iterator[Check]:
 
 
 def ladder(bench: Bench) -> Iterator[Check]:
-    """Knowing more must not make an attack weaker."""
-    for row in bench.results["rows"]:
-        if "transfer" in row:
-            accuracy, base = row["average"]["accuracy"], row["transfer"]
-            yield Check(
-                f"{row['attack']}, {row['gradient']} against transfer",
-                f"{rounded(accuracy)} and {rounded(base)}",
-                "not higher",
-                accuracy <= base + 1e-9,
-            )
+    """Knowing more must not make an attack weaker, beyond noise: each gradient beside the one below it in the run."""
+    judged = by_variant(bench.records)
+    for variant, found in judged.items():
+        name, kind = variant.split("/")
+        if kind == "transfer":
+            continue
+        below = BELOW.get(kind, "transfer")
+        while f"{name}/{below}" not in judged:
+            below = BELOW[below]
+        pairs = [(found[i], judged[f"{name}/{below}"][i]) for i in found]
+        mine, other = (mean(v.average for v in column) for column in zip(*pairs, strict=True))
+        p = mcnemar([(a.single, b.single) for a, b in pairs])
+        yield Check(
+            f"{name}, {kind} against {below}",
+            f"{rounded(mine)} and {rounded(other)}",
+            "not higher, beyond noise",
+            mine <= other + 1e-9 or p >= 0.05,
+        )
 
 
 def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
@@ -362,9 +375,8 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
     """Patches made against the defence with other prompts, judged on this one."""
     defense, shares = bench.target.defense, {"own": bench.accuracy(bench.attack().image)}
     for prompt in ("empty", "manual"):
-        other = DIFFender(defense.model, contexts_for(prompt, defense.model), defense.cfg)
-        if isinstance(defense, Hardened):
-            other = Hardened(other, defense.cleanser, defense.otherwise)
+        other = defense.twin()
+        other.contexts = contexts_for(prompt, defense.model)
         victim = Defended(other, bench.target.classifier, bench.adaptive[1].backward)
         shares[prompt] = bench.accuracy(bench.attack(victim).image)
     text = ", ".join(f"{name}: {rounded(share)}" for name, share in shares.items())

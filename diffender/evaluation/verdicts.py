@@ -257,7 +257,6 @@ def summarize(records: Sequence[dict]) -> dict:
         if kind not in ("", "transfer"):
             base, found = judged[f"{name}/transfer"], judged[f"{name}/{kind}"]
             rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in found.items()])
-            rows[-1]["transfer"] = mean(v.average for v in base.values())
         if all("certified" in a for mine in made for a in mine):
             rows[-1]["certified"] = proportion([float(all(a["certified"] for a in mine)) for mine in made])
     masked = [r["masked"] for r in records if r["masked"] is not None]
