@@ -218,18 +218,19 @@ def test_knowing_more_is_never_worth_less(tmp_path):
         {"id": str(i), "label": 1, "attacks": {v: {"defended": [seen[i]]} for v, seen in attacks.items()}}
         for i in range(3)
     ]
-    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 1: 1, 2: 1}
-    assert {stage: p["right"] for stage, p in known(records, within=True).items()} == {0: 2, 2: 1}
+    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 1: 1, 4: 1}
+    assert {stage: p["right"] for stage, p in known(records, within=True).items()} == {0: 2, 4: 1}
     twice = [r | {"attacks": {"advp/transfer": {"defended": [1, 2]}}} for r in records]
     assert known(twice)[0]["right"] == 3, "of first purifications"
     for record in records:
         del record["attacks"]["advp/bpda"]
-    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 2: 1}  # no point without its attack
+    assert {stage: p["right"] for stage, p in known(records).items()} == {0: 2, 4: 1}  # no point without its attack
     append_records(tmp_path / "per_image.jsonl", records)
     write_json(tmp_path / "results.json", {"ids": ["0", "1"]})
     assert [r["id"] for r in read_finished(tmp_path)[1]] == ["0", "1"]
-    draw_knowledge({"DIFFender": tmp_path, "JPEG": tmp_path}, tmp_path / "chart.png", ["JPEG"])
-    assert Image.open(tmp_path / "chart.png").size == (880, 440)
+    write_json(tmp_path / "config.json", {"defense": "diffender", "iters": 10, "eot": 1})
+    draw_knowledge([tmp_path, tmp_path], tmp_path / "chart.png")
+    assert Image.open(tmp_path / "chart.png").size == (990, 462)
 
 
 def test_a_table_as_a_page(tmp_path):

@@ -1,55 +1,70 @@
-"""A chart of Table 1: accuracy under attackers who know nothing of a defence, that it is there, or all of it."""
+"""A chart of accuracy over what the attacker knows of the defence, from nothing to all of it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from diffender.evaluation.metrics import proportion
-from diffender.evaluation.records import read_finished
+from diffender.evaluation.options import OURS
+from diffender.evaluation.records import read_config, read_finished, read_records
 from diffender.evaluation.verdicts import by_kind, by_variant, strongest_of
+from diffender.utils.errors import InputError
 from diffender.utils.images import save_figure
 
-STAGES = {  # what the attacker knows, and the gradients that this allows; None: every one that the run has
-    "nothing\n(patch of the classifier)": ("transfer",),
-    "that there is a defence\n(BPDA)": ("transfer", "bpda"),
-    "the defence\n(its strongest gradient)": None,
+STAGES = {  # what the attacker knows, and the gradients that he takes besides those of the stages before
+    "nothing\n(patch of the\nclassifier)": ("transfer",),
+    "that there\nis a defence\n(BPDA)": ("bpda",),
+    "its mask\n(straight\nthrough)": ("bpda-mask",),
+    "all of it\n(exact\ngradient)": ("auto", "surrogate", "full", "full+loc"),
+    "how to hide\nfrom it\n(evade)": ("evade",),
 }
-STYLES = {  # of lines whose titles begin so, by the first that fits; the others have colours
-    "control": {"color": "0.7", "linestyle": ":"},
-    "DIFFender, hardened": {"color": "black", "linestyle": "--", "linewidth": 2.5},
-    "DIFFender": {"color": "black", "linewidth": 2.5},
+WITHIN = ("fnc",)  # defences within the classifier: they change no image, so bpda, too, is their own gradient
+CONTROLS = dict.fromkeys(("resize", "vae"), {"color": "0.7", "linestyle": ":"})
+STYLES = CONTROLS | {  # of lines by their defences; the others have colours
+    "hardened": {"color": "black", "linestyle": "--", "linewidth": 2.5},
+    "diffender": {"color": "black", "linewidth": 2.5},
 }
 
 
 def known(records: Sequence[dict], within: bool = False) -> dict[int, dict]:
     """The share of first purifications that are right at each stage, of each image under its strongest AdvP patch so
-    far; a stage whose gradient the run does not have is left out.
+    far; a stage whose gradients the run does not have is left out.
 
-    `within`: a defence within the classifier, whose bpda is its own gradient and so no stage of its own.
+    `within`: a defence of WITHIN, for which BPDA is no stage of its own.
     """
-    mine, found = by_kind(by_variant(records), "advp"), {}
+    mine, seen, found = by_kind(by_variant(records), "advp"), [], {}
     for stage, kinds in enumerate(STAGES.values()):
-        if kinds is None or (kinds[-1] in mine and not (within and "bpda" in kinds)):
-            seen = [mine[kind] for kind in kinds or mine if kind in mine]
+        new = [mine[kind] for kind in kinds if kind in mine]
+        seen += new
+        if new and not (within and "bpda" in kinds):
             found[stage] = proportion([v.single for v in strongest_of(seen, [r["id"] for r in records])])
     return found
 
 
-def draw_knowledge(runs: dict[str, Path], path: Path, within: Collection[str] = ()) -> None:
-    """One line for each run, by its title, with Wilson's 95 % intervals. `within` are titles of defences that lie
-    within the classifier, as FNC does."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
+    """One line for each run, by its defence, with Wilson's 95 % intervals. A budget that is not the first run's is
+    named. Raises InputError for a run without AdvP."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
-    for i, (title, folder) in enumerate(runs.items()):
-        points = known(read_finished(folder)[1], title in within)
+    budgets = []
+    for i, folder in enumerate(folders):
+        config, done = read_config(folder), (folder / "results.json").is_file()
+        defense = config.get("defense", "")
+        name = defense.partition(":")[0]
+        records = read_finished(folder)[1] if done else [*read_records(folder).values()]
+        points = known(records, name in WITHIN) if all("attacks" in r for r in records) else {}
+        if not points:
+            raise InputError(f"{folder} holds no evaluation under advp; the chart is of that attack alone")
+        budgets.append(f", {config['iters']} steps, EOT {config['eot']}")
+        title = OURS.get(defense, defense) + budgets[i] * (budgets[i] != budgets[0])
         y = [100 * p["accuracy"] for p in points.values()]
         around = [[v - 100 * p["low"] for v, p in zip(y, points.values(), strict=True)]]
         around += [[100 * p["high"] - v for v, p in zip(y, points.values(), strict=True)]]
-        style = next((style for start, style in STYLES.items() if title.startswith(start)), {})
-        x = [stage + 0.02 * (i - len(runs) / 2) for stage in points]  # side by side, where they coincide
-        axis.errorbar(x, y, around, **{"linewidth": 1} | style, marker="o", label=title, capsize=2, elinewidth=0.7)
+        style = {"linewidth": 1} | STYLES.get(name, {}) | ({"linestyle": "-."} if budgets[i] != budgets[0] else {})
+        x = [stage + 0.02 * (i - len(folders) / 2) for stage in points]  # side by side, where they coincide
+        axis.errorbar(x, y, around, **style, marker="o", label=title, capsize=2, elinewidth=0.7)
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
-    axis.set_xticks(range(len(STAGES)), list(STAGES))
+    axis.set_xticks(range(len(STAGES)), list(STAGES), fontsize=8)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)

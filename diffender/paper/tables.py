@@ -28,7 +28,7 @@ from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import model_hashes, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
-from diffender.paper.knowledge import draw_knowledge
+from diffender.paper.knowledge import WITHIN, draw_knowledge
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
@@ -72,7 +72,6 @@ ROWS = {  # of each table
     5: ("diffender",),
     6: (*BASELINES, "jedi", "EP", "MP", "diffender"),
 }
-WITHIN = ("fnc",)  # defences within the classifier: they change no image, so bpda, too, is their own gradient
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
@@ -165,8 +164,7 @@ def run_table(number: int, opts: Options) -> str:
     write_text(folder / "table.csv", csv_table(lines))
     write_text(folder / "table.tex", latex_table(number, lines))
     if number == 1:
-        usual = {NAMES[line.key]: line.run for line in every if line.run and not line.reading}
-        draw_knowledge(usual, folder / "knowledge.png", [NAMES[key] for key in WITHIN])
+        draw_knowledge([line.run for line in every if line.run and not line.reading], folder / "knowledge.png")
     runs = {f"{line.classifier}, {NAMES[line.key]} ({line.run.name})": line.run for line in every if line.run}
     write_text(folder / "report.html", table_page(f"Table {number} of the paper", text, runs, folder))
     return text

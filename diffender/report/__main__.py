@@ -3,6 +3,7 @@
     python -m diffender report README.md docs/*.md            # put the tables of results/ into documents, anew
     python -m diffender report compare runs/A runs/B          # two runs, image by image
     python -m diffender report page runs/NAME                 # write report.html there anew
+    python -m diffender report chart FILE.png runs/A runs/B   # accuracy over what the attacker knows, a line each
 
 A document takes a table between the marks <!-- results/NAME --> and <!-- end -->.
 """
@@ -87,17 +88,32 @@ def compare(a: Path, b: Path) -> str:
     return f"{table(head, rows)}\n`{command()}`: {said}{note}\n"
 
 
+def check_runs(folders: Sequence[str]) -> None:
+    """Raises InputError unless each is the folder of a run."""
+    missing = [folder for folder in folders if not (Path(folder) / "config.json").is_file()]
+    if missing:
+        raise InputError(f"there is no run in {missing[0]}; give folders that evaluate.py wrote")
+
+
 def main() -> None:
     what, *rest = sys.argv[1:] or [""]
     if what in ("", "-h", "--help"):
         print(__doc__)
         return
     if what == "compare":
-        missing = [folder for folder in rest if not (Path(folder) / "config.json").is_file()]
-        if len(rest) != 2 or missing:
-            why = f"there is no run in {missing[0]}" if missing else f"compare: {len(rest)} given"
-            raise InputError(f"{why}; give two folders that evaluate.py wrote")
+        check_runs(rest)
+        if len(rest) != 2:
+            raise InputError(f"compare: {len(rest)} given; give two folders that evaluate.py wrote")
         print(compare(*map(Path, rest)), end="")
+        return
+    if what == "chart":
+        from diffender.paper.knowledge import draw_knowledge
+
+        picture, *runs = rest or [""]
+        check_runs(runs)
+        if not runs or Path(picture).suffix != ".png":
+            raise InputError(f"chart: {' '.join(rest) or 'nothing'} given; give a file, as chart.png, and runs")
+        draw_knowledge([*map(Path, runs)], Path(picture))
         return
     if what == "page":
         from diffender.report.folder import write_report
@@ -110,7 +126,7 @@ def main() -> None:
         return
     for path in map(Path, sys.argv[1:]):
         if not path.is_file():
-            raise InputError(f"no document {path}; give Markdown files, compare and two runs, or page and runs")
+            raise InputError(f"no document {path}; give Markdown files, or compare, page or chart")
         try:
             document = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
