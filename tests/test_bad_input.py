@@ -382,7 +382,7 @@ FILES = [
     ("defend {bad}/nothing", "no images in"),
     ("report compare", "compare: 0 given; give two folders that evaluate.py wrote"),
     ("report compare {bad}/run", "compare: 1 given; give two folders that evaluate.py wrote"),
-    ("report compare {bad}/nothing {bad}/nothing", "give two folders that evaluate.py wrote"),
+    ("report compare {bad}/nothing {bad}/nothing", "nothing; give folders that evaluate.py wrote"),
     ("report compare {bad}/damaged {bad}/damaged", "per_image.jsonl, line 2 is damaged"),
     ("report compare {bad}/unnamed {bad}/unnamed", "per_image.jsonl, line 1 is damaged"),
     ("report compare {bad}/certified {bad}/certified", "certified holds no evaluation; compare two folders that"),

@@ -28,7 +28,6 @@ from diffender.paper.ablate import Options as AblationOptions
 from diffender.paper.ablation import Setting, beside_base, measure, show
 from diffender.paper.controls import FILLED, controls, elsewhere, look, seen
 from diffender.paper.figures import DRAWN
-from diffender.paper.knowledge import draw_knowledge, known
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.paper.tables import (
@@ -48,6 +47,7 @@ from diffender.paper.tables import (
     undefended,
 )
 from diffender.pipeline import Defended, DIFFender, Localized, Purified
+from diffender.report.chart import draw_knowledge, known
 from diffender.report.page import table_page
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError

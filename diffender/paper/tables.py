@@ -28,8 +28,8 @@ from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import model_hashes, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
-from diffender.paper.knowledge import WITHIN, draw_knowledge
 from diffender.paper.quoted import COLUMNS, QUOTED
+from diffender.report.chart import WITHIN, draw_knowledge
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest

@@ -107,7 +107,7 @@ def main() -> None:
         print(compare(*map(Path, rest)), end="")
         return
     if what == "chart":
-        from diffender.paper.knowledge import draw_knowledge
+        from diffender.report.chart import draw_knowledge
 
         picture, *runs = rest or [""]
         check_runs(runs)

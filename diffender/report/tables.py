@@ -22,28 +22,25 @@ def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         "p",
         *(["certified"] if proven else []),
     )
-    rows = []
-    for r in results["rows"]:
-        p = f"{r['mcnemar']:.2g}" if "mcnemar" in r else ""
-        rows.append(
-            (
-                r["attack"],
-                r["gradient"],
-                counted(r["undefended"]),
-                counted(r["single"]),
-                *(bounded(r[column]) for column in ("average", "worst", "majority")),
-                p,
-                *([bounded(r["certified"]) if "certified" in r else ""] if proven else []),
-            )
+    rows = [
+        (
+            r["attack"],
+            r["gradient"],
+            counted(r["undefended"]),
+            counted(r["single"]),
+            *(bounded(r[column]) for column in ("average", "worst", "majority")),
+            f"{r['mcnemar']:.2g}" if "mcnemar" in r else "",
+            *([bounded(r["certified"]) if "certified" in r else ""] if proven else []),
         )
+        for r in results["rows"]
+    ]
     return head, rows
 
 
 def markdown(results: dict) -> str:
     """The tables of a run: accuracy, masks, checks, and how it came about."""
     head, rows = accuracies(results)
-    if results["masks"]:
-        rows = [tuple(f"**{c}**" if c else "" for c in r) if r[0].startswith("strongest") else r for r in rows]
+    rows = [tuple(f"**{c}**" if c else "" for c in r) if r[0].startswith("strongest") else r for r in rows]
     parts = [table(head, rows)]
     if results["masks"]:
         scores = {"recall": "recall", "precision": "precision", "iou": "IoU", "auc": "AUC of the map"}
