@@ -91,8 +91,7 @@ def main() -> None:
             f"--adaptive {opts.tuning.adaptive} with --rounds {opts.tuning.rounds}: no round would be compared; give "
             "at most as many, or --held-out 0"
         )
-    changed = opts.adaptive_iters != Options.adaptive_iters
-    check_read({"adaptive_iters": (changed, "--adaptive", opts.tuning.adaptive)})
+    check_read(opts, {"adaptive_iters": ("--adaptive", opts.tuning.adaptive)})
     if opts.tuning.printed_eq4 and opts.tuning.without == "mask":
         raise InputError("--printed-eq4 and --without mask: there is no Eq. 4 then; leave one of them out")
     # Imported after the options are known to be good: torch and timm take seconds.
@@ -152,10 +151,10 @@ def join(opts: Options) -> tuple[int, int]:
     from diffender.evaluation.workers import start
 
     rank, workers = start()
-    smallest = opts.shots % opts.tuning.batch_size or opts.tuning.batch_size  # batch
-    if workers > smallest:
+    smallest_batch = opts.shots % opts.tuning.batch_size or opts.tuning.batch_size
+    if workers > smallest_batch:
         raise InputError(
-            f"{workers} processes share a batch of {smallest}: start at most {smallest}, or change --shots"
+            f"{workers} processes share a batch of {smallest_batch}: start at most {smallest_batch}, or change --shots"
         )
     return rank, workers
 
@@ -194,7 +193,8 @@ def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
 
 
 def photographs(opts: Options, classifier: Classifier) -> Batch:
-    """Those to tune on and those to choose by. Raises InputError where there are too few, or no layers for Eq. 6."""
+    """The photographs to tune on, and those by which the best round is chosen. Raises InputError where there are too
+    few, or no layers for Eq. 6."""
     from diffender.classifiers.dataset import correct_subset, list_items
 
     if not classifier.cfg.taps:

@@ -240,7 +240,7 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
         found |= {"otherwise": victim.defense.otherwise}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
-    hashes = {what: digest(found) for what, found in tensors.items()}
+    hashes = {what: digest(group) for what, group in tensors.items()}
     return found | {
         "torch": torch.__version__,
         "sha256": hashes | {"code": code_digest(victim, *attacks(opts).values())},

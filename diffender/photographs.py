@@ -226,14 +226,9 @@ def readable(path: Path) -> bool:
 
 def refuse_unread(opts: Options) -> None:
     """Raises InputError for a flag that nothing in this command reads."""
-    tuned, looked = opts.defense.prompt_kind == "tuned", opts.classifier != "none"
-    check_read(
-        {
-            "prompts": (opts.defense.prompts is not None, "--prompt tuned", tuned),
-            "classifier_weights": (opts.classifier_weights is not None, "--classifier", looked),
-            "classes": (opts.classes is not None, "--classifier", looked),
-        }
-    )
+    tuned = ("--prompt tuned", opts.defense.prompt_kind == "tuned")
+    looked = ("--classifier", opts.classifier != "none")
+    check_read(opts, {"prompts": tuned, "classifier_weights": looked, "classes": looked})
 
 
 def resolved(opts: Options) -> dict:

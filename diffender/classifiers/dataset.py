@@ -211,7 +211,8 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
 
 def open_image(path: Path, upright: bool = False) -> Image.Image:
-    """In RGB; of an animation, the first frame; turned `upright` where the camera says how. Raises InputError for a
+    """A file's image in RGB: of an animation the first frame; turned `upright` where the camera says how. Raises
+    InputError for a
     file that is missing, no image, one of 32 bits, or one of more than 179 million pixels, Pillow's limit."""
     try:
         with warnings.catch_warnings():
@@ -284,26 +285,22 @@ def correct_subset(
     none is left.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
-    ids: list[str] = []
-    images, labels, hashes, excluded = [], [], [], 0
-    for i in order:
-        if len(ids) == count:
+    right: list[tuple[str, Tensor, int, str]] = []
+    excluded = 0
+    for item in (items[i] for i in order):
+        if len(right) == count:
             break
-        item = items[i]
-        x = load_image(item.path, classifier.cfg)
-        digest = digest_of(item.path)
+        x, digest = load_image(item.path, classifier.cfg), digest_of(item.path)
         if digest in exclude:
             excluded += 1
         elif classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
-            ids.append(item.id)
-            images.append(x)
-            labels.append(item.label)
-            hashes.append(digest)
-    if not ids and excluded == len(items):
+            right.append((item.id, x, item.label, digest))
+    if not right and excluded == len(items):
         raise InputError(f"the prompts were tuned on all {excluded} of these images; give other --data, or --prompts")
-    if not ids:
+    if not right:
         raise InputError(
             f"{classifier.cfg.tag} gets none of these images right ({len(items)}, without {excluded} that prompts were "
             "tuned on); check the labels and the classifier's weights"
         )
-    return Batch(ids, torch.stack(images), torch.tensor(labels), hashes)
+    ids, images, labels, hashes = zip(*right, strict=True)
+    return Batch(list(ids), torch.stack(images), torch.tensor(labels), list(hashes))

@@ -203,6 +203,8 @@ def refuse_conflicts(opts: Options) -> None:
         raise InputError(f"--name is {told}; it is a folder within runs/: give a name of 1 to 255 bytes")
     if opts.patch.gdpa_mode == "amortised" and (opts.curves == "all" or opts.trust == "full"):
         raise InputError("--gdpa-mode amortised has a generator for one size: leave out --curves all and --trust full")
+    if opts.curves == "theta" and opts.defense != "diffender":
+        raise InputError("--curves theta is read by --defense diffender alone: add that, or leave it out")
     if opts.dry_run and (opts.table or opts.figure):
         raise InputError("--dry-run is for a single run; tables and figures say their cost when they start")
     if (opts.table or opts.figure) and opts.defense != "diffender":
@@ -280,9 +282,8 @@ def refuse_unread(opts: Options) -> None:
     from diffender.attacks import ATTACKS, PAPER_ATTACKS
     from diffender.faces.identification import RECOGNIZERS
 
-    filled, defense = with_preset(opts), opts.target.defense
-    ours, number, alone = is_ours(filled), opts.table, "runs without --table and --figure"
-    single = opts.table is None and opts.figure is None
+    filled, defense, number = with_preset(opts), opts.target.defense, opts.table
+    ours, single = is_ours(filled), opts.table is None and opts.figure is None
     fixed = FIXED.get(f"figure {opts.figure}" if opts.figure else f"table {number}", ())
     chosen, runs = tuple(attacks(filled)), f"--attack is {opts.attack}"
     if not single:  # tables and Figure 8 share runs, which are named by all settings: they take flags of one another
@@ -292,51 +293,37 @@ def refuse_unread(opts: Options) -> None:
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
     for flag, value in own.items():
-        readers = [n for n, cls in ATTACKS.items() if flag.removesuffix("_undefended") in cls.reads()]
-        if value is not None and not set(readers) & set(chosen):
-            raise InputError(f"{flagged(flag)} {value} is read by {', '.join(readers)}, and {runs}: leave it out")
+        takers = [n for n, cls in ATTACKS.items() if flag.removesuffix("_undefended") in cls.reads()]
+        if value is not None and not set(takers) & set(chosen):
+            raise InputError(f"{flagged(flag)} {value} is read by {', '.join(takers)}, and {runs}: leave it out")
     differentiated = any(ATTACKS[name].access == "gradient" for name in chosen)
     through = set(kinds(filled)) if differentiated and "grad" not in fixed else set()
-    hiding = set(WITH_PENALTY) & through
-    conditions = {  # flag: whether it is given, what reads it, whether that is there
-        "grad": (opts.grad not in (None, "auto"), "attacks with gradients, as advp", differentiated or not chosen),
-        "ste": (opts.ste != "identity", f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),
-        "ste_k": (opts.backward.ste_k != EXACT.ste_k, "--ste sigmoid", opts.ste == "sigmoid"),
-        "evasion": (opts.backward.evasion != EXACT.evasion, "--grad full+loc and evade", hiding),
-        "hide": (opts.backward.hide != EXACT.hide, "--grad full+loc and evade", hiding),
-        "decoy": (opts.backward.decoy != EXACT.decoy, "--grad full+loc and evade", hiding),
-        "generator": (opts.patch.generator, "--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
-        "folds": (opts.folds > 1, "--table 6", opts.table == 6),
-        "rows": (opts.rows, "--table 1 to 6", opts.table not in (None, 7)),
-        "tuning_data": (opts.tuning_data != "samples", "--table 2", opts.table == 2),
-        "fold": (opts.target.fold, "a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
-        "attack": (opts.attack != Options.attack, alone, single),
-        "trust": (opts.trust != Options.trust, alone, single),
-        "curves": (opts.curves, alone, single),
-        "curves theta": (opts.curves == "theta", "--defense diffender", opts.defense == "diffender"),
-        "classifier": (opts.target.classifier != TargetOptions.classifier, "tables other than 5", number != 5),
+    readers = {  # flag: what reads it, and whether that is there
+        "grad": ("attacks with gradients, as advp", differentiated or not chosen or opts.grad == "auto"),
+        "ste": (f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),
+        "ste_k": ("--ste sigmoid", opts.ste == "sigmoid"),
+        **dict.fromkeys(("evasion", "hide", "decoy"), ("--grad full+loc and evade", set(WITH_PENALTY) & through)),
+        "generator": ("--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
+        "folds": ("--table 6", number == 6),
+        "rows": ("--table 1 to 6", number not in (None, 7)),
+        "tuning_data": ("--table 2", number == 2),
+        "fold": ("a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
+        **dict.fromkeys(("attack", "trust", "curves", "name"), ("runs without --table and --figure", single)),
+        "classifier": ("tables other than 5", number != 5),
         "prompt": (
-            defense.prompt not in (None, "tuned"),
             "--defense diffender and hardened, and tables other than 2 and 4",
-            ours and number not in (2, 4),
+            (ours and number not in (2, 4)) or defense.prompt == "tuned",
         ),
-        "trust_images": (
-            opts.trust_images != Options.trust_images,
-            "--trust quick and full",
-            opts.trust != "off" and single,
-        ),
-        "name": (opts.name, alone, single),
+        "trust_images": ("--trust quick and full", opts.trust != "off" and single),
         "prompts": (
-            defense.prompts,
             "--defense diffender --prompt tuned, and tables other than 2",
             ours and defense.prompt_kind == "tuned" and number != 2,
         ),
-    } | dict.fromkeys(defense.method, (True, "--defense diffender or hardened", ours))
-    if number == 3 and "restore" in defense.method:
-        conditions["restore"] = (True, "tables other than 3", False)
-    given = vars(opts) | defense.method
-    conditions |= {flag: (given.get(flag) is not None, "runs and other tables and figures", False) for flag in fixed}
-    check_read(conditions)
+        **dict.fromkeys(defense.method, ("--defense diffender or hardened", ours)),
+        **dict.fromkeys(("restore",) if number == 3 else (), ("tables other than 3", False)),
+        **dict.fromkeys(fixed, ("runs and other tables and figures", False)),
+    }
+    check_read(opts, readers)
 
 
 def shard_of(shard: str) -> tuple[int, int]:

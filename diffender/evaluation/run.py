@@ -95,7 +95,8 @@ def load_images(opts: Options, target: Defended) -> Batch:
 def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     """Attack and judge what is not done yet; images outermost, so that experiments share patches.
 
-    With --dry-run nothing is written or run. Raises InputError where a folder holds a run with other settings.
+    With --dry-run nothing is attacked or written; only the forecast's passes run. Raises InputError where a folder
+    holds a run with other settings.
     """
     opts = experiments[0].opts
     names = file_names(batch.ids)

@@ -205,11 +205,6 @@ def mask_columns(out: Purified, truth: Tensor) -> list[dict[str, float]]:
     return [{name: score[b].item() for name, score in scores.items()} for b in range(len(truth))]
 
 
-def strongest(verdicts: Sequence[Verdict]) -> Verdict:
-    """The least of several patches' verdicts, one by one."""
-    return Verdict(*map(min, zip(*verdicts, strict=True)))
-
-
 def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
     """Verdicts by attack/gradient and image."""
     found: dict[str, dict[str, Verdict]] = {}
@@ -225,8 +220,8 @@ def by_kind(found: Mapping[str, Value], attack: str) -> dict[str, Value]:
 
 
 def strongest_of(judged: Collection[dict[str, Verdict]], ids: Sequence[str]) -> list[Verdict]:
-    """Of each image, under the strongest of its patches, from the verdicts of each variant."""
-    return [strongest([verdicts[i] for verdicts in judged]) for i in ids]
+    """The verdict on each image under the strongest of its patches: the least of those of all variants, one by one."""
+    return [Verdict(*map(min, zip(*(verdicts[i] for verdicts in judged), strict=True))) for i in ids]
 
 
 def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
@@ -265,6 +260,6 @@ def summarize(records: Sequence[dict]) -> dict:
 
 
 def mask_means(attacks: Sequence[dict]) -> dict[str, float]:
-    """Of one variant over the images: scores of the masks, patched share, queries and seconds."""
+    """Means over the images of one variant: scores of the masks, patched share, queries and seconds."""
     scores = {name: mean(a["masks"][name] for a in attacks) for name in attacks[0]["masks"]}
     return scores | {name: mean(a[name] for a in attacks) for name in ("area", "queries", "seconds")}

@@ -55,10 +55,8 @@ BESIDE = {  # other readings of the same run, in lines of their own
     "bpda": ", attacked by transfer and bpda alone",  # the paper's gradient, where a run has others too
     "certified": ", certified at the patch's place",
 }
-TUNING = {  # of Table 2, by preset
-    "smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--rounds 20", "paper": "",
-    "strong": "",
-}  # fmt: skip
+# Flags of train.py for Table 2, by preset; others tune as it does by itself.
+TUNING = {"smoke": "--shots 2 --held-out 1 --rounds 1 --iters 5", "laptop": "--rounds 20"}
 VARIANTS: dict[str, dict] = {
     "diffender": {}, "hardened": {"defense": "hardened"}, "NR": {"restore": False}, "EP": {"prompt": "empty"},
     "MP": {"prompt": "manual"}, "jedi-own": {"defense": "jedi:stats=own", "grad": None},
@@ -102,7 +100,7 @@ def retuned(opts: Options, without: str) -> str:
     given = {"data": opts.tuning_data, "classifier": target.classifier, "classifier_weights": target.classifier_weights}
     given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
     given |= {k: v for k, v in method_of(opts).items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
-    flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING[opts.preset].split()
+    flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING.get(opts.preset, "").split()
     told = json.dumps([flags, model_hashes(target.defense.model)])
     key = f"{target.classifier}-without-{without}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     path = Path("runs") / "tables" / f"{key}.safetensors"
@@ -171,7 +169,7 @@ def run_table(number: int, opts: Options) -> str:
 
 
 def run_table_7(opts: Options) -> str:
-    """The same of the table of filmed patches: from the photographs that --frames names, or by simulation."""
+    """Table 7, of filmed patches, as `run_table` has it: from the photographs that --frames names, or by simulation."""
     if opts.frames and not Path(opts.frames).expanduser().is_file():
         raise InputError(
             f"--frames {opts.frames}: no such file; give a csv of file, label, configuration and, if you like, clean"
@@ -246,14 +244,15 @@ def readings(key: str, experiment: Experiment, ids: Sequence[str]) -> dict[str, 
 
 
 def in_common(lines: Sequence[Line], found: Sequence[dict]) -> set[str]:
-    """The readings to show: what every defence has, so that none is first for want of others; and certificates."""
+    """The readings to show: certificates, and those that every defence has. No defence may be first only because others
+    lack a reading."""
     compared = [set(mine) for line, mine in zip(lines, found, strict=True) if is_defence(line)]
     return {"certified"}.union(set.intersection(*compared) if compared else ())
 
 
 def by_column(experiment: Experiment, ids: Sequence[str], leave: Collection[str] = ()) -> dict[str, list[Verdict]]:
-    """Of each image, verdict by verdict, under the strongest of the patches that each attack made for it, those of the
-    gradients in `leave` left out."""
+    """The verdicts by column: on each image under the strongest of the patches that each attack made for it, without
+    those of the gradients in `leave`."""
     records = read_records(experiment.folder)
     found = {"clean": [verdict(records[i]["defended"], records[i]["label"]) for i in ids]}
     judged = by_variant([records[i] for i in ids])
@@ -354,14 +353,14 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     left = f"Left out: {', '.join(missing)}. " if missing else ""
     dependent = "folds share people, so intervals and tests are too narrow; " if opts.folds > 1 else ""
     proven = any(line.reading == "certified" for line in lines)
-    budget = ", no attack targeted" if opts.patch.targeted is False else ""
+    untargeted = ", no attack targeted" if opts.patch.targeted is False else ""
     certified = "certified: no pixels at that place can change the answer; " if proven else ""
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
         f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through "
         f"{full.grad} (paper: BPDA). "
-        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{budget}, seed {opts.run.seed}, {where}, "
+        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{untargeted}, seed {opts.run.seed}, {where}, "
         f"{time.strftime('%Y-%m-%d')}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "

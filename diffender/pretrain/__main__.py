@@ -42,8 +42,7 @@ def train(stage: str, opts: Training) -> None:
     if stage == "all" and opts.minutes is None:
         raise InputError("all needs --minutes, the time that there is")
     if stage == "all":
-        steps = opts.steps != Training.steps
-        check_read({"init": (opts.init, "single stages", False), "steps": (steps, "single stages", False)})
+        check_read(opts, dict.fromkeys(("init", "steps"), ("single stages", False)))
     if (crop := opts.sizes.get("crop", 0)) % 8:
         raise InputError(f"--crop is {crop}; it is a multiple of 8")
     # Imported after the options are known to be good: torch takes seconds.

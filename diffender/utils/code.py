@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (int, float, complex, str, bytes, type(None), type(...), range, slice, PurePath, torch.dtype, torch.device)
-HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # by what wraps a function
-EVERY = vars(nn.Module()).keys()  # attributes of a module that are not its own
+HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # where methods hold what they wrap
+EVERY = vars(nn.Module()).keys()  # attributes that every module has
 OURS, STANDARD = "diffender", sys.stdlib_module_names
 
 

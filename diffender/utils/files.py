@@ -55,7 +55,7 @@ def cut_tail(path: Path) -> None:
 
 
 def save_state(state: dict, path: Path) -> None:
-    """torch.save, whole or not at all, for torch.load with weights_only. Raises OSError, of a full disk say."""
+    """torch.save, whole or not at all, for torch.load with weights_only. Raises OSError: the disk may be full."""
     import torch
 
     buffer = io.BytesIO()  # torch writing to a disk turns its errors into a RuntimeError

@@ -59,7 +59,7 @@ class Leaf(NamedTuple):
 
     name: str
     hint: Any
-    default: Any
+    value: Any  # the default, where the options are the usual ones
     metadata: Mapping[str, Any]
     shown: Any  # the default in the help
 
@@ -70,37 +70,27 @@ class Leaf(NamedTuple):
 
 
 def leaves(opts: Any, only: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """The flags of a dataclass of options with these defaults, those of its parts included."""
+    """The flags of a dataclass of options with their values, those of its parts included."""
     hints = get_type_hints(type(opts))
     for f in fields(opts):
-        default = getattr(opts, f.name)
+        value = getattr(opts, f.name)
         if only and f.name not in only:
             continue
         if "defaults" in f.metadata:
             for leaf in leaves(f.metadata["defaults"], f.metadata["only"]):
                 others = {name: getattr(other, leaf.name) for name, other in f.metadata["beside"].items()}
-                notes = [f"; {name}: {value}" for name, value in others.items() if value != leaf.default]
-                shown = f"{leaf.default}{''.join(notes)}"
-                yield leaf._replace(hint=leaf.hint | None, default=None, shown=shown)
+                notes = [f"; {name}: {other}" for name, other in others.items() if other != leaf.value]
+                shown = f"{leaf.value}{''.join(notes)}"
+                yield leaf._replace(hint=leaf.hint | None, value=value.get(leaf.name), shown=shown)
         elif "only" in f.metadata:
-            yield from leaves(default, f.metadata["only"])
+            yield from leaves(value, f.metadata["only"])
         else:
-            yield Leaf(f.name, hints[f.name], default, f.metadata, default)
+            yield Leaf(f.name, hints[f.name], value, f.metadata, value)
 
 
 def flat(opts: Any) -> dict[str, Any]:
-    """Every flag and its value; of a `given` part those that are given."""
-    found: dict[str, Any] = {}
-    for f in fields(opts):
-        value = getattr(opts, f.name)
-        if "defaults" in f.metadata:
-            found |= value
-        elif "only" in f.metadata:
-            only = f.metadata["only"]
-            found |= {k: v for k, v in flat(value).items() if not only or k in only}
-        else:
-            found[f.name] = value
-    return found
+    """Every flag and its value; None for what is not given of a `given` part."""
+    return {leaf.name: leaf.value for leaf in leaves(opts)}
 
 
 def change(opts: Options, **values: Any) -> Options:
@@ -132,13 +122,9 @@ def check_range(what: str, value: float, low: float | None, high: float | None) 
 
 def check_options(opts: Any) -> None:
     """Raises InputError for a flag, of whatever part, with a value that a command line would not take."""
-    values = flat(opts)
     for leaf in leaves(opts):
-        value, (choices, low, high) = values.get(leaf.name), map(leaf.metadata.get, ("choices", "low", "high"))
-        kind = leaf.kind
-        if not leaf.metadata or isinstance(kind, types.GenericAlias):
-            continue
-        if value is None and isinstance(leaf.hint, types.UnionType):
+        value, kind, (choices, low, high) = leaf.value, leaf.kind, map(leaf.metadata.get, ("choices", "low", "high"))
+        if not leaf.metadata or (value is None and isinstance(leaf.hint, types.UnionType)):
             continue
         if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise InputError(f"{leaf.name} is {value!r}; it is of type {kind.__name__}")
@@ -152,7 +138,7 @@ def check_options(opts: Any) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, of numbers in words that say more; argparse would print its usage first."""
+        """Exits with one line, without argparse's usage; "invalid int value" becomes "give a whole number"."""
         kinds = {"int": "a whole number", "float": "a number"}
         message = re.sub(
             r"argument (\S+): invalid (int|float) value: (.*)",
@@ -196,10 +182,10 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         if f.hint == tuple[str, ...]:
             group.add_argument(f.name, nargs="*", help=f.metadata["help"])
         elif kind is bool:
-            group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+            group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.value, help=text)
         else:
             choices, kind = f.metadata["choices"], in_unit(UNITS.get(f.name, ""), kind)
-            group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.default, help=text)
+            group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.value, help=text)
     args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
         known = [flagged(f.name) for f in flags]
@@ -235,13 +221,14 @@ def with_hyphens(word: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
-def check_read(flags: Mapping[str, tuple[object, str, object]]) -> None:
-    """Raises InputError for an option that is given and that nothing in this command reads.
+def check_read(opts: Any, readers: Mapping[str, tuple[str, object]]) -> None:
+    """Raises InputError for an option that is not at its default and that nothing in this command reads.
 
-    `flags` maps an option's name to whether it is given, what reads it, and whether that is there.
+    `readers` maps an option's name to what reads it, and whether that is there.
     """
-    for name, (given, reader, there) in flags.items():
-        if given and not there:
+    given, usual = flat(opts), flat(type(opts)())
+    for name, (reader, there) in readers.items():
+        if given.get(name) != usual.get(name) and not there:
             raise InputError(f"{flagged(name)} is read by {reader} alone: add that, or leave it out")
 
 

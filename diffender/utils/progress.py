@@ -66,7 +66,8 @@ class Progress:
         self.evaluations += len(contexts)
 
     def through(self, stages: Mapping[str, float]) -> Callable[[str, float], None]:
-        """What hears of work in stages of so many seconds, from here on: the stage, and what share of it is done."""
+        """A function to call with a stage and the share of it that is done: it moves the bar. `stages` says how many
+        seconds each should take."""
         starts = dict(zip(stages, accumulate(stages.values(), initial=self.bar.n), strict=False))
 
         def hear(stage: str, done: float) -> None:

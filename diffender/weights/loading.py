@@ -126,7 +126,7 @@ def header_of(weights: str | Path | None) -> dict:
 
 
 def settings_in(header: dict, path: Path, name: str) -> DIFFenderConfig:
-    """Those in a file's header, else EMBEDDED for models of ours, and PAPER for all others."""
+    """The settings in a file's header; without any, EMBEDDED for models of ours and PAPER for all others."""
     if "settings" not in header:
         return EMBEDDED if "config" in header or name == "tiny" else PAPER
     try:

@@ -6,7 +6,7 @@ shapes fit. Then the tensors are read one by one, mapped from the file where the
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from diffender.weights.layouts import (
 FOLDERS = {
     "unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text": "text_encoder/model"
 }  # fmt: skip
-WRAPPERS = ("state_dict.", "module.")  # before every name, in files of some training frameworks
+WRAPPER = re.compile(r"^(state_dict|module)\.")  # before every name, in files of some training frameworks
 STRANGERS = (  # names that are no part of Stable Diffusion 1 or 2, and what brings them
     (r"lora|hada_|lokr_|\.alpha$|adapter", "tensors of a LoRA or another adapter, which has to be merged first"),
     (r"control_model|controlnet|input_hint|zero_convs", "a ControlNet"),
@@ -98,13 +98,10 @@ def scan(path: Path) -> Checkpoint:
             for part, files in folder_files(path).items()
         }
         return Checkpoint(path, dict.fromkeys(parts, "huggingface"), parts, {}, [], [], {})
-    entries = {
-        key.removeprefix(next((w for w in WRAPPERS if key.startswith(w)), "")): stored
-        for key, stored in list_tensors(path).items()
-    }
     found = Checkpoint(path, {}, {}, {}, [], [], read_header(path))
     kept = {}
-    for key, stored in entries.items():
+    for name, stored in list_tensors(path).items():
+        key = WRAPPER.sub("", name)
         if IGNORED.fullmatch(key):
             found.ignored.append(key)
         elif key.startswith(EMA):
@@ -175,9 +172,7 @@ def shards(index: Path) -> list[Path]:
 def part_of(keys: Iterable[str]) -> str | None:
     """The part of a model that a file without the single file's prefixes holds, if it is one."""
     heads = {k.split(".")[0] for k in keys}
-    if {"conv_in", "down_blocks", "mid_block"} <= heads:
-        return "unet"
-    if {"input_blocks", "middle_block", "output_blocks"} <= heads:
+    if heads >= {"conv_in", "down_blocks", "mid_block"} or heads >= {"input_blocks", "middle_block", "output_blocks"}:
         return "unet"
     if {"encoder", "decoder", "quant_conv"} <= heads:
         return "vae"
@@ -242,9 +237,8 @@ def taken_shape(stored: Stored) -> tuple[int, ...] | None:
     return stored.shape[0] // 3, *stored.shape[1:]
 
 
-def check_match(path: Path, unknown: list[str], matches: Iterable[Match]) -> None:
+def check_match(path: Path, unknown: list[str], matches: Sequence[Match]) -> None:
     """Raises InputError, naming the first five, unless every tensor is there, fits, and nothing is left over."""
-    matches = list(matches)
     missing = [k for m in matches for k in m.missing]
     unexpected = [*unknown, *(k for m in matches for k in m.unexpected)]
     misfits = [k for m in matches for k in m.misfits]
@@ -259,9 +253,8 @@ def check_match(path: Path, unknown: list[str], matches: Iterable[Match]) -> Non
         raise InputError(f"{path} holds other tensors than this model's ({first_five(misfits)}); check this file")
 
 
-def stranger(names: Iterable[str]) -> str | None:
+def stranger(names: Sequence[str]) -> str | None:
     """What brings such names into a file, if any is known not to be of Stable Diffusion 1 or 2."""
-    names = list(names)
     return next((what for pattern, what in STRANGERS if any(re.search(pattern, name) for name in names)), None)
 
 
