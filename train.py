@@ -262,9 +262,9 @@ def read_unfinished(opts: Options, hashes: Sequence[str] | None = None) -> dict:
 
     path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["settings"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        theirs = dict(state["settings"])
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise InputError(f"{path} is damaged ({one_line(e)}); {advice}") from e
     mine = resolved(opts)
     if others := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):

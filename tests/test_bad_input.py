@@ -109,6 +109,8 @@ def bad(tmp_path_factory):
     (folder / "run").mkdir()
     (folder / "run/config.json").write_text("{")
     (folder / "tuning.safetensors.unfinished").write_text("no tuning")
+    torch.save(ones, folder / "tensor.safetensors.unfinished")
+    torch.save({"settings": None}, folder / "none.safetensors.unfinished")
     (folder / "damaged").mkdir()
     (folder / "damaged/config.json").write_text("{}")
     (folder / "damaged/results.json").write_text("{}")
@@ -135,7 +137,8 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --sticker smiley", "--sticker smiley is read by rhde, and --attack is advp"),
     ("evaluate --queries 10", "--queries 10 is read by rhde, sparse-rs"),
     ("evaluate --table 1 --attack gdpa", "--attack is read by runs without --table and --figure alone"),
-    ("evaluate --figure 2 --trust full", "--trust is read by runs without --table and --figure alone"),
+    ("evaluate --figure 2 --trust full", "--trust is read by runs with an attack, without --table and --figure alone"),
+    ("evaluate --attack none --trust full", "--trust is read by runs with an attack, without --table and --figure al"),
     ("evaluate --table 5 --classifier efficientnet_lite1", "--classifier is read by tables other than 5"),
     ("evaluate --table 4 --prompt manual", "--prompt is read by --defense diffender and hardened, and tables other"),
     ("evaluate --defense jpeg --prompt manual", "--prompt is read by --defense diffender and hardened, and tables"),
@@ -403,6 +406,8 @@ PLACES = [
     ("train --out {bad}/file/prompts.safetensors", "choose another place"),
     ("train --out {bad}/nothing", "is a folder; give the name of a file"),
     ("train --out {bad}/tuning.safetensors", "is damaged"),
+    ("train --out {bad}/tensor.safetensors", "is damaged"),
+    ("train --out {bad}/none.safetensors", "is damaged"),
     ("train --out /sys/prompts/a.safetensors", "choose another place"),
     ("defend {bad}/dot.png --out {bad}/file", "choose another place"),
     ("defend {bad}/dot.png --out /sys/images", "choose another place"),

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from diffender.weights import loading as weights
 from diffender.weights.layouts import OPEN_CLIP, PREFIXES, ema_name, open_clip_names, unet_name, vae_name
 from diffender.weights.loading import WEIGHTS, fill_random, load_model, save_model
 from diffender.weights.official import convert_folder
+from diffender.weights.reading import folder_files
 from tests.cases import CONFIGS, small_model_file
 
 WIDE = TextConfig(width=96, heads=4, layers=2, quick_gelu=False, pad_token=0)  # families differ in the text's width
@@ -216,6 +218,11 @@ def test_shards(variant, models, tmp_path):
     assert "lists shards that are not there: diffusion_pytorch_model" in refused(root)
     index.write_text("{}")
     assert "is no index of shards" in refused(root)
+
+
+def test_the_folder_that_one_is_in(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(models["sd15-inpainting"], tmp_path / "m") / "unet")
+    assert list(folder_files(Path())) == ["unet"]
 
 
 def test_the_home_folder(models, tmp_path, monkeypatch):

@@ -253,7 +253,7 @@ def test_the_page_shows_no_other_file_in_place_of_a_photograph(tmp_path, photo, 
     assert call(main, "defend", "a.png", *FAST, "--out", "out")[0] == 0
     assert 'href="../a.png"' in (tmp_path / "out/report.html").read_text("utf-8")
     (tmp_path / "a.png").write_text("no image any more")
-    code, told, _ = call(main, "defend", "a.png", "b.png", *FAST, "--out", "out")
+    code, told, _ = call(main, "defend", "a.png", *FAST, "--out", "out", "b.png")  # in whatever order
     assert code == 1 and "1 of 2 images defended" in told
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert 'href="../a.png"' not in page and 'href="a_restored.png"' in page and 'href="../b.png"' in page

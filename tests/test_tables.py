@@ -249,6 +249,13 @@ def test_a_table_as_a_page(tmp_path):
     assert html.count("<tr>") == 3 + 2
 
 
+@pytest.mark.parametrize(("preset", "told"), [("laptop", False), ("strong", True)])
+def test_a_table_says_that_no_attack_is_targeted(preset, told, monkeypatch):
+    """Also where a preset makes it so."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "3"])
+    assert ("no attack targeted" in tables.notes(3, Options(preset=preset), [line("diffender", 1)])) == told
+
+
 def test_folds_are_pooled():
     both = pool([line("jpeg", 1), line("diffender", 4), line("jpeg", 2)])
     assert [(found.key, len(found.verdicts["advp"])) for found in both] == [("jpeg", 8), ("diffender", 4)]

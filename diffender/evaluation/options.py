@@ -308,7 +308,11 @@ def refuse_unread(opts: Options) -> None:
         "rows": ("--table 1 to 6", number not in (None, 7)),
         "tuning_data": ("--table 2", number == 2),
         "fold": ("a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
-        **dict.fromkeys(("attack", "trust", "curves", "name"), ("runs without --table and --figure", single)),
+        **dict.fromkeys(("attack", "curves", "name"), ("runs without --table and --figure", single)),
+        "trust": (
+            "runs with an attack, without --table and --figure",
+            single and (bool(chosen) or opts.trust == "off"),
+        ),
         "classifier": ("tables other than 5", number != 5),
         "prompt": (
             "--defense diffender and hardened, and tables other than 2 and 4",

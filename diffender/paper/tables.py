@@ -353,7 +353,7 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
     left = f"Left out: {', '.join(missing)}. " if missing else ""
     dependent = "folds share people, so intervals and tests are too narrow; " if opts.folds > 1 else ""
     proven = any(line.reading == "certified" for line in lines)
-    untargeted = ", no attack targeted" if opts.patch.targeted is False else ""
+    untargeted = ", no attack targeted" if full.patch.targeted is False else ""
     certified = "certified: no pixels at that place can change the answer; " if proven else ""
     return (
         f"`{command()}`: accuracy in per cent (right/all; Wilson's interval of 95 %), first purification, under the "

@@ -32,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")  # several machines may share the folder
     try:
         yield partial
-        partial.rename(path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -186,7 +186,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         else:
             choices, kind = f.metadata["choices"], in_unit(UNITS.get(f.name, ""), kind)
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.value, help=text)
-    args, rest = parser.parse_known_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
+    args, rest = parser.parse_known_intermixed_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
     if rest:
         known = [flagged(f.name) for f in flags]
         flag = rest[0].split("=")[0]

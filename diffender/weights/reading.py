@@ -135,7 +135,7 @@ def folder_files(folder: Path) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for part, stem in FOLDERS.items():
-        for base in dict.fromkeys((stem, stem.removeprefix(f"{folder.name}/"))):
+        for base in dict.fromkeys((stem, stem.removeprefix(f"{folder.resolve().name}/"))):
             whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
             whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
             indices = sorted(folder.glob(f"{base}*safetensors.index*.json"))
