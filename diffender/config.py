@@ -89,7 +89,7 @@ class Backward:
     evasion: float = option(3.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
     hide: str = option(
         "mean",
-        "What full+loc and evade hide: the mean over the patch of what exceeds theta, or its highest latent (max).",
+        "What full+loc and evade hide: the mean over the patch of softplus(z - theta), or its highest latent (max).",
         choices=("mean", "max"),
     )
     decoy: float = option(0.0, "Weight of raising the localiser's threshold in full+loc and evade.", low=0)
