@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from diffender.defenses import DEFENSES, parse_defense
 from diffender.defenses.fill import grey
 from diffender.evaluation.options import FIGURES, Options, is_ours, with_preset
 from diffender.evaluation.records import append_records, read_finished
-from diffender.evaluation.run import Experiment
+from diffender.evaluation.run import Experiment, resolved
 from diffender.evaluation.verdicts import Verdict
 from diffender.noise import generator
 from diffender.paper import controls as controlled
@@ -121,13 +122,20 @@ def test_defences_are_paired_with_diffender_attacked_alike():
     several = [line("undefended", 0, of=8), line("vae", 8, of=8), line("jpeg", 1, of=8), line("diffender", 7, of=8)]
     alike = [line("jpeg", 8, of=8)._replace(reading="bpda"), line("diffender", 2, of=8)._replace(reading="bpda")]
     proven = line("hardened", 8, of=8)._replace(reading="certified")
-    text = paired(5, [*several, *alike, proven, line("jpeg", 8, of=8, classifier="another")])
+    text = paired(1, [*several, *alike, proven, line("jpeg", 8, of=8, classifier="another")])
     assert text.startswith("\n| beside DIFFender | clean | advp | lavan | gdpa | rhde |\n")
     rows = [row for row in text.splitlines() if row.startswith("| JPEG")]
     assert len(rows) == 2 and not any(word in text for word in ("Undefended", "control", "hardened"))
     assert rows[0].endswith(" | 0 : 6 (p = 0.031) |") and rows[1].endswith(" | 6 : 0 (p = 0.031) |")
     assert "attacked by transfer and bpda alone" in rows[1]
     assert paired(1, several[:2] + several[3:]) == "", "nothing to compare"
+    text = paired(5, [several[0], several[-1], alike[-1]])  # there, beside no defence
+    assert text.startswith("\n| undefended, beside | clean |")
+    rows = text.splitlines()[3:5]
+    assert rows[0].startswith("| efficientnet_lite0, DIFFender | 0 : 7 (p = 0.016) |")
+    assert rows[1].startswith(
+        "| efficientnet_lite0, DIFFender, attacked by transfer and bpda alone | 0 : 2 (p = 0.5) |"
+    )
 
 
 def test_figure_8_shows_bpda_beside_the_strongest(tmp_path, monkeypatch):
@@ -139,8 +147,9 @@ def test_figure_8_shows_bpda_beside_the_strongest(tmp_path, monkeypatch):
     rows_made = [*rows, *bpda]
     text = figures.figure_8(Options(), tmp_path)
     assert text.startswith("| theta | clean | advp | advp, attacked by transfer and bpda alone |\n")
-    assert "| 1.5 | 100.0 (2) | 0.0 (0) | 100.0 (2) |" in text and "| 2.5 | 100.0 (2) | 50.0 (1) | 100.0 (2) |" in text
-    assert "\n2 images. " in text and (tmp_path / "figure.png").is_file()
+    assert "| 1.5 | 100.0 (2/2; 34-100), p = 1 | 0.0 (0/2; 0-66), p = 1 | 100.0 (2/2; 34-100), p = 1 |" in text
+    assert "| 2.5 | 100.0 (2/2; 34-100), p = 1 | 50.0 (1/2; 9-91), p = 1 | 100.0 (2/2; 34-100), p = 1 |" in text
+    assert "\n2 images, Wilson" in text and (tmp_path / "figure.png").is_file()
     rows_made = rows
     assert "bpda" not in figures.figure_8(Options(), tmp_path)
     monkeypatch.setattr(figures, "run_rows", lambda rows, opts: [])
@@ -200,6 +209,16 @@ def test_a_folder_is_named_by_its_settings():
     assert names[0] == names[1] != names[2]
 
 
+def test_a_new_flag_renames_no_folder(monkeypatch):
+    """As long as it is not given. The committed folders bear the names of their settings."""
+    usual = tables.named(Options(), "jpeg").name
+    monkeypatch.setattr(tables, "resolved", lambda opts: resolved(opts) | {"new": None})
+    assert tables.named(Options(), "jpeg").name == usual
+    for path in sorted((ROOT / "results/tables").glob("*/config.json")):
+        monkeypatch.setattr(tables, "resolved", lambda opts, path=path: json.loads(path.read_text("utf-8")))
+        assert tables.named(Options(), "").name.rpartition("-")[2] == path.parent.name.rpartition("-")[2], path
+
+
 def test_the_ablations_prompts_are_each_tuned_without_one_term(monkeypatch):
     monkeypatch.setattr(tables, "retuned", lambda opts, without: without)
     left_out = {row.key: row.changes["prompts"] for row in chosen_rows(2, Options())}
@@ -253,7 +272,7 @@ def test_a_table_as_a_page(tmp_path):
 def test_a_table_says_that_no_attack_is_targeted(preset, told, monkeypatch):
     """Also where a preset makes it so."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "3"])
-    assert ("no attack targeted" in tables.notes(3, Options(preset=preset), [line("diffender", 1)])) == told
+    assert ("no attack targeted" in tables.notes(3, Options(preset=preset), [line("diffender", 1)], "1 h")) == told
 
 
 def test_folds_are_pooled():

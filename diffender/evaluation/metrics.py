@@ -48,6 +48,12 @@ def counted(p: dict, unit: str = " %") -> str:
     return f"{100 * p['accuracy']:.1f}{unit} ({p['right']:.0f}/{p['n']}; {100 * p['low']:.0f}-{100 * p['high']:.0f})"
 
 
+def whiskers(cells: Sequence[dict]) -> tuple[list[float], list[list[float]]]:
+    """Proportions in per cent, and how far their intervals reach below and above them: y and yerr of matplotlib."""
+    y, low, high = ([100 * p[key] for p in cells] for key in ("accuracy", "low", "high"))
+    return y, [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+
+
 def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int]:
     """How many of paired outcomes are higher on the left, and how many on the right."""
     return sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)

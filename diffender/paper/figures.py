@@ -20,6 +20,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import short_class_names
 from diffender.defenses import build
+from diffender.evaluation.metrics import counted, mcnemar, proportion, whiskers
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import attack_flags, backward_of, build_target, describe
 from diffender.evaluation.run import load_images
@@ -29,7 +30,7 @@ from diffender.localize import predict_pair
 from diffender.noise import Noise
 from diffender.paper.ablation import map_columns
 from diffender.paper.quoted import FIGURE_8
-from diffender.paper.tables import BESIDE, NAMES, Row, cell, run_rows
+from diffender.paper.tables import BESIDE, NAMES, Row, run_rows
 from diffender.pipeline import Defended
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
@@ -218,22 +219,26 @@ def figure_8(opts: Options, folder: Path) -> str:
     lines = run_rows(rows, change(opts, trust="off", curves="off"))[1:]
     if not lines:
         return ""
-    columns: dict[str, list[dict]] = {}  # by what they are attacked by: a cell for each theta
+    right: dict[str, list[list[float]]] = {}  # by what they are attacked by: for each theta, those of the images
     for line in lines:
-        for name in line.verdicts:
+        for name, verdicts in line.verdicts.items():
             if name != "clean" or not line.reading:
-                columns.setdefault(name + BESIDE.get(line.reading, ""), []).append(cell(line, name))
+                right.setdefault(name + BESIDE.get(line.reading, ""), []).append([v.single for v in verdicts])
     figure = Figure(figsize=(4, 3.2), layout="constrained")
     axis = figure.subplots()
-    for name, cells in columns.items():
-        axis.plot(THETAS, [100 * c["accuracy"] for c in cells], marker="o", label=name)
+    usual, shown = THETAS.index(2.0), []
+    for name, each in right.items():
+        cells = [proportion(one) for one in each]
+        p = [f", p = {mcnemar(list(zip(one, each[usual], strict=True))):.2g}" for one in each]
+        shown.append([counted(c, unit="") + p[i] * (i != usual) for i, c in enumerate(cells)])
+        axis.errorbar(THETAS, *whiskers(cells), marker="o", label=name, capsize=2, elinewidth=0.7)
     axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
     axis.legend(fontsize=7)
     save_figure(figure, folder / "figure.png")
-    shown = [[f"{100 * c['accuracy']:.1f} ({c['right']:.0f})" for c in cells] for cells in columns.values()]
-    text = table(("theta", *columns), list(zip(map(str, THETAS), *shown, strict=True)))
+    text = table(("theta", *right), list(zip(map(str, THETAS), *shown, strict=True)))
     quoted = "; ".join(f"theta {t}: clean {n['clean']}, AdvP {n['advp']}" for t, n in FIGURE_8.items())
-    return f"{text}\n{columns['clean'][0]['n']} images. The paper, quoted (Inception-v3): {quoted}.\n"
+    told = f"{len(right['clean'][0])} images, Wilson intervals of 95 %; p: McNemar, exact, beside theta 2."
+    return f"{text}\n{told} The paper, quoted (Inception-v3): {quoted}.\n"
 
 
 DRAWN = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5, 8: figure_8, 9: figure_9}  # all of FIGURES

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ def run_table(number: int, opts: Options) -> str:
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    text = markdown(number, lines) + f"\n{notes(number, opts, lines)}{paired(number, lines)}"
+    text = markdown(number, lines) + f"\n{notes(number, opts, lines, cost(every))}{paired(number, lines)}"
     folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
@@ -222,8 +223,10 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
 
 
 def named(opts: Options, key: str) -> Options:
-    """The options with the name of the folder in runs/tables/ that belongs to these settings."""
-    digest = hashlib.sha256(json.dumps(resolved(opts), sort_keys=True).encode()).hexdigest()
+    """The options with the name of the folder in runs/tables/ that belongs to these settings. What is not given counts
+    for nothing, so that a new flag renames no folder."""
+    given = {name: value for name, value in resolved(opts).items() if value is not None}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
 
 
@@ -324,27 +327,36 @@ def leaders(lines: Sequence[Line], line: Line, column: str) -> list[str]:
 
 def paired(number: int, lines: Sequence[Line]) -> str:
     """Each defence beside DIFFender on the same images, attacked alike: how many images it alone reads right, how many
-    DIFFender alone, and McNemar's p. Empty where there is nothing to compare."""
+    DIFFender alone, and McNemar's p. In Table 5 the undefended classifier instead. Empty where there is nothing to
+    compare."""
     shown, rows = columns(number), []
-    ours = {(line.classifier, line.reading): line for line in lines if line.key == "diffender"}
-    for line in lines:
-        own = ours.get((line.classifier, line.reading))
-        if own in (None, line) or not is_defence(line):
+    for own, line in product([line for line in lines if line.key == "diffender"], lines):
+        alike = line.key == "undefended" if number == 5 else is_defence(line) and line.reading == own.reading
+        if line is own or line.classifier != own.classifier or not alike:
             continue
         row = []
         for column in shown:
             pairs = [(a.single, b.single) for a, b in zip(line.verdicts[column], own.verdicts[column], strict=True)]
             only, other = discordant(pairs)
             row.append(f"{only} : {other} (p = {mcnemar(pairs):.2g})")
-        rows.append((line.title, *row))
+        rows.append((f"{line.classifier}, {own.title}" if number == 5 else line.title, *row))
     if not rows:
         return ""
-    told = "Images that the row's defence alone reads right : that DIFFender alone reads right; p: McNemar, exact."
-    return f"\n{table(('beside DIFFender', *shown), rows)}\n{told}\n"
+    what = "the classifier without a defence" if number == 5 else "the row's defence"
+    told = f"Images that {what} alone reads right : that DIFFender alone reads right; p: McNemar, exact."
+    head = "undefended, beside" if number == 5 else "beside DIFFender"
+    return f"\n{table((head, *shown), rows)}\n{told}\n"
 
 
-def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
-    """What was run, and how it departs from the paper."""
+def cost(lines: Sequence[Line]) -> str:
+    """What the runs of these lines took."""
+    made = [r for run in {line.run for line in lines if line.run} for r in read_records(run).values()]
+    hours, evaluations = sum(r["seconds"] for r in made) / 3600, sum(r["unet_evaluations"] for r in made)
+    return f"{hours:.1f} h in all processes together and {evaluations:,.0f} UNet evaluations"
+
+
+def notes(number: int, opts: Options, lines: Sequence[Line], took: str) -> str:
+    """What was run, what it took, and how it departs from the paper."""
     full, target = with_preset(change(opts, attack="all")), opts.target
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
@@ -360,8 +372,8 @@ def notes(number: int, opts: Options, lines: Sequence[Line]) -> str:
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
         f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through "
         f"{full.grad} (paper: BPDA). "
-        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{untargeted}, seed {opts.run.seed}, {where}, "
-        f"{time.strftime('%Y-%m-%d')}. "
+        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{untargeted}, seed {opts.run.seed}, {took} "
+        f"on {where}, {time.strftime('%Y-%m-%d')}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
         f"{target.defense.model.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 "

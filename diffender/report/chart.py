@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from diffender.evaluation.metrics import proportion
+from diffender.evaluation.metrics import proportion, whiskers
 from diffender.evaluation.options import OURS
 from diffender.evaluation.records import read_config, read_finished, read_records
 from diffender.evaluation.verdicts import by_kind, by_variant, strongest_of
@@ -58,12 +58,9 @@ def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
             raise InputError(f"{folder} holds no evaluation under advp; the chart is of that attack alone")
         budgets.append(f", {config['iters']} steps, EOT {config['eot']}")
         title = OURS.get(defense, defense) + budgets[i] * (budgets[i] != budgets[0])
-        y = [100 * p["accuracy"] for p in points.values()]
-        around = [[v - 100 * p["low"] for v, p in zip(y, points.values(), strict=True)]]
-        around += [[100 * p["high"] - v for v, p in zip(y, points.values(), strict=True)]]
         style = {"linewidth": 1} | STYLES.get(name, {}) | ({"linestyle": "-."} if budgets[i] != budgets[0] else {})
         x = [stage + 0.02 * (i - len(folders) / 2) for stage in points]  # side by side, where they coincide
-        axis.errorbar(x, y, around, **style, marker="o", label=title, capsize=2, elinewidth=0.7)
+        axis.errorbar(x, *whiskers([*points.values()]), **style, marker="o", label=title, capsize=2, elinewidth=0.7)
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
     axis.set_xticks(range(len(STAGES)), list(STAGES), fontsize=8)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
