@@ -441,6 +441,19 @@ def test_the_stronger_patch_is_made_over_poses(tmp_path, monkeypatch):
     assert made == [(1, type(None))] * len(CONFIGURATIONS) + [(4, Filmed)] * len(CONFIGURATIONS)
 
 
+def test_frames_of_one_image_are_one_trial(tmp_path, monkeypatch):
+    """6 images of 4 frames each, half of which are read right when clean; DIFFender reads more right of each."""
+    clean = [{"clean": k < 2, "undefended": k < 1, "defended": True} for k in range(4)]
+    frames = {f"digital/{name}": clean for name in CONFIGURATIONS}
+    append_records(tmp_path / "per_image.jsonl", [{"id": str(i), "frames": frames} for i in range(6)])
+    e = SimpleNamespace(folder=tmp_path, opts=Options(), device=torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "7"])
+    rows = filming.write_table(e, [str(i) for i in range(6)], "images.").splitlines()[2:5]
+    assert rows[0].startswith("| Undefended, patch made for the file | 50.0 (6/12; 19-81) |")
+    assert rows[1].startswith("| DIFFender, patch made for the file | 100.0 (12/12; 61-100) |")
+    assert rows[2].startswith("| more frames right, patch made for the file | 0 : 6 (p = 0.031) |")
+
+
 def test_table_7_from_photographs(tmp_path, monkeypatch):
     """Each counts if its clean twin is read right, or if it has none."""
     a, b, c = sample_items()[:3]
@@ -453,7 +466,7 @@ def test_table_7_from_photographs(tmp_path, monkeypatch):
     text = run_table(7, opts)
     assert text.splitlines()[0] == "| accuracy in per cent of frames | near | far |"
     (undefended,) = (line for line in text.splitlines() if "Undefended, patch as photographed" in line)
-    assert undefended.endswith("| 100.0 (1/1) | 100.0 (1/1) |")
+    assert undefended.endswith("| 100.0 (1/1; 21-100) | 100.0 (1/1; 21-100) |")
     assert "The 67 % of frames" in text
     assert run_table(7, opts) == text, "again, from its records"
     frames = (tmp_path / "frames.csv").read_text()

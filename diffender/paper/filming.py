@@ -22,6 +22,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, csv_items, digest_of, load_image, read_csv
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.jpeg import JPEG
+from diffender.evaluation.metrics import counted, discordant, mcnemar, wilson
 from diffender.evaluation.plan import mine
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.run import Experiment
@@ -147,38 +148,48 @@ def run_photographs(e: Experiment) -> str:
     return write_table(e, ids, f"photographs of {e.opts.target.data}, {e.opts.target.classifier}.")
 
 
+def pooled(counts: Sequence[int], n: int) -> dict | None:
+    """The share of n frames that are right, from their counts in each image, with the interval of so many images."""
+    if not counts:
+        return None
+    accuracy = sum(counts) / n
+    low, high = wilson(accuracy * len(counts), len(counts))
+    return {"right": sum(counts), "n": n, "accuracy": accuracy, "low": low, "high": high}
+
+
 def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
-    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are.
-    Nothing while other shards are at work."""
+    """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are. What
+    is uncertain is so over images, since the frames of one are alike. Nothing while other shards are at work."""
     wait()
     records = [r for image_id, r in read_records(e.folder).items() if image_id in ids]
     if len(records) < len(ids) or not is_first():
         return ""
-    found = {}  # by patch and configuration
-    for record in records:
-        for name, frames in record["frames"].items():
-            found.setdefault(name, []).extend(frames)
-    patches, configurations = (list(dict.fromkeys(name.split("/", 1)[i] for name in found)) for i in (0, 1))
+    names = [name for record in records for name in record["frames"]]
+    patches, configurations = (list(dict.fromkeys(name.split("/", 1)[i] for name in names)) for i in (0, 1))
     results, rows = {"command": command(), "images": len(records), "cells": {}}, []
     for patch in patches:
-        for who, title in (("undefended", "Undefended"), ("defended", "DIFFender")):
-            line = [f"{title}, patch {PATCHES[patch]}"]
-            for configuration in configurations:
-                frames = [f for f in found.get(f"{patch}/{configuration}", ()) if f["clean"]]
-                cell = {"right": sum(f[who] for f in frames), "n": len(frames)} if frames else None
+        lines = [[f"{title}, patch {PATCHES[patch]}"] for title in ("Undefended", "DIFFender", "more frames right")]
+        for configuration in configurations:
+            frames = [[f for f in r["frames"].get(f"{patch}/{configuration}", ()) if f["clean"]] for r in records]
+            frames = [of_image for of_image in frames if of_image]
+            right = [[sum(f[who] for f in of_image) for of_image in frames] for who in ("undefended", "defended")]
+            for who, line, counts in zip(("undefended", "defended"), lines, right, strict=False):
+                cell = pooled(counts, sum(map(len, frames)))
                 results["cells"][f"{patch}/{who}/{configuration}"] = cell
-                line.append(
-                    "" if cell is None else f"{100 * cell['right'] / cell['n']:.1f} ({cell['right']}/{cell['n']})"
-                )
-            rows.append(line)
+                line.append(counted(cell, unit="") if cell else "")
+            pairs = list(zip(*right, strict=True))
+            lines[2].append("{} : {}".format(*discordant(pairs)) + f" (p = {mcnemar(pairs):.2g})" if pairs else "")
+        rows += lines
     if configurations == list(CONFIGURATIONS):
         quoted = QUOTED[7]["Inception-V3"]
         for key, title in (("undefended", "Undefended"), ("diffender", "DIFFender")):
             rows.append([f"quoted: {title}, Inception-V3, photographed", *(f"{n:.1f}" for n in quoted[key])])
-    kept = mean(f["clean"] for frames in found.values() for f in frames)
+    kept = mean(f["clean"] for record in records for frames in record["frames"].values() for f in frames)
     text = table(["accuracy in per cent of frames", *configurations], rows) + (
         f"\n`{command()}`: {len(records)} {what} The {100 * kept:.0f} % of frames that the classifier reads right when "
-        f"clean count. Seed {e.opts.run.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
+        "clean count: right/all; Wilson's interval of 95 % for as many trials as images. More frames right: images of "
+        "which the undefended classifier reads more frames : of which DIFFender does; p: McNemar's test of these. Seed "
+        f"{e.opts.run.seed}, {machine(e.device)}, {time.strftime('%Y-%m-%d')}.\n"
     )
     write_json(e.folder / "results.json", results)
     write_text(e.folder / "table.md", text)
