@@ -928,6 +928,9 @@ def test_budgets_go_to_the_attacks_that_they_are_for():
     attack, backward = advp.adaptive["evade"]
     assert (attack.iters, attack.eot, attack.restarts, backward.mode, backward.ste) == (7, 4, 3, "evade", "sigmoid")
     assert (rhde.base.queries, rhde.base.iters, rhde.adaptive["queries"][0].queries) == (60, 9, 50)
+    assert rhde.adaptive["evade"][1].mode == "evade" and rhde.adaptive["evade"][0] == rhde.adaptive["queries"][0]
+    (plain,) = plans.build_plans(change(opts, attack="rhde", grad="bpda"), random)
+    assert list(plain.adaptive) == ["queries"]
     (moving,) = plans.build_plans(change(opts, attack="advp", location="eot"), random)
     assert (moving.base.eot, moving.adaptive["bpda"][0].eot) == (4, 4)
     same = SimpleNamespace(sample_noise=lambda *_: None)

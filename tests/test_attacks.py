@@ -728,19 +728,60 @@ def seen_as(p, y):
     return p[:, None] * torch.eye(5)[y] + (1 - p)[:, None] * torch.eye(5)[(y + 1) % 5]
 
 
+def crowd(genes, sticker, p, y):
+    """Candidates (N, ...) of which p (N,) is the probability of class y, without a penalty."""
+    return rhde.Crowd(genes, sticker, seen_as(p, y), torch.zeros(len(genes)))
+
+
 def test_rhde_stops_when_every_fresh_draw_is_fooled_and_not_before(batch):
+    """By the victim's own answer, whatever the search was told besides."""
     search = search_on(*batch, sigma=0.3)
-    genes, sticker = torch.rand(1, 4), torch.zeros(1).long()
-    fooled, right = (rhde.Crowd(genes, sticker, seen_as(torch.tensor([p]), search.y)) for p in (0.1, 0.9))
-    search.ask = lambda genes, sticker, purpose: fooled
-    assert search.certain(fooled, 3)
-    search.ask = lambda genes, sticker, purpose: right if purpose == "certain 3 7" else fooled
-    assert not search.certain(fooled, 3)
+    fooled = crowd(torch.rand(1, 4), torch.zeros(1).long(), torch.tensor([0.1]), search.y)
+
+    class Told:
+        right = ()
+
+        def sample_noise(self, image_ids, seed, purpose, k=0):
+            return purpose
+
+        def __call__(self, x, noise):
+            return seen_as(torch.tensor([0.9 if noise in self.right else 0.1]), search.y)
+
+    search.task = search.task._replace(victim=Told())
+    assert search.certain(fooled, 3) and search.seen == 10
+    Told.right = ("certain 3 7",)
+    assert not search.certain(fooled, 3) and search.seen == 18
+
+
+class Shy(Linear):
+    """Told where its sticker is, it asks for one at the top."""
+
+    def with_penalty(self, x, noise, patch):
+        rows = torch.linspace(0, 1, patch.shape[-1])[:, None]
+        return self(x, noise), 10 * (patch * rows).sum(dim=(1, 2, 3)) / patch.sum(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["rhde", "sparse-rs"])
+def test_searches_lower_the_victims_penalty_too(batch, name):
+    x, y = (t[:2] for t in batch)
+    heights = []
+    for victim in (Linear(), Shy()):
+        mask = ATTACKS[name](area=0.1, queries=300)(Task(victim, x, y, IDS[:2], 0)).mask
+        heights.append([one[0].any(dim=1).nonzero()[0].item() for one in mask])
+    assert max(heights[1]) <= 2 < max(heights[0])
+
+
+def test_rhde_does_not_lock_where_it_hides(batch):
+    """The locked gap is not bounded, and would outweigh whatever shows."""
+    x, y = (t[:1] for t in batch)
+    search = rhde.Search(ATTACKS["rhde"](area=0.2, queries=200), Task(Shy(), x, y, IDS[:1], 0))
+    search.run(None, lambda done: None)
+    assert search.locked is None
 
 
 def test_rhde_searches_with_the_three_stickers_that_hurt_most_at_first(batch):
     search = search_on(*batch)
-    search.ask = lambda genes, sticker, purpose: rhde.Crowd(genes, sticker, seen_as((9 - sticker) / 10, search.y))
+    search.ask = lambda genes, sticker, purpose: crowd(genes, sticker, (9 - sticker) / 10, search.y)
     assert set(search.first(None).sticker.tolist()) == {5, 6, 7}
 
 
@@ -750,7 +791,7 @@ def test_rhde_steps_to_the_best_neighbour_and_breeds_around_the_best(batch):
 
     def ask(genes, sticker, purpose):
         asked.append(genes)
-        return rhde.Crowd(genes, sticker, seen_as(genes[:, 1], search.y))
+        return crowd(genes, sticker, genes[:, 1], search.y)
 
     search.ask = ask
     genes = torch.tensor([[0.5, 0.5, 0.5, 0.5], *[[0.2, 0.9, 0.2, 0.2]] * 3])

@@ -161,7 +161,6 @@ UNREAD = [  # flags that nothing in the command reads, and who would
     ("evaluate --ste-k 2", "--ste-k is read by --ste sigmoid alone"),
     ("evaluate --evasion 2 --grad full", "--evasion is read by --grad full+loc and evade alone"),
     ("evaluate --grad full --hide max", "--hide is read by --grad full+loc and evade alone"),
-    ("evaluate --attack rhde --hide max", "--hide is read by --grad full+loc and evade alone"),
     ("evaluate --attack none --evasion 2", "--evasion is read by --grad full+loc and evade alone"),
     ("evaluate --attack rhde --ste sigmoid", "--ste is read by --grad bpda-mask, surrogate, full, full+loc alone"),
     ("evaluate --figure 5 --decoy 1", "--decoy is read by --grad full+loc and evade alone"),

@@ -17,8 +17,8 @@ class Victim(Protocol):
     """The attacked model: maps images in [0, 1] and the noise of one pass to logits.
 
     Noise is None for deterministic models. One that has `with_penalty(x, noise, patch)`, patch (B, 1, S, S) in {0, 1}
-    being where the attacker's pixels are, gives the logits (B, K) and a penalty (B,) that gradient attacks minimise
-    besides their own loss.
+    being where the attacker's pixels are, gives the logits (B, K) and a penalty (B,) that attacks lower besides their
+    own loss.
     """
 
     def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
@@ -66,6 +66,13 @@ class Task(NamedTuple):
         return self._replace(x=self.x[rows], y=self.y[rows], image_ids=self.image_ids[rows])
 
 
+def asked(victim: Victim, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) and penalty (B,) of images (B, 3, S, S), patched where patch (B, 1, S, S) is 1; 0 without one."""
+    if hasattr(victim, "with_penalty"):
+        return victim.with_penalty(x, noise, patch)
+    return victim(x, noise), x.new_zeros(len(x))
+
+
 def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample]:
     """The `eot` samples of an expectation over the victim's noise, `batch` of them side by side.
 
@@ -78,10 +85,7 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         drawn = [draw(k) for k in range(start, min(start + batch, eot))]
         images, patches, noises = zip(*drawn, strict=True)
         x = torch.cat(images).detach().requires_grad_()
-        if hasattr(task.victim, "with_penalty"):
-            logits, penalty = task.victim.with_penalty(x, stack(noises), torch.cat(patches))
-        else:
-            logits, penalty = task.victim(x, stack(noises)), x.new_zeros(())
+        logits, penalty = asked(task.victim, x, stack(noises), torch.cat(patches))
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
         if not value.requires_grad:
             raise InputError(

@@ -3,6 +3,8 @@
 Black-box: it sees class probabilities alone, and counts every query. On a random defence all queries of a generation
 share their noise. Each generation has new noise, and judges the elite again. Other parents keep what an earlier one saw
 of them. So some queries are kept for the end: there the best three and the start are compared on unseen noise.
+
+Where the victim has a penalty (`evade`), the search lowers that, too. Then it sees the map as well, but no gradient.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffender.attacks.attack import Attack, Callback, within
-from diffender.attacks.expectation import Attacked, Task, judge, judgements, kept_back
+from diffender.attacks.expectation import Attacked, Task, asked, judge, judgements, kept_back
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
@@ -32,6 +34,7 @@ class Crowd(NamedTuple):
     genes: Tensor  # (N, 4) in [0, 1]: top, left, angle, opacity
     sticker: Tensor  # (N,): index into NAMES
     probs: Tensor  # (N, classes)
+    penalty: Tensor  # (N,): what the search lowers besides, as in `evade`; else 0
 
     def take(self, rows: Tensor) -> "Crowd":
         return Crowd(*(t[rows] for t in self))
@@ -110,11 +113,11 @@ class Search:
         left = self.limit - self.seen
         genes, sticker = genes[:left], sticker[:left]
         if not len(genes):
-            return Crowd(genes, sticker, torch.empty(0, 0))
-        noise = stack([self.task.noise(purpose)] * len(genes))
-        logits = self.task.victim(self.paste(genes, sticker)[0], noise).detach()
+            return Crowd(genes, sticker, torch.empty(0, 0), torch.empty(0))
+        images, masks = self.paste(genes, sticker)
+        logits, penalty = asked(self.task.victim, images, stack([self.task.noise(purpose)] * len(genes)), masks)
         self.seen += len(genes)
-        return Crowd(genes, sticker, logits.softmax(dim=1).cpu())
+        return Crowd(genes, sticker, logits.detach().softmax(dim=1).cpu(), penalty.detach().cpu())
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.g)
@@ -130,7 +133,7 @@ class Search:
         else:
             kinds = torch.arange(len(NAMES)).repeat_interleave(tries)
             tried = self.ask(self.uniform(len(kinds), 4), kinds, "screening")
-            scores = energy(tried.probs, self.y, None)
+            scores = self.energies(tried)
             best = torch.stack([scores[tried.sticker == k].amin() for k in range(len(NAMES))]).argsort()[:3]
         cells = torch.stack([torch.randperm(n, generator=self.g) for _ in range(4)], dim=1)
         genes = (cells + self.uniform(n, 4)) / n
@@ -142,7 +145,8 @@ class Search:
             crowd = crowd.take(self.energies(crowd).argsort(stable=True))
             trace.append(self.energies(crowd)[0])
             missed.append(crowd.probs[0].argmax().ne(self.y).float())
-            if self.locked is None and trace[-1] <= GAP:
+            hides = crowd.penalty.any()  # a locked gap is not bounded, and would outweigh what shows
+            if self.locked is None and not hides and trace[-1] <= GAP:
                 others = crowd.probs[0].clone()
                 others[self.y] = -1
                 self.locked = int(others.argmax())  # energies follow: they are computed from the probabilities
@@ -169,7 +173,7 @@ class Search:
         return torch.cat([few[scores.argmax()][None], state])
 
     def energies(self, crowd: Crowd) -> Tensor:
-        return energy(crowd.probs, self.y, self.locked)
+        return energy(crowd.probs, self.y, self.locked) + crowd.penalty
 
     def certain(self, crowd: Crowd, step: int) -> bool:
         """Whether the best candidate fools the victim on FRESH new draws; asked only of one that fools it now."""
@@ -178,9 +182,12 @@ class Search:
             return False
         if self.task.noise("certain") is None:
             return True
-        return all(
-            self.ask(best.genes, best.sticker, f"certain {step} {k}").probs.argmax() != self.y for k in range(FRESH)
-        )
+        image, _ = self.paste(best.genes, best.sticker)
+        for k in range(FRESH):
+            self.seen += 1
+            if self.task.victim(image, self.task.noise(f"certain {step} {k}")).argmax() == self.y:
+                return False
+        return True
 
     def generation(self, crowd: Crowd, purpose: str) -> Crowd:
         """One generation, `crowd` sorted best first: neighbours of the elite, best1bin for the others."""

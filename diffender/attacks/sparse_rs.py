@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Attack, Callback
-from diffender.attacks.expectation import Attacked, Task, judge, kept_back, pick_rows
+from diffender.attacks.expectation import Attacked, Task, asked, judge, kept_back, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.options import option
@@ -25,7 +25,8 @@ class SparseRS(Attack):
     the second half of the queries they flip one channel of it.
 
     Where the victim is random, present patch and proposal are compared on the same fresh noise: two queries a step. In
-    the end the last patch and the start are compared on noise that none has seen.
+    the end the last patch and the start are compared on noise that none has seen. Where the victim has a penalty
+    (`evade`), the search lowers that, too.
     """
 
     access: ClassVar[str] = "queries"
@@ -46,23 +47,26 @@ class SparseRS(Attack):
         start, finals = (pattern, corner), kept_back(task, 2, self.queries) if init is not None else 0
         steps = (self.queries - finals - (not random)) // (2 if random else 1)
 
-        def loss(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
-            image, _ = paste(x, to_8bit(pattern).to(x), corner)
-            return task.loss(task.victim(image, task.noise(f"attack {step}"))).detach().cpu()
+        def look(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
+            """What the search lowers, and whether it is misread, (2, B)."""
+            image, mask = paste(x, to_8bit(pattern).to(x), corner)
+            logits, penalty = asked(task.victim, image, task.noise(f"attack {step}"), mask)
+            value = task.loss(logits) + penalty
+            return torch.stack([value, logits.argmax(dim=1).ne(task.y).to(value)]).detach().cpu()
 
-        value, trace = (torch.empty(0) if random else loss(pattern, corner, 0), [])  # if random, anew in every step
+        now, trace = (torch.empty(0) if random else look(pattern, corner, 0), [])  # if random, anew in every step
         for step in range(steps):
             if random:
-                value = loss(pattern, corner, step)
+                now = look(pattern, corner, step)
             proposals = [
                 self.propose(p, c, size, step / steps, step, g) for p, c, g in zip(pattern, corner, draws, strict=True)
             ]
             new_pattern, new_corner = map(torch.stack, zip(*proposals, strict=True))
-            new_value = loss(new_pattern, new_corner, step)
-            better = new_value < value
+            new = look(new_pattern, new_corner, step)
+            better = new[0] < now[0]
             pattern, corner = (pick_rows(better, new_pattern, pattern), pick_rows(better, new_corner, corner))
-            value = torch.where(better, new_value, value)
-            trace.append(value)
+            now = torch.where(better, new, now)
+            trace.append(now)
             callback((step + 1) / steps)
         if finals:
             made = [paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start)]
@@ -71,8 +75,8 @@ class SparseRS(Attack):
         image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), finals + (2 * steps if random else steps + 1))
-        losses = torch.stack(trace, dim=1) if trace else x.new_zeros(len(x), 0)
-        yield Attacked(image, mask, state, queries, losses, (losses < 0).float())
+        losses, missed = torch.stack(trace, dim=2) if trace else x.new_zeros(2, len(x), 0)
+        yield Attacked(image, mask, state, queries, losses, missed)
 
     def propose(
         self, pattern: Tensor, corner: Tensor, size: int, progress: float, step: int, g: torch.Generator

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from diffender.pipeline import Defended
 
 LONG = 20.0  # seconds: where a pass takes longer, other costs are estimated from it by COST, not measured
-COST = {  # in passes of the defence: a query and a step on the undefended classifier, a sample of each gradient
-    "pass": 1.0, "query": 0.06, "undefended": 0.25,
+COST = {  # in passes of the defence: a query and a step on the undefended classifier, a query that hides, a sample of
+    # each gradient
+    "pass": 1.0, "query": 0.06, "undefended": 0.25, "hiding": 0.6,
     "bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "evade": 1.5, "auto": 3.6,
 }  # fmt: skip
 
@@ -85,6 +86,9 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
         found["undefended"] = timed(partial(step, undefended), 1)
         for kind in adaptive_kinds(opts):
             found[kind] = timed(partial(step, target.under(backward_of(opts, kind))), wide)
+        if "evade" in kinds(opts) and any(cls.access == "queries" for cls in attacks(opts).values()):
+            hiding = target.under(backward_of(opts, "evade"))
+            found["hiding"] = timed(lambda rows: hiding.with_penalty(x, noise, patch), 1)
     return {what: cost * found["pass"] for what, cost in COST.items()} | found
 
 
@@ -151,6 +155,8 @@ def costs(opts: Options, of: Mapping[str, float]) -> dict[str, float]:
         if cls.access == "queries":
             found[f"{name}/transfer"] += opts.queries_undefended * of["query"]
             found[f"{name}/queries"] = verdicts + opts.queries * of["pass"]
+            if "evade" in kinds(opts):
+                found[f"{name}/evade"] = verdicts + opts.queries * of["hiding"]
         elif cls.access == "gradient":
             found[f"{name}/transfer"] += opts.iters_undefended * (of["undefended"] + cls.moves * of["query"])
             for kind in adaptive_kinds(opts):

@@ -296,13 +296,17 @@ def refuse_unread(opts: Options) -> None:
         takers = [n for n, cls in ATTACKS.items() if flag.removesuffix("_undefended") in cls.reads()]
         if value is not None and not set(takers) & set(chosen):
             raise InputError(f"{flagged(flag)} {value} is read by {', '.join(takers)}, and {runs}: leave it out")
-    differentiated = any(ATTACKS[name].access == "gradient" for name in chosen)
-    through = set(kinds(filled)) if differentiated and "grad" not in fixed else set()
+    access = {ATTACKS[name].access for name in chosen}
+    through = set(kinds(filled)) if "gradient" in access and "grad" not in fixed else set()
+    hiding = set(WITH_PENALTY) & through or ("queries" in access and "evade" in kinds(filled))
     readers = {  # flag: what reads it, and whether that is there
-        "grad": ("attacks with gradients, as advp", differentiated or not chosen or opts.grad == "auto"),
+        "grad": (
+            "attacks with gradients, as advp",
+            "gradient" in access or hiding or not chosen or opts.grad == "auto",
+        ),
         "ste": (f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),
         "ste_k": ("--ste sigmoid", opts.ste == "sigmoid"),
-        **dict.fromkeys(("evasion", "hide", "decoy"), ("--grad full+loc and evade", set(WITH_PENALTY) & through)),
+        **dict.fromkeys(("evasion", "hide", "decoy"), ("--grad full+loc and evade", hiding)),
         "generator": ("--gdpa-mode amortised", opts.patch.gdpa_mode == "amortised"),
         "folds": ("--table 6", number == 6),
         "rows": ("--table 1 to 6", number not in (None, 7)),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffender.config import PAPER, THROUGH_RESTORATION, Backward, DIFFenderConfig
-from diffender.evaluation.options import Options, adaptive_kinds, attacks, is_ours, shard_of
+from diffender.evaluation.options import Options, adaptive_kinds, attacks, is_ours, kinds, shard_of
 from diffender.utils.errors import InputError
 from diffender.utils.options import change, flagged
 
@@ -115,6 +115,8 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
         attack, adaptive = cls.from_flags(given), {}
         if cls.access == "queries":
             adaptive["queries"] = (attack, target)
+            if "evade" in kinds(opts):  # the same search, which hides as well
+                adaptive["evade"] = (attack, target.under(backward_of(opts, "evade")))
         elif cls.access == "gradient":
             for kind in adaptive_kinds(opts):
                 adaptive[kind] = (attack, target.under(backward_of(opts, kind)))

@@ -118,7 +118,7 @@ def trust_report(
     plan, target = plans[0], task.victim
     saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(task.image_ids))
     image, mask = (t.to(task.x) for t in saved)
-    kind = next((kind for kind in reversed(plan.adaptive) if kind != "queries"), None)
+    kind = next((kind for kind in reversed(plan.adaptive) if plan.adaptive[kind][0].access == "gradient"), None)
     bench = Bench(task, plan, records, results, image, mask, None, kind, opts.batch_size)
     if opts.trust == "full":
         bench = bench._replace(state=bench.attack_alone().state)
