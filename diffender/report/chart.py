@@ -43,8 +43,8 @@ def known(records: Sequence[dict], within: bool = False) -> dict[int, dict]:
 
 
 def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
-    """One line for each run, by its defence, with Wilson's 95 % intervals. A budget that is not the first run's is
-    named. Raises InputError for a run without AdvP."""
+    """One line for each run, by its defence, with Wilson's 95 % intervals. What budget and images are not the first
+    run's is named. Raises InputError for a run without AdvP."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
     budgets = []
@@ -56,7 +56,7 @@ def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
         points = known(records, name in WITHIN) if all("attacks" in r for r in records) else {}
         if not points:
             raise InputError(f"{folder} holds no evaluation under advp; the chart is of that attack alone")
-        budgets.append(f", {config['iters']} steps, EOT {config['eot']}")
+        budgets.append(f", {config['iters']} steps, EOT {config['eot']}, {len(records)} images")
         title = OURS.get(defense, defense) + budgets[i] * (budgets[i] != budgets[0])
         style = {"linewidth": 1} | STYLES.get(name, {}) | ({"linestyle": "-."} if budgets[i] != budgets[0] else {})
         x = [stage + 0.02 * (i - len(folders) / 2) for stage in points]  # side by side, where they coincide
