@@ -212,8 +212,8 @@ def load_image(path: Path, cfg: ClassifierConfig) -> Tensor:
 
 def open_image(path: Path, upright: bool = False) -> Image.Image:
     """A file's image in RGB: of an animation the first frame; turned `upright` where the camera says how. Raises
-    InputError for a
-    file that is missing, no image, one of 32 bits, or one of more than 179 million pixels, Pillow's limit."""
+    InputError for a file that is missing, no image, one of 32 bits, or one of more than 179 million pixels, which is
+    Pillow's limit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

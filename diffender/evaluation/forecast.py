@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from diffender.pipeline import Defended
 
 LONG = 20.0  # seconds: where a pass takes longer, other costs are estimated from it by COST, not measured
-COST = {  # in passes of the defence: a query and a step on the undefended classifier, a query that hides, a sample of
-    # each gradient
+# In passes of the defence: a query and a step on the undefended classifier, a query that hides, and a sample of each
+# gradient.
+COST = {
     "pass": 1.0, "query": 0.06, "undefended": 0.25, "hiding": 0.6,
     "bpda": 1.1, "bpda-mask": 1.9, "surrogate": 3.4, "full": 3.6, "full+loc": 3.6, "evade": 1.5, "auto": 3.6,
 }  # fmt: skip

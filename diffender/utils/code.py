@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (int, float, complex, str, bytes, type(None), type(...), range, slice, PurePath, torch.dtype, torch.device)
-HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # where methods hold what they wrap
+HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # where wrappers hold functions
 EVERY = vars(nn.Module()).keys()  # attributes that every module has
 OURS, STANDARD = "diffender", sys.stdlib_module_names
 
