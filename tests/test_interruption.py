@@ -47,6 +47,7 @@ def told(folder):
     for record in records:
         for part in (record, *record["attacks"].values()):
             part.pop("seconds")
+            part.pop("forecast", None)
     return records
 
 

@@ -225,13 +225,15 @@ def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(
     opts = with_preset(Options(attack="none", trust="off", curves="off"))
     e = running.Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, [], {}, None)
     batch = Batch(["a", "b"], torch.zeros(2, 3, 8, 8), torch.ones(2), [])
-    running.judge_part(e, batch, [0, 1], {}, progress, {})
+    running.judge_part(e, batch, [0, 1], {"clean": 8.0}, progress, {})
     records = read_records(tmp_path).values()
     assert [r["unet_evaluations"] for r in records] == [3, 3]
     results = running.finish(e, Batch(["b"], batch.x[1:], batch.y[1:], []))
     assert (results["rows"][0]["single"]["n"], results["unet_evaluations"]) == (1, 3)
     e.own.write_text("".join(json.dumps(record | {"seconds": 50.0}) + "\n" for record in records))
-    assert running.finish(e, batch)["seconds"] == pytest.approx(100, abs=5)
+    again = running.finish(e, batch)
+    assert again["seconds"] == pytest.approx(100, abs=5)
+    assert (again["seconds_attacked"], again["forecast"]) == (100, 8), "a forecast stands beside what it took"
 
 
 def test_certified_are_right_answers_and_images_without_a_place_left(tmp_path, call, monkeypatch):
@@ -264,6 +266,15 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, here):
     assert code == 0, err
     assert "pass " in out
     assert '"theta": 2.0' in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_table_tells_the_cost_of_each_row(tmp_path, here):
+    budget = ("--images", "2", "--iters", "1", "--steps", "2", "--draws", "1", "--verdicts", "1")
+    code, out, err = here(*budget, "--dry-run", "--table", "2", "--rows", "without mask,diffender")
+    assert code == 0, err
+    assert re.search(r"2 experiments, about \d+", out)
+    assert len(re.findall(r"^runs/tables/efficientnet_lite0-\S+: \d+ ", out, re.M)) == 2
     assert not (tmp_path / "runs").exists()
 
 

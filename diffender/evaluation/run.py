@@ -18,7 +18,7 @@ from diffender.attacks.expectation import Task
 from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
 from diffender.defenses import parse_defense
 from diffender.evaluation.curves import draw_curves
-from diffender.evaluation.forecast import announce, forecast
+from diffender.evaluation.forecast import announce, duration, forecast
 from diffender.evaluation.options import OURS, Options, attacks, shard_of
 from diffender.evaluation.plan import (
     as_drawn,
@@ -121,6 +121,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     if not opts.run.quiet:
         announce(opts, forecasts)
     if opts.dry_run:
+        if len(experiments) > 1:
+            print("\n".join(f"{e.folder}: {duration(f.work)}" for e, f in zip(experiments, forecasts, strict=True)))
         return
     follow = [TRACKERS[opts.track](e.folder, e.config) for e in experiments]
     for e in experiments:
@@ -207,6 +209,8 @@ def judge_part(
         judge = Judge(e.target, e.opts.verdicts, e.opts.eot_batch)
         records = evaluate_batch(task, judge, e.plans, e.folder, progress.through(cost), bases)
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
+    if not e.opts.run.quiet:  # else nothing was measured, and the shares of the bar are not seconds
+        spent["forecast"] = sum(cost.values())
     if (taken := watt_hours(energy, counters())) is not None:
         spent["watt_hours"] = taken
     shares = {name: value / len(records) for name, value in spent.items()}
@@ -253,10 +257,12 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
             every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.run.seed)
             progress = bar(records, "curves", opts.run.quiet, " images")
             results["curves"] = draw_curves(opts.curves, every, e.plans, progress, e.folder, may_stop)
-    results["seconds"] = sum(r["seconds"] for r in records) + time.monotonic() - checked
+    results["seconds_attacked"] = sum(r["seconds"] for r in records)
+    results["seconds"] = results["seconds_attacked"] + time.monotonic() - checked
     results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
-    if all("watt_hours" in r for r in records):
-        results["watt_hours"] = sum(r["watt_hours"] for r in records)
+    for name in ("forecast", "watt_hours"):
+        if all(name in r for r in records):
+            results[name] = sum(r[name] for r in records)
     write_json(e.folder / "results.json", results)
     return results
 

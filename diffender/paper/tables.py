@@ -22,7 +22,7 @@ from diffender.evaluation.metrics import counted, discordant, mcnemar, proportio
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
 from diffender.evaluation.records import open_run, read_records
-from diffender.evaluation.run import Experiment, finish, load_images, prepare, resolved, work
+from diffender.evaluation.run import Experiment, finish, load_images, made_in, prepare, resolved, work
 from diffender.evaluation.verdicts import Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
@@ -90,6 +90,8 @@ def chosen_rows(number: int, opts: Options) -> list[Row]:
 
 def changes(number: int, key: str, opts: Options) -> dict:
     """How a row's options differ from the table's. Tunes the prompts of Table 2."""
+    if number == 2 and opts.dry_run:
+        return {}  # the shipped prompts cost as much
     if number == 2:
         return {"prompts": retuned(opts, "none" if key == "diffender" else key.removeprefix("without "))}
     return VARIANTS.get(key, {"defense": key, "grad": None})
@@ -156,7 +158,8 @@ def run_table(number: int, opts: Options) -> str:
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    text = markdown(number, lines) + f"\n{notes(number, opts, lines, cost(every))}{paired(number, lines)}"
+    took = f"{cost(every)} on {machine(pick_device(opts.run.device))}, {made_on(every)}"
+    text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
     folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
@@ -201,6 +204,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     ours = experiments[-1] if last == "diffender" or last.startswith("without") else prepare(with_preset(opts), model)
     batch = load_images(ours.opts, ours.target)
     work(experiments, batch)
+    if opts.dry_run:
+        return []
     wait()
     if not is_first() or None in [finish(experiment, batch) for experiment in experiments]:
         return []
@@ -348,19 +353,30 @@ def paired(number: int, lines: Sequence[Line]) -> str:
     return f"\n{table((head, *shown), rows)}\n{told}\n"
 
 
+def records_of(lines: Sequence[Line]) -> list[dict]:
+    """The records of the runs that these lines come from."""
+    return [r for run in {line.run for line in lines if line.run} for r in read_records(run).values()]
+
+
+def made_on(lines: Sequence[Line]) -> str:
+    """The days on which the images of these lines were attacked, or, of records that do not say, today."""
+    made = records_of(lines)
+    today = time.strftime("%Y-%m-%d")
+    return " and ".join(made_in(made, "date")) if all(r.get("date") for r in made) else f"finished on {today}"
+
+
 def cost(lines: Sequence[Line]) -> str:
     """What the runs of these lines took."""
-    made = [r for run in {line.run for line in lines if line.run} for r in read_records(run).values()]
+    made = records_of(lines)
     hours, evaluations = sum(r["seconds"] for r in made) / 3600, sum(r["unet_evaluations"] for r in made)
     return f"{hours:.1f} h in all processes together and {evaluations:,.0f} UNet evaluations"
 
 
 def notes(number: int, opts: Options, lines: Sequence[Line], took: str) -> str:
-    """What was run, what it took, and how it departs from the paper."""
+    """What was run, what it took, where and when, and how it departs from the paper."""
     full, target = with_preset(change(opts, attack="all")), opts.target
     names = ", ".join(dict.fromkeys(line.classifier for line in lines))
     baselines = "baselines are attacked through `bpda` and `auto` gradients, " if number in (1, 6) else ""
-    where = machine(pick_device(opts.run.device))
     missing = [NAMES[key] for key in ROWS[number] if key not in {line.key for line in lines}]
     left = f"Left out: {', '.join(missing)}. " if missing else ""
     dependent = "folds share people, so intervals and tests are too narrow; " if opts.folds > 1 else ""
@@ -372,8 +388,7 @@ def notes(number: int, opts: Options, lines: Sequence[Line], took: str) -> str:
         "strongest of the patches made for each image; bold: first by every paired test (McNemar, exact, p < 0.05); =: "
         f"not told from the first by such a test; {dependent}{certified}{baselines}DIFFender through "
         f"{full.grad} (paper: BPDA). "
-        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{untargeted}, seed {opts.run.seed}, {took} "
-        f"on {where}, {time.strftime('%Y-%m-%d')}. "
+        f"{len(lines[0].verdicts['clean'])} images, {describe(full)}{untargeted}, seed {opts.run.seed}, {took}. "
         f"{left}Departures from the paper: classifier {names} (theirs in the heads of the quoted columns), data "
         f"{target.data} (theirs 512 images of {'LFW' if number == 6 else 'ImageNet'}), diffusion model "
         f"{target.defense.model.weights or 'the embedded one'} (theirs Stable Diffusion), and this budget (theirs 100 "

@@ -66,6 +66,8 @@ def cost(results: dict) -> str:
     """What the run took, and where. Energy, where the machine tells it, is the whole machine's while it attacked."""
     energy = f", {results['watt_hours']:.1f} Wh" if "watt_hours" in results else ""
     took = f"{results['seconds']:.0f} s{energy} and {results['unet_evaluations']} UNet evaluations"
+    if "forecast" in results:
+        took += f" (attacks and verdicts {results['seconds_attacked']:.0f} s, forecast {results['forecast']:.0f} s)"
     code = " and ".join(commit[:7] for commit in results.get("commits", []))
     return f"{took} on {results['machine']}, {results['date']}{f', commit {code}' * bool(code)}"
 
