@@ -27,8 +27,9 @@ from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import put_back, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
-from diffender.utils.code import code_digest, digest
+from diffender.utils.code import code_digest
 from diffender.utils.errors import InputError, nearest
+from diffender.utils.files import digest
 from diffender.utils.options import change, check_options, flat, leaves, settings
 
 IMAGENET = 1000  # so many classes have ImageNet's names, unless others are given
@@ -240,7 +241,7 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= {"patch": cleanser.largest(images.shape[-1]), "masks": cleanser.masks}
         found |= {"otherwise": victim.defense.otherwise}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
-    hashes = {what: digest(group) for what, group in tensors.items()}
+    hashes = {what: digest({str(i): t for i, t in enumerate(group)}, {}) for what, group in tensors.items()}
     return found | {
         "torch": torch.__version__,
         "sha256": hashes | {"code": code_digest(victim, *attacks(opts).values())},

@@ -1,9 +1,9 @@
 """The whole defence: localise, restore, composite. Fully differentiable; noise is an argument."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,10 @@ class DIFFender(nn.Module):
             return x
         return x.index_copy(0, rows, self.restore(x[rows], mask[rows], Noise(*(n[rows] for n in noise))))
 
+    def repaint(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
+        """x (B, 3, H, W) with what a mask (B, 1, H, W) covers restored, whatever the map says."""
+        return composite(x, self.restore(x, mask, noise), mask)
+
     def forward(
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Purified:
@@ -168,20 +172,6 @@ class DIFFender(nn.Module):
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
         """What the classifier sees of a patch that the map does not show: x as it is."""
         return x
-
-
-def passes(
-    defense: Callable[..., Purified], x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
-) -> Iterator[Purified]:
-    """defense(x, noise) for each noise, `batch` of them side by side. DIFFender encodes x once."""
-    posterior = defense.posterior(x) if isinstance(defense, DIFFender) else None
-    for start in range(0, len(noises), batch):
-        part = noises[start : start + batch]
-        n = (len(part), 1, 1, 1)
-        known = {} if posterior is None else {"posterior": Posterior(*(moment.repeat(n) for moment in posterior))}
-        out = defense(x.repeat(n), stack(part), **known)
-        split = ([None] * len(part) if field is None else field.split(len(x)) for field in out)
-        yield from map(Purified, *split)
 
 
 class Defended(nn.Module):
@@ -215,9 +205,19 @@ class Defended(nn.Module):
     def looks(
         self, x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
     ) -> Iterator[tuple[Purified, Tensor]]:
-        """What the defence makes of x with each noise, and the logits (B, K) of that; `batch` as in `passes`."""
-        for out in passes(self.defense, x, noises, batch):
-            yield out, self.classifier(out.image)
+        """What the defence makes of x with each noise, `batch` of them side by side, and the logits (B, K) of that.
+        DIFFender encodes x once."""
+        posterior = self.defense.posterior(x) if isinstance(self.defense, DIFFender) else None
+        for start in range(0, len(noises), batch):
+            part = noises[start : start + batch]
+            n = (len(part), 1, 1, 1)
+            known: dict[str, Any] = {}
+            if posterior is not None:
+                known["posterior"] = Posterior(*(moment.repeat(n) for moment in posterior))
+            purified = self.defense(x.repeat(n), stack(part), **known)
+            split = ([None] * len(part) if field is None else field.split(len(x)) for field in purified)
+            for out in map(Purified, *split):
+                yield out, self.classifier(out.image)
 
     def under(self, backward: Backward) -> "Defended":
         """The same victim with another backward pass."""

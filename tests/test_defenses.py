@@ -3,7 +3,6 @@
 import io
 import math
 import re
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from diffender.classifiers.dataset import sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS, Classifier
 from diffender.config import Backward
-from diffender.defenses import DEFENSES, build, parse_defense
+from diffender.defenses import DEFENSES, build, jedi, parse_defense
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fill import FILLS, harmonic
@@ -23,9 +22,10 @@ from diffender.defenses.fnc import clip_norm, clip_tokens, fnc, reestimate_stati
 from diffender.defenses.hardened import Hardened
 from diffender.defenses.jedi import (
     OFFICIAL,
+    Jedi,
+    clean_entropy,
     complete,
     entropy_windows,
-    jedi,
     load_autoencoder,
     suspicious,
     thresholds,
@@ -45,7 +45,6 @@ from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, q_sample
 from diffender.utils.errors import InputError
 from diffender.weights.prompts import contexts_for
 
-JEDI = import_module("diffender.defenses.jedi")  # a function of this name hides the file
 BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
 
 
@@ -319,13 +318,13 @@ def noisy(photos):
 
 
 def test_jedi_fills_noise_and_leaves_the_rest(noisy):
-    out, mask = jedi()(noisy)
+    out, mask = Jedi()(noisy)
     change = (out - noisy).abs().amax(dim=1)
     assert (change[:, 100:160, 40:100] > 0.05).float().mean() > 0.8
     assert mask.sum() < 1.5 * 60**2
     assert torch.equal(out * (1 - mask), noisy * (1 - mask))
     smooth = F.avg_pool2d(noisy, 31, 1, 15, count_include_pad=False)
-    assert torch.equal(jedi()(smooth)[0], smooth)
+    assert torch.equal(Jedi()(smooth)[0], smooth)
 
 
 def test_jedi_finds_noise(noisy):
@@ -346,7 +345,7 @@ def test_jedis_threshold_rises_with_the_entropy_of_the_image():
 def test_jedi_looks_in_every_scale(noisy, monkeypatch):
     every, usual, alone = suspicious(noisy, *OFFICIAL), thresholds, []
     for k in range(3):
-        monkeypatch.setattr(JEDI, "thresholds", lambda mean, i, *s, k=k: usual(mean, i, *s) + (0 if i == k else 99))
+        monkeypatch.setattr(jedi, "thresholds", lambda mean, i, *s, k=k: usual(mean, i, *s) + (0 if i == k else 99))
         alone.append(suspicious(noisy, *OFFICIAL))
     assert torch.equal(every, torch.stack(alone).amax(dim=0))
     assert not any(torch.equal(every, found) for found in alone)
@@ -363,16 +362,15 @@ def test_jedi_sees_red_better_than_blue():
 
 @pytest.mark.parametrize("given", [{"min_area": 0.5}, {"threshold": 1.0}])
 def test_jedi_takes_no_region_too_small_and_nothing_that_its_autoencoder_is_unsure_of(noisy, given):
-    assert jedi(**given)(noisy)[1].sum() == 0
+    assert Jedi(**given)(noisy)[1].sum() == 0
 
 
 def test_jedi_has_both_statistics():
     """Resized photographs are denser than the original's: its own raise the mean entropy, so more is flagged."""
-    own, official = jedi(stats="own", completion="none"), jedi(completion="none")
-    assert all(a > b for a, b in zip(own.clean_mean, official.clean_mean, strict=True))
-    assert own.autoencoder is None
+    own, official = clean_entropy("own"), clean_entropy("official")
+    assert all(a > b for a, b in zip(own[0], official[0], strict=True))
     with pytest.raises(InputError, match="choose one of official, own"):
-        jedi(stats="mine")
+        Jedi(stats="mine")
 
 
 def test_small_regions_go():

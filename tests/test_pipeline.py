@@ -13,7 +13,7 @@ from diffender.config import EXACT, Backward, DIFFenderConfig
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
-from diffender.pipeline import DIFFender, passes
+from diffender.pipeline import Defended, DIFFender
 from diffender.prompts import Contexts, PromptPair, empty_contexts, learned_context, manual_contexts
 from diffender.restore import composite
 from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
@@ -77,12 +77,14 @@ def test_several_contexts_are_answered_as_each_alone(model, contexts, monkeypatc
 
 def test_passes_are_what_each_noise_gives_alone(defense, photos):
     noises = [noise_for(defense, 2, f"pass {i}") for i in range(2)]
-    for out, noise in zip(passes(defense, photos[:2], noises), noises, strict=True):
+    target = Defended(defense, torch.nn.Flatten())
+    for (out, logits), noise in zip(target.looks(photos[:2], noises), noises, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(out, defense(photos[:2], noise), strict=True))
+        assert torch.equal(logits, out.image.flatten(1))
     seen: list[int] = []
     hook = defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     try:
-        list(passes(defense, photos[:2], noises))
+        list(target.looks(photos[:2], noises))
     finally:
         hook.remove()
     assert len(seen) == 3, "the images once, the masked images with every noise"

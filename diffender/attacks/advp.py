@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
@@ -21,7 +22,7 @@ from diffender.attacks.expectation import (
     judge,
     judgements,
 )
-from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, relocated, to_8bit
+from diffender.attacks.patch import apply_patch, margin, masks_for, relocated, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.options import option
@@ -158,4 +159,4 @@ class AdvP(GradientAttack):
 
     def towards(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """The targeted loss, (B,)."""
-        return cross_entropy(logits, target)
+        return F.cross_entropy(logits, target, reduction="none")

@@ -71,11 +71,6 @@ def logit(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None])[:, 0]
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """CE(z, t) for each image, (B,): small where it is taken for t."""
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
-
-
 def paste(x: Tensor, pattern: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     """Pattern (B, 3, s, s) at whole pixels, corner (B, 2) = (top, left): images like x and masks (B, 1, S, S)."""
     image, mask, side = x.clone(), torch.zeros_like(x[:, :1]), pattern.shape[-1]

@@ -3,102 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffender.classifiers.dataset import list_items, load_image
-from diffender.config import EXACT, Backward
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc, reestimate_statistics
 from diffender.defenses.hardened import Hardened
-from diffender.defenses.jedi import jedi
+from diffender.defenses.jedi import Jedi
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.lgs import LGS
 from diffender.defenses.patchcleanser import PatchCleanser
+from diffender.defenses.purifier import Purifier
 from diffender.defenses.smoothing import Smoothing
-from diffender.noise import seeded, seeds
-from diffender.ops import resize, straight_through
-from diffender.pipeline import Defended, DIFFender, Purified, check_images, drawn
-from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.ops import resize
+from diffender.pipeline import Defended, DIFFender
 from diffender.utils.errors import InputError, nearest
-
-Purify = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
-
-FAR = 10  # values beyond are no longer those of an image, clamped or not
-
-
-@runtime_checkable
-class Diffusing(Protocol):
-    """A defence that takes noise: only those that diffuse do."""
-
-    def __call__(self, x: Tensor, noise: Tensor) -> Tensor: ...
-
-    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor: ...
-
-
-class Purifier(nn.Module):
-    """A function of images with DIFFender's signature and its two extreme backward passes.
-
-    bpda is the identity; anything else (`auto`) differentiates what is differentiable. What is not counts as a constant
-    or is passed straight through, as each defence's own file says. `random`: purify draws from torch's global
-    generator, which is seeded for each image.
-    """
-
-    def __init__(self, purify: Purify | Diffusing, model: LatentDiffusion | None = None, random: bool = False):
-        super().__init__()
-        self.purify, self.model, self.random = purify, model, random
-
-    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
-        if isinstance(self.purify, Diffusing):
-            return self.purify.sample_noise(image_ids, seed, purpose, k)
-        return seeds(image_ids, seed, purpose, k) if self.random else None
-
-    def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
-        check_images(x)
-        if backward.mode == "bpda":
-            out = self(x.detach(), noise)
-            return out._replace(image=straight_through(out.image, x))
-        if isinstance(self.purify, Diffusing):
-            return Purified(*checked(self.purify(x.clone(), drawn(noise)), x))
-        answer = partial(answered, self.purify)
-        return Purified(*(seeded(answer, x, drawn(noise)) if self.random else answer(x)))
-
-
-def answered(purify: Purify, x: Tensor) -> tuple[Tensor, ...]:
-    """What a purifier makes of a copy of x, which it may change in place."""
-    return checked(purify(x.clone()), x)
-
-
-def checked(out: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """What a purifier makes of x: images, and masks if it has them. Raises InputError for anything else."""
-    image, mask = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
-    parts = {"images": image} if mask is None else {"images": image, "masks": mask}
-    for part in parts.values():
-        if not isinstance(part, Tensor):
-            told = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
-            told += f" that holds a {type(part).__name__}" * (part is not out)
-            raise InputError(
-                f"the purifier returns {told}; it returns a tensor of images (B, 3, H, W), or a tuple of that and a "
-                "tensor of masks (B, 1, H, W)"
-            )
-    for (what, part), channels in zip(parts.items(), (3, 1), strict=False):
-        wanted = (len(x), channels, *x.shape[-2:])
-        if (part.shape, part.dtype, part.device) != (wanted, x.dtype, x.device):
-            raise InputError(
-                f"the purifier makes {what} {tuple(part.shape)}, {part.dtype}, {part.device} of images "
-                f"{tuple(x.shape)}; return {what} {wanted}, {x.dtype}, {x.device}"
-            )
-        low, high = part.detach().aminmax()
-        if max(-low, high) > FAR:
-            raise InputError(
-                f"the purifier makes {what} with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255"
-            )
-    return tuple(parts.values())
 
 
 class Entry(NamedTuple):
@@ -169,7 +93,7 @@ DEFENSES = {
     "lgs": pure(LGS),
     "fnc": Entry(build_fnc),
     "diffpure": Entry(build_diffpure, DiffPure),
-    "jedi": pure(jedi),
+    "jedi": pure(Jedi),
 }
 
 

@@ -8,6 +8,7 @@ fills by coherence transport, we by a harmonic surface.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from diffender.defenses.fill import harmonic
 from diffender.defenses.smoothing import mirrored
 from diffender.ops import connected
-from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
+from diffender.utils.options import check_options, option
 from diffender.weights.loading import WEIGHTS
 
 WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for images up to 800 pixels; MATLAB's ranges include both ends
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
-OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # mean and deviation of a window's entropy in clean images, bits
+OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # as `clean_entropy` has it
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
 COMPLETION = WEIGHTS / "jedi.safetensors"
@@ -45,31 +46,29 @@ class Autoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class Jedi:
-    autoencoder: Autoencoder | None  # completes masks; none: they stay as they were found
-    clean_mean: tuple[float, ...]
-    clean_std: tuple[float, ...]
-    min_area: float  # of connected regions, as a share of the image
-    threshold: float  # of the autoencoder's output
+    stats: str = option("official", "Statistics of clean entropy; own: of resized photographs.", ("official", "own"))
+    completion: str = option("autoencoder", "What completes masks.", ("autoencoder", "none"))
+    min_area: float = option(0.005, "Smallest connected region that counts, as a share of the image.", low=0, high=1)
+    threshold: float = option(0.33, "Of the autoencoder's output.", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [0, 1] filled, and the mask (B, 1, H, W). Histograms have no gradient."""
-        mask = without_small(suspicious(x.detach(), self.clean_mean, self.clean_std), self.min_area)
-        if self.autoencoder is not None:
-            mask = complete(self.autoencoder.to(x), mask, self.threshold)
+        mask = without_small(suspicious(x.detach(), *clean_entropy(self.stats)), self.min_area)
+        if self.completion == "autoencoder":
+            mask = complete(load_autoencoder().to(x), mask, self.threshold)
         return harmonic(x, mask), mask
 
 
-def jedi(
-    stats: str = "official", completion: str = "autoencoder", min_area: float = 0.005, threshold: float = 0.33
-) -> Jedi:
-    """`stats` of clean entropy: official, or own, estimated on resized photographs; `completion`: autoencoder, none."""
-    allowed = (("statistics", stats, ("official", "own")), ("completion", completion, ("autoencoder", "none")))
-    for name, value, known in allowed:
-        if value not in known:
-            raise InputError(f"unknown {name} {value!r} of Jedi; choose one of {', '.join(known)}")
+@cache
+def clean_entropy(stats: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a window's entropy in clean images, in bits, a number for each scale."""
+    if stats == "official":
+        return OFFICIAL
     header = read_header(COMPLETION)
-    mean, std = OFFICIAL if stats == "official" else (tuple(header["clean_mean"]), tuple(header["clean_std"]))
-    return Jedi(load_autoencoder() if completion == "autoencoder" else None, mean, std, min_area, threshold)
+    return tuple(header["clean_mean"]), tuple(header["clean_std"])
 
 
 def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
@@ -113,6 +112,7 @@ def without_small(mask: Tensor, min_area: float) -> Tensor:
     return mask * (sizes >= min_area * pixels)
 
 
+@cache
 def load_autoencoder() -> Autoencoder:
     net = Autoencoder()
     net.load_state_dict({k: v.float() for k, v in load_tensors(COMPLETION).items()})

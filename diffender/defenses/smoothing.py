@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,5 +33,4 @@ def mirrored(n: int, k: int) -> Tensor:
 
     Beyond that the line comes again.
     """
-    i = torch.arange(-(k // 2), n + (k - 1) // 2) % (2 * n)
-    return torch.where(i < n, i, 2 * n - 1 - i)
+    return torch.from_numpy(np.pad(np.arange(n), (k // 2, (k - 1) // 2), mode="symmetric"))

@@ -73,7 +73,7 @@ def footprint(model: LatentDiffusion, classifier: nn.Module, size: int) -> Footp
     net = copy.deepcopy(classifier).to("meta")
     return Footprint(
         saved_bytes(unet, lambda x: unet(x, t, context), latents),
-        saved_bytes(model.vae, lambda x: model.vae.encode(x, torch.empty_like(z)), x),
+        saved_bytes(model.vae, lambda x: model.vae.posterior(x).sample(torch.empty_like(z)), x),
         saved_bytes(model.vae, model.vae.decode, z),
         saved_bytes(net, net, image),
     )

@@ -40,7 +40,7 @@ def sources(opts: Options) -> dict[str, str]:
     return {name: flagged(name) if name in given else usual for name in asdict(PAPER)}
 
 
-def mine(opts: Options, count: int) -> list[int]:
+def of_this_shard(opts: Options, count: int) -> list[int]:
     """The indices, out of `count` images, that this shard does."""
     shard, shards = shard_of(opts.shard)
     return list(range(shard, count, shards))
@@ -48,10 +48,6 @@ def mine(opts: Options, count: int) -> list[int]:
 
 def default_name(opts: Options) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}"
-
-
-def batches(opts: Options, todo: list[int]) -> list[list[int]]:
-    return [todo[i : i + opts.batch_size] for i in range(0, len(todo), opts.batch_size)]
 
 
 def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:

@@ -23,13 +23,12 @@ from diffender.evaluation.options import OURS, Options, attacks, shard_of
 from diffender.evaluation.plan import (
     as_drawn,
     attack_flags,
-    batches,
     build_plans,
     build_target,
     config_of,
     default_name,
     describe,
-    mine,
+    of_this_shard,
 )
 from diffender.evaluation.records import append_records, open_run, read_records, refuse_other
 from diffender.evaluation.trust import trust_report
@@ -113,7 +112,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     there = [read_records(e.folder) for e in experiments]
     for e, records in zip(experiments, there, strict=True):
         refuse_changed(e.folder, records, batch)
-    parts = batches(opts, mine(opts, len(batch.ids)))
+    own = of_this_shard(opts, len(batch.ids))
+    parts = [own[i : i + opts.batch_size] for i in range(0, len(own), opts.batch_size)]
     left = [[[i for i in part if batch.ids[i] not in records] for part in parts] for records in there]
     forecasts = []
     for e, todo in zip(experiments, left, strict=True):

@@ -24,9 +24,7 @@ from diffender.defenses.hardened import Hardened
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options
 from diffender.evaluation.verdicts import Plan, by_variant, file_names, load_attacked, strongest_of
-from diffender.noise import Noise
 from diffender.pipeline import Defended, DIFFender
-from diffender.restore import composite
 from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
@@ -91,12 +89,10 @@ class Bench(NamedTuple):
             if mask is None:
                 readings = [logits for _, logits in self.target.looks(x[rows], noises)]
             else:
-                readings = [self.target.classifier(self.restored(x[rows], mask[rows], noise)) for noise in noises]
+                repaint = self.target.defense.repaint
+                readings = [self.target.classifier(repaint(x[rows], mask[rows], noise)) for noise in noises]
             right += [logits.argmax(dim=1).eq(part.y) for logits in readings]
         return torch.cat(right).double().mean().item()
-
-    def restored(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
-        return composite(x, self.target.defense.restore(x, mask, noise), mask)
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
         """The adaptive attack again, with one thing changed."""

@@ -24,7 +24,6 @@ from diffender.factory import config_of, hashes_of, open_classifier, open_items,
 from diffender.ops import resize
 from diffender.paper.ablate import ANEW, Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
-from diffender.restore import composite
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, write_json, write_text
 from diffender.utils.images import save_figure, save_png, stretch
@@ -188,9 +187,9 @@ def measure(
             clean = defense.localize(x, noise)
             values["clean_area"] = clean.mask.mean(dim=(1, 2, 3))
         if study in PURIFYING:
-            unharmed = x if setting.oracle else composite(x, defense.restore(x, clean.mask, noise), clean.mask)
+            unharmed = x if setting.oracle else defense.repaint(x, clean.mask, noise)
             covered = mask if setting.oracle else found.mask
-            purified = composite(image, defense.restore(image, covered, noise), covered)
+            purified = defense.repaint(image, covered, noise)
             values |= {
                 "clean_right": is_right(judge, unharmed, y, opts.batch_size),
                 "right": is_right(judge, purified, y, opts.batch_size),
@@ -216,9 +215,10 @@ def map_columns(found: Localized, mask: Tensor) -> dict[str, Tensor]:
 
 
 def show(
-    opts: Options, defense: DIFFender, classifier: Classifier, batch: Batch, attacked: Attacked, first: int = 8
+    opts: Options, defense: DIFFender, classifier: Classifier, batch: Batch, attacked: Attacked
 ) -> dict[str, float]:
-    """What the VAE keeps of the clean photographs; and an image of the first ones, `images.png`."""
+    """What the VAE keeps of the clean photographs; and an image of the first eight, `images.png`."""
+    first = 8
     parts = [batch.x[rows] for rows in slices(opts.batch_size, batch.ids)]
     recon = torch.cat([round_trip(defense, x) for x in parts])
     psnr = -10 * (recon - batch.x).square().mean(dim=(1, 2, 3)).log10()
@@ -230,7 +230,7 @@ def show(
         x,
         recon[:first],
         image,
-        composite(image, defense.restore(image, mask, noise), mask),
+        defense.repaint(image, mask, noise),
         heat.expand_as(x),
         out.mask.expand_as(x),
         out.image,

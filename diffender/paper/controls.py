@@ -17,7 +17,6 @@ from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Verdict, file_names, load_attacked, verdict
 from diffender.noise import generator
 from diffender.pipeline import Defended
-from diffender.restore import composite
 from diffender.utils.files import cut_tail
 from diffender.utils.progress import bar
 
@@ -96,7 +95,7 @@ def seen(target: Defended, fill: str, x: Tensor, mask: Tensor, image_id: str, se
         filled = x
     elif fill == "diffusion":
         noise = target.sample_noise([image_id], seed, "verdict")
-        filled = composite(x, target.defense.restore(x, mask, noise), mask)
+        filled = target.defense.repaint(x, mask, noise)
     else:
         filled = FILLS[fill](x, mask)
     return int(target.classifier(filled).argmax())

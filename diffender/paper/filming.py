@@ -23,7 +23,7 @@ from diffender.classifiers.dataset import Batch, csv_items, digest_of, load_imag
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.jpeg import JPEG
 from diffender.evaluation.metrics import counted, discordant, mcnemar, wilson
-from diffender.evaluation.plan import mine
+from diffender.evaluation.plan import of_this_shard
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.run import Experiment
 from diffender.evaluation.verdicts import file_names
@@ -68,7 +68,7 @@ def film(e: Experiment, batch: Batch) -> None:
     digital = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     over_poses = replace(digital, eot=max(opts.eot, 4))
     done = read_records(e.folder)
-    for i in bar(mine(opts, len(batch.ids)), "filming", opts.run.quiet):
+    for i in bar(of_this_shard(opts, len(batch.ids)), "filming", opts.run.quiet):
         image_id = batch.ids[i]
         if image_id in done:
             continue
@@ -96,7 +96,7 @@ def judge_photographs(e: Experiment) -> list[str]:
     items = csv_items(path, e.opts.target.classes)
     rows = read_csv(path, "file", "label", "configuration")
     done = read_records(e.folder)
-    for i in bar(mine(e.opts, len(items)), "photographs", e.opts.run.quiet):
+    for i in bar(of_this_shard(e.opts, len(items)), "photographs", e.opts.run.quiet):
         item, row = items[i], rows[i]
         files = [path.parent / row["clean"] if row.get("clean") else item.path, item.path]
         told = {"hashes": [digest_of(file) for file in files], "label": item.label}

@@ -9,15 +9,17 @@ physical tests; a patch of its own for every image is stronger.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffender.attacks.expectation import Task, Victim, samples
 from diffender.attacks.gdpa import PatchGenerator, place
-from diffender.attacks.patch import apply_patch, cross_entropy, margin, masks_for, patch_side
+from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
@@ -68,7 +70,8 @@ def universal_patch(
         patch = torch.zeros_like(x)
         patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
         attacked = apply_patch(x, patch, mask)
-        task = Task(victim, x, aim, ids, opts.run.seed, lambda z, aim=aim: cross_entropy(z, aim))
+        towards = partial(F.cross_entropy, target=aim, reduction="none")
+        task = Task(victim, x, aim, ids, opts.run.seed, towards)
         report(descend(task, attacked, mask, step, optimizer, opts.eot))
     return (w.tanh() / 2 + 0.5).detach()
 

@@ -22,7 +22,6 @@ from diffender.pretrain.locating import Asked, location_loss
 from diffender.pretrain.options import Recipe
 from diffender.pretrain.trainer import Trainer, plot_losses
 from diffender.prompts import MANUAL, manual_contexts
-from diffender.restore import composite
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion, ModelConfig
 from diffender.stable_diffusion.schedule import TRAIN_STEPS, q_sample
 from diffender.stable_diffusion.text import tokenizer
@@ -50,7 +49,6 @@ def train_vae(recipe: Recipe) -> None:
         vae.quant_conv.requires_grad_(False)
     photos = load_photos(recipe.data, short_side=256)
     classifier = early_layers(recipe.data).to(recipe.device)
-    net = classifier.net  # fed crops at their own size; Classifier.forward would resize them
     trainer = Trainer(vae, recipe)
     scale = (0.65 * recipe.crop / 256, 1.15 * recipe.crop / 256)  # the grain of a whole image at 224 px
     crops = batches(Crops(photos, recipe.crop, scale, recipe.seed), trainer.left(), recipe.batch, recipe)
@@ -66,7 +64,7 @@ def train_vae(recipe: Recipe) -> None:
         difference = F.avg_pool2d(recon - x, 4)
         chroma = (difference - difference.mean(dim=1, keepdim=True)).square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        perceptual = feature_distance(early(net, classifier, recon), early(net, classifier, x))
+        perceptual = feature_distance(early(classifier, recon), early(classifier, x))
         mse = (recon - x).square().mean()
         loss = l1 + 4 * mse + 20 * chroma + PERCEPTUAL[recipe.stage] * perceptual + 3e-4 * kl
         trainer.update(loss, l1=l1, mse=mse, chroma=chroma, perceptual=perceptual, kl=kl)
@@ -123,8 +121,10 @@ def first_stage(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
     raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")
 
 
-def early(net: nn.Module, classifier: nn.Module, x: Tensor) -> list[Tensor]:
-    """The classifier's first feature maps, where texture and edges live."""
+def early(classifier: Classifier, x: Tensor) -> list[Tensor]:
+    """The classifier's first feature maps, where texture and edges live, of images at their own size: its `forward`
+    would resize them."""
+    net = classifier.net
     h = net.bn1(net.conv_stem((x - classifier.mean) / classifier.std))
     maps = []
     for stage in net.blocks[:4]:
@@ -251,5 +251,5 @@ def show_inpainting(recipe: Recipe, model: LatentDiffusion) -> None:
     mask[..., 80:144, 80:144] = 1
     defense = DIFFender(model.cpu(), manual_contexts(model), DIFFenderConfig(steps=10, guidance=3.0, sampler="dpmpp"))
     noise = defense.sample_noise([str(i) for i in range(len(x))], recipe.seed, "inpainting")
-    restored = composite(x, defense.restore(x, mask, noise), mask)
+    restored = defense.repaint(x, mask, noise)
     save_png(make_grid(torch.cat([x, x * (1 - mask) + 0.5 * mask, restored]), 8), recipe.out / "unet.png")

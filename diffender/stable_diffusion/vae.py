@@ -165,11 +165,9 @@ class AutoencoderKL(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(2 * x - 1)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Image in [0, 1] to scaled latents (B, z_channels, h, w): a posterior sample, or its mean without noise."""
-        posterior = self.posterior(x)
-        z = posterior.mean if noise is None else posterior.sample(noise)
-        return self.cfg.scale_factor * z
+    def encode(self, x: Tensor) -> Tensor:
+        """Image in [0, 1] to scaled latents (B, z_channels, h, w), the posterior's mean."""
+        return self.cfg.scale_factor * self.posterior(x).mean
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents to an image. Not clamped: [0, 1] up to the network's overshoot, so that gradients live."""

@@ -1,4 +1,4 @@
-"""What a run depends on and its settings do not tell: the values of tensors, and models and attacks of the user's own.
+"""What a run depends on and its settings do not tell: models and attacks of the user's own.
 
 A digest is the same in every process, so that a run goes on with the same model alone.
 """
@@ -8,7 +8,7 @@ import hashlib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -17,19 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffender.utils.files import digest
+
 PLAIN = (int, float, complex, str, bytes, type(None), type(...), range, slice, PurePath, torch.dtype, torch.device)
 HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # where wrappers hold functions
 EVERY = vars(nn.Module()).keys()  # attributes that every module has
 OURS, STANDARD = "diffender", sys.stdlib_module_names
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """sha256 of the values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        dense = tensor.detach().to_dense().cpu().contiguous()
-        found.update(dense.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def code_digest(victim: nn.Module, *attacks: type) -> str:
@@ -59,7 +52,7 @@ def account(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return seen[id(value)][0]
     seen[id(value)] = (len(seen), value)
     if isinstance(value, Tensor):
-        return [repr(value.dtype), tuple(value.shape), digest([value])]
+        return digest({"": value}, {})
     if isinstance(value, list):
         return ["list", *(account(v, seen) for v in value)]
     if isinstance(value, dict):

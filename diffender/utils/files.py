@@ -127,7 +127,7 @@ def digest(tensors: dict[str, Tensor], header: dict) -> str:
 
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu()
+        value = tensors[key].detach().to_dense().cpu()
         total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.flatten().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -64,7 +64,7 @@ def stretch(heatmap: Tensor, size: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(scaled, size, mode="nearest")
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
-        figure.savefig(partial, dpi=dpi, format="png")
+        figure.savefig(partial, dpi=110, format="png")

@@ -1,0 +1,77 @@
+"""A function of images, the user's own or a baseline, with DIFFender's signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffender.config import EXACT, Backward
+from diffender.noise import seeded, seeds
+from diffender.ops import straight_through
+from diffender.pipeline import Purified, check_images, drawn
+from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import InputError
+
+Purify = Callable[..., Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
+
+FAR = 10  # values beyond are no longer those of an image, clamped or not
+
+
+class Purifier(nn.Module):
+    """A function of images with DIFFender's two extreme backward passes.
+
+    bpda is the identity; anything else (`auto`) differentiates what is differentiable. What is not counts as a constant
+    or is passed straight through, as each defence's own file says. A function that diffuses has a method sample_noise
+    and takes that noise. `random`: it draws from torch's global generator, which is seeded for each image.
+    """
+
+    def __init__(self, purify: Purify, model: LatentDiffusion | None = None, random: bool = False):
+        super().__init__()
+        self.purify, self.model, self.random = purify, model, random
+
+    def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:
+        if hasattr(self.purify, "sample_noise"):
+            return self.purify.sample_noise(image_ids, seed, purpose, k)
+        return seeds(image_ids, seed, purpose, k) if self.random else None
+
+    def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
+        check_images(x)
+        if backward.mode == "bpda":
+            out = self(x.detach(), noise)
+            return out._replace(image=straight_through(out.image, x))
+
+        def answer(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            return checked(self.purify(x.clone(), *given), x)  # it may change its copy in place
+
+        if hasattr(self.purify, "sample_noise"):
+            return Purified(*answer(x, drawn(noise)))
+        return Purified(*(seeded(answer, x, drawn(noise)) if self.random else answer(x)))
+
+
+def checked(out: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """What a purifier makes of x: images, and masks if it has them. Raises InputError for anything else."""
+    image, mask = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    parts = {"images": image} if mask is None else {"images": image, "masks": mask}
+    for part in parts.values():
+        if not isinstance(part, Tensor):
+            told = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+            told += f" that holds a {type(part).__name__}" * (part is not out)
+            raise InputError(
+                f"the purifier returns {told}; it returns a tensor of images (B, 3, H, W), or a tuple of that and a "
+                "tensor of masks (B, 1, H, W)"
+            )
+    for (what, part), channels in zip(parts.items(), (3, 1), strict=False):
+        wanted = (len(x), channels, *x.shape[-2:])
+        if (part.shape, part.dtype, part.device) != (wanted, x.dtype, x.device):
+            raise InputError(
+                f"the purifier makes {what} {tuple(part.shape)}, {part.dtype}, {part.device} of images "
+                f"{tuple(x.shape)}; return {what} {wanted}, {x.dtype}, {x.device}"
+            )
+        low, high = part.detach().aminmax()
+        if max(-low, high) > FAR:
+            raise InputError(
+                f"the purifier makes {what} with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255"
+            )
+    return tuple(parts.values())
