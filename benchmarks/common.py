@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffender.factory import pick_device
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.files import write_json, write_text
-from diffender.utils.markdown import table
-from diffender.utils.memory import keep_freed_memory
+from diffender.utils.formats import table
+from diffender.utils.malloc import keep_freed_memory
 from diffender.utils.provenance import machine
 from diffender.weights.layouts import unet_name, vae_name
 

@@ -20,7 +20,7 @@ from diffender.config import DIFFenderConfig
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils import options as cli
-from diffender.utils.memory import keep_freed_memory
+from diffender.utils.malloc import keep_freed_memory
 from diffender.weights.loading import load_model
 from diffender.weights.prompts import contexts_for
 

@@ -203,18 +203,6 @@ def test_doubling_and_convolution_are_one(shape):
     with torch.no_grad():
         layer.conv.weight.mul_(2)
     assert same(), "changed in place"
-    layer.conv.weight.data += 1
-    assert same(), "changed behind autograd's back, as adapters are merged"
-    layer.conv.weight.data = 2 * layer.conv.weight.data
-    assert same(), "other data"
-    layer.load_state_dict(Upsample(3).double().state_dict())
-    assert same(), "loaded"
-    with torch.inference_mode():
-        layer(x.detach())
-    assert same(), "differentiable after inference mode"
-    layer.load_state_dict(Upsample(3).double().requires_grad_(False).state_dict(), assign=True)
-    layer.requires_grad_(False)
-    assert same(), "another tensor"
     assert list(layer.state_dict()) == ["conv.weight", "conv.bias"]
 
 

@@ -400,7 +400,7 @@ def test_large_blocks_are_reused():
     """Page faults of taking and returning 64 MiB twenty times, before and after; a process of its own."""
     code = """if True:
         from resource import RUSAGE_SELF, getrusage
-        from diffender.utils.memory import keep_freed_memory
+        from diffender.utils.malloc import keep_freed_memory
         def faults():
             bytearray(2**26)
             before = getrusage(RUSAGE_SELF).ru_minflt

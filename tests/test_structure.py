@@ -14,7 +14,7 @@ from diffender.faces.__main__ import Options as FaceOptions
 from diffender.faces.identification import RECOGNIZERS
 from diffender.localize import SCORES
 from diffender.losses import EVASIONS
-from diffender.paper import ablate, ablation
+from diffender.paper import ablate, studies
 from diffender.report.__main__ import filled
 from diffender.stable_diffusion.samplers import SAMPLERS
 from diffender.utils.errors import InputError
@@ -141,12 +141,12 @@ def test_names_that_stand_twice_are_the_same():
     choices = {leaf.name: leaf.metadata["choices"] for opts in options for leaf in leaves(opts)}
     found = {"score": SCORES, "sampler": SAMPLERS, "hide": EVASIONS, "gdpa_mode": MODES, "classifier": RECOGNIZERS}
     assert {flag: choices[flag] for flag in found} == {flag: tuple(names) for flag, names in found.items()}
-    assert (*ablation.STUDIES, "examples") == ablate.STUDIES
+    assert (*studies.STUDIES, "examples") == ablate.STUDIES
 
 
 @pytest.mark.parametrize("study", ["choices", "restoring", "defender", "attacker"])
 def test_studies_change_one_choice_at_a_time(study):
-    base, *others = ablation.STUDIES[study]("tuned", EMBEDDED)
+    base, *others = studies.STUDIES[study]("tuned", EMBEDDED)
     assert (base.prompt, base.cfg, base.backward) == ("tuned", EMBEDDED, Backward("evade"))
     told = [vars(s.cfg) | vars(s.backward) | {"prompt": s.prompt} for s in (base, *others)]
     for setting, values in zip(others, told[1:], strict=True):

@@ -26,11 +26,11 @@ from diffender.noise import generator
 from diffender.paper import controls as controlled
 from diffender.paper import figures, filming, tables
 from diffender.paper.ablate import Options as AblationOptions
-from diffender.paper.ablation import Setting, beside_base, measure, show
-from diffender.paper.controls import FILLED, controls, elsewhere, look, seen
+from diffender.paper.controls import FILLED, controls, elsewhere, look
 from diffender.paper.figures import DRAWN
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import COLUMNS, QUOTED
+from diffender.paper.studies import Setting, beside_base, measure, show
 from diffender.paper.tables import (
     NAMES,
     Line,
@@ -316,16 +316,6 @@ def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos,
     assert [v.single for v in found["random grey"]["clean"]] == cut
 
 
-def test_diffusion_paints_over_the_mask_alone():
-    shown = []
-    target = SimpleNamespace(defense=SimpleNamespace(restore=lambda x, mask, noise: torch.zeros_like(x)))
-    target.sample_noise, target.classifier = (lambda *_: None), lambda x: shown.append(x) or torch.eye(2)[1:]
-    x, mask = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
-    mask[..., 2:5, 2:5] = 1
-    assert seen(target, "diffusion", x, mask, "a", 0) == 1
-    assert torch.equal(shown[0], x * (1 - mask))
-
-
 def test_random_masks_of_controls_lie_apart_from_true_ones(tmp_path, monkeypatch):
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 2:6, 2:6] = 1
@@ -348,7 +338,7 @@ def test_a_part_is_measured_by_hand():
         return torch.stack([(x == 0.5).flatten(1).any(dim=1).float(), torch.full((len(x),), 0.5)], dim=1)
 
     defense = SimpleNamespace(localize=localize, sample_noise=lambda *_: None)
-    defense.restore = lambda x, mask, noise: torch.full_like(x, 0.5)
+    defense.repaint = lambda x, mask, noise: torch.where(mask == 1, 0.5, x)
     x, mask = torch.zeros(3, 3, 16, 16), torch.zeros(3, 1, 16, 16)
     mask[0, :, :8, :8] = mask[1, :, 8:, 8:] = mask[2, :, :4, :4] = 1
     image = (x + mask).clamp(0, 1)
@@ -375,7 +365,7 @@ def test_what_the_vae_keeps_is_told_in_decibels(tmp_path):
     class Plain:
         model = SimpleNamespace(latents=Posterior.sample, decode=lambda z: z + 0.1)
         posterior = staticmethod(lambda x: Posterior(F.interpolate(x, (16, 16)), torch.zeros(2, 3, 16, 16)))
-        sample_noise, restore = (lambda *_: None), (lambda self, x, mask, noise: x)
+        sample_noise, repaint = (lambda *_: None), (lambda self, x, mask, noise: x)
 
         def __call__(self, x, noise):
             return Purified(x, mask, mask[..., :4, :4], mask)

@@ -7,6 +7,7 @@ and that Hayes's abstract describes; their sizes are ours.
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,37 +55,17 @@ def odd(n: float) -> int:
     return 2 * round((n - 1) / 2) + 1
 
 
-class GuidedReLU(torch.autograd.Function):
-    """min(max(x, 0), limit), whose backward pass lets positive gradients of active units through alone (Springenberg
-    et al. 2015)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, limit: float) -> Tensor:  # noqa: ANN001
-        ctx.save_for_backward(x)
-        ctx.limit = limit
-        return x.clamp(0, limit)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        (x,) = ctx.saved_tensors
-        return gradient.clamp_min(0) * ((x > 0) & (x < ctx.limit)), None
-
-
-class Guided(nn.Module):
-    def __init__(self, limit: float):
-        super().__init__()
-        self.limit = limit
-
-    def forward(self, x: Tensor) -> Tensor:
-        return GuidedReLU.apply(x, self.limit)
-
-
 def guided(classifier: Classifier) -> Classifier:
-    """A copy that shares the weights and whose modules ReLU and ReLU6 are guided."""
+    """A copy that shares the weights. The backward pass of its modules ReLU and ReLU6 lets positive gradients of active
+    units through alone (Springenberg et al. 2015)."""
     memo = {id(t): t for t in (*classifier.parameters(), *classifier.buffers())}
     twin = copy.deepcopy(classifier, memo)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.ReLU | nn.ReLU6):
-                setattr(parent, name, Guided(6.0 if isinstance(child, nn.ReLU6) else math.inf))
+    for module in twin.modules():
+        if isinstance(module, nn.ReLU | nn.ReLU6):
+            module.inplace = False  # torch hooks no module that writes into its input
+            module.register_full_backward_hook(positive)
     return twin
+
+
+def positive(_module: nn.Module, gradients: Any, _out: Any) -> tuple[Tensor]:
+    return (gradients[0].clamp_min(0),)

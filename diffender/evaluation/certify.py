@@ -16,7 +16,7 @@ from diffender.config import RunOptions, TargetOptions
 from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256, write_json, write_text
-from diffender.utils.markdown import table
+from diffender.utils.formats import table
 from diffender.utils.options import check_range, option, parse, part, run
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine

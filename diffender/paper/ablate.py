@@ -55,7 +55,7 @@ def main() -> None:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
     if anew != (Options.iters_anew, Options.eot) and not studies & ANEW:
         raise InputError("--iters-anew and --eot are read by --study defender and attacker alone; leave them out")
-    from diffender.paper.ablation import ablate  # after the options are known to be good: torch takes seconds
+    from diffender.paper.studies import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)
 

@@ -28,14 +28,14 @@ from diffender.evaluation.workers import is_first
 from diffender.factory import pick_device
 from diffender.localize import predict_pair
 from diffender.noise import Noise
-from diffender.paper.ablation import map_columns
 from diffender.paper.quoted import FIGURE_8
+from diffender.paper.studies import map_columns
 from diffender.paper.tables import BESIDE, NAMES, Row, run_rows
 from diffender.pipeline import Defended
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
+from diffender.utils.formats import table
 from diffender.utils.images import save_figure, stretch
-from diffender.utils.markdown import table
 from diffender.utils.options import change
 from diffender.utils.provenance import command, machine
 

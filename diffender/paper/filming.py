@@ -34,8 +34,8 @@ from diffender.paper.quoted import QUOTED
 from diffender.pipeline import Purified
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
+from diffender.utils.formats import table
 from diffender.utils.images import save_png
-from diffender.utils.markdown import table
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
 

@@ -35,7 +35,7 @@ from diffender.report.folder import write_report
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import write_text
-from diffender.utils.markdown import as_csv, as_latex, table
+from diffender.utils.formats import as_csv, as_latex, table
 from diffender.utils.options import change, flagged
 from diffender.utils.provenance import command, machine
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from diffender.evaluation.records import read_config, read_records
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_text
-from diffender.utils.markdown import table
+from diffender.utils.formats import table
 from diffender.utils.options import run
 from diffender.utils.provenance import command
 

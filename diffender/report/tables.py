@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffender.evaluation.metrics import bounded, counted, percent
-from diffender.utils.markdown import as_csv, as_latex, table
+from diffender.utils.formats import as_csv, as_latex, table
 
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

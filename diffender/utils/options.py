@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_type_h
 
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.interruption import Interrupted
-from diffender.utils.memory import keep_freed_memory
+from diffender.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -18,7 +18,7 @@ from diffender.stable_diffusion.unet import UNet, UNetConfig
 from diffender.stable_diffusion.vae import VAEConfig
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import check_digest, load_tensors, one_line, read_header, save_checked
-from diffender.utils.memory import keep_freed_memory
+from diffender.utils.malloc import keep_freed_memory
 from diffender.weights.layouts import PREFIXES, Signature, signature
 from diffender.weights.reading import Checkpoint, check_match, match, read, scan, stranger
 

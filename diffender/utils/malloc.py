@@ -1,4 +1,4 @@
-"""How this process holds memory."""
+"""How the C library holds the memory that this process frees."""
 
 import ctypes
 

@@ -26,8 +26,8 @@ from diffender.paper.ablate import ANEW, Options
 from diffender.pipeline import Defended, DIFFender, Localized, Undefended
 from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, write_json, write_text
+from diffender.utils.formats import table
 from diffender.utils.images import save_figure, save_png, stretch
-from diffender.utils.markdown import table
 from diffender.utils.options import flat
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
