@@ -1,5 +1,6 @@
 """`diffender.benchmark` on models of other people: ten classes, random ones, a purifier of one's own."""
 
+import copy
 import importlib
 import json
 import os
@@ -29,6 +30,7 @@ from diffender.evaluation import certify
 from diffender.evaluation.options import OURS, Options, is_ours, with_preset
 from diffender.evaluation.records import read_records
 from diffender.evaluation.run import refuse_changed
+from diffender.evaluation.verdicts import Plan
 from diffender.noise import from_seed
 from diffender.own import AnyModel, options_for, resolved, title
 from diffender.pipeline import DIFFender
@@ -193,9 +195,19 @@ def test_runs_on_other_files_of_the_same_names_are_not_compared(tmp_path):
     with pytest.raises(InputError, match="are of different images"):
         compare(tmp_path / "a", tmp_path / "b")
     batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), ["1"])
-    refuse_changed(tmp_path / "a", read_records(tmp_path / "a"), batch)
+    refuse_changed(tmp_path / "a", [], read_records(tmp_path / "a"), batch)
     with pytest.raises(InputError, match="another file of the name 0; choose another --name"):
-        refuse_changed(tmp_path / "b", read_records(tmp_path / "b"), batch)
+        refuse_changed(tmp_path / "b", [], read_records(tmp_path / "b"), batch)
+
+
+def test_a_run_whose_patches_are_not_all_that_would_be_made_is_not_gone_on_with(tmp_path):
+    batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), [])
+    plan = Plan("rhde", None, {"queries": None, "evade": None})
+    old = {"0": {"id": "0", "attacks": {"rhde/transfer": {}, "rhde/queries": {}}}}
+    with pytest.raises(InputError, match="0 lacks, or alone has, rhde/evade; move it away"):
+        refuse_changed(tmp_path, [plan], old, batch)
+    old["0"]["attacks"]["rhde/evade"] = {}
+    refuse_changed(tmp_path, [plan], old, batch)
 
 
 def test_a_model_is_left_as_it_was(images):
@@ -428,6 +440,17 @@ class Scaled(nn.Module):
 class Shifted(Scaled):
     def forward(self, x):
         return self.by * x + 0.1
+
+
+def test_settings_of_our_own_modules_count(classifier, target):
+    """What they are asked for differs, and their weights do not."""
+    model, smaller, other = target.defense.model, copy.copy(classifier), copy.copy(target.defense.model.unet)
+    smaller.cfg = replace(classifier.cfg, size=128)
+    other.cfg = replace(other.cfg, prediction="epsilon")
+    plain, cleansers = target.defense, [PatchCleanser(c, 0.05) for c in (classifier, smaller)]
+    pairs = [(classifier, smaller), (model.unet, other), [Hardened(plain, c) for c in cleansers]]
+    for one, two in pairs:
+        assert code_digest(one) == code_digest(one) != code_digest(two)
 
 
 def test_what_tensors_do_not_tell_of_a_model_counts(classifier):

@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 
 import train
 from diffender import photographs
-from diffender.classifiers.dataset import Batch
+from diffender.classifiers.dataset import Batch, digest_of_all
 from diffender.evaluation import certify, workers
 from diffender.evaluation import run as running
 from diffender.evaluation.options import Options, with_preset
-from diffender.evaluation.plan import mine
+from diffender.evaluation.plan import of_this_shard
 from diffender.evaluation.records import open_run, read_records
 from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
-from diffender.utils.images import STAGES, stage_files
+from diffender.utils.images import STAGES, save_png, stage_files
 from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT, SMALL
 
@@ -162,7 +162,7 @@ def test_every_image_is_one_workers_of_one_shard(monkeypatch):
     for shard in ("0/2", "1/2"):
         for rank in range(3):
             monkeypatch.setattr(workers, "start", lambda rank=rank: (rank, 3))
-            found += mine(workers.join(Options(shard=shard, name="w")), 50)
+            found += of_this_shard(workers.join(Options(shard=shard, name="w")), 50)
     assert sorted(found) == list(range(50))
 
 
@@ -200,6 +200,22 @@ def test_a_resumed_run_shares_all_that_its_results_depend_on(monkeypatch):
     same = {"images": 3, "batch_size": 3, "eot_batch": 3, "trust": "off", "curves": "off", "name": "a", "shard": "1/2"}
     for name, value in same.items():
         assert settings(name, value) == usual, name
+
+
+def test_files_that_no_flag_names_count(tmp_path, photos):
+    """Jedi's own, FNC's photographs, and the known faces, but not those that are asked for."""
+    for person in ("ann", "bob"):
+        for i in range(2):
+            save_png(photos[i], tmp_path / person / f"{i}.png")
+    of = lambda **given: running.unnamed_files(with_preset(cli.change(Options(), **given)))  # noqa: E731
+    assert of() == of(defense="lgs") == {}
+    assert [p.name for p in of(defense="jedi")["jedi"]] == ["jedi.safetensors"]
+    assert len(of(defense="fnc:statistics=samples")["statistics"]) == 20
+    gallery = of(classifier="facenet", data=str(tmp_path))["gallery"]
+    assert [p.relative_to(tmp_path).as_posix() for p in gallery] == ["ann/1.png", "bob/1.png"]
+    before = digest_of_all(gallery)
+    save_png(photos[2], gallery[0])
+    assert digest_of_all(gallery) != before
 
 
 def test_photographs_that_prompts_were_tuned_on_are_not_evaluated(monkeypatch):

@@ -1,6 +1,7 @@
 """Images with ImageNet labels: the embedded sample photographs, folders by wnid, or a csv of file and label."""
 
 import csv
+import hashlib
 import importlib.util
 import warnings
 from collections import Counter
@@ -274,6 +275,11 @@ def resized(image: Image.Image, short_side: int, interpolation: str = "bicubic")
 def digest_of(path: Path) -> str:
     """The first 16 digits of a file's sha256: by these images are told apart, whatever their names."""
     return sha256(path)[:16]
+
+
+def digest_of_all(paths: Sequence[Path]) -> str:
+    """A digest of what these files hold, in this order."""
+    return hashlib.sha256(" ".join(map(digest_of, paths)).encode()).hexdigest()
 
 
 def correct_subset(

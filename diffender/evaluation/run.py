@@ -15,8 +15,9 @@ from torch import Tensor
 
 from diffender.attacks.attack import check_square
 from diffender.attacks.expectation import Task
-from diffender.classifiers.dataset import Batch, correct_subset, digest_of, list_items
+from diffender.classifiers.dataset import Batch, correct_subset, digest_of, digest_of_all, list_items
 from diffender.defenses import parse_defense
+from diffender.defenses.jedi import COMPLETION
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, duration, forecast
 from diffender.evaluation.options import OURS, Options, attacks, shard_of
@@ -33,6 +34,7 @@ from diffender.evaluation.plan import (
 from diffender.evaluation.records import append_records, open_run, read_records, refuse_other
 from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
+from diffender.faces.identification import RECOGNIZERS, list_faces, split_faces
 from diffender.factory import dtype_name, hashes_of, open_items
 from diffender.noise import put_back
 from diffender.pipeline import Defended, DIFFender
@@ -111,7 +113,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         refuse_other(e.folder, e.config)
     there = [read_records(e.folder) for e in experiments]
     for e, records in zip(experiments, there, strict=True):
-        refuse_changed(e.folder, records, batch)
+        refuse_changed(e.folder, e.plans, records, batch)
     own = of_this_shard(opts, len(batch.ids))
     parts = [own[i : i + opts.batch_size] for i in range(0, len(own), opts.batch_size)]
     left = [[[i for i in part if batch.ids[i] not in records] for part in parts] for records in there]
@@ -153,11 +155,19 @@ def refuse_seen(opts: Options, batch: Batch) -> None:
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
 
-def refuse_changed(folder: Path, records: Mapping[str, dict], batch: Batch) -> None:
-    """Raises InputError where a file is another one than when its image was attacked."""
+def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, dict], batch: Batch) -> None:
+    """Raises InputError where a file is another one than when its image was attacked, or where the patches made for it
+    are not those that these settings make today."""
     now = dict(zip(batch.ids, batch.hashes, strict=False))  # from Python there are none: the settings hash all images
     if changed := [i for i, r in records.items() if "hash" in r and now.get(i, r["hash"]) != r["hash"]]:
         raise InputError(f"{folder} holds results of another file of the name {changed[0]}; choose another --name")
+    made = {variant for plan in plans for variant in plan.variants}
+    for image_id, record in records.items():
+        if differ := sorted(made ^ record["attacks"].keys()):
+            raise InputError(
+                f"{folder} was made by other code: {image_id} lacks, or alone has, {', '.join(differ)}; move it away, "
+                "or choose another --name"
+            )
 
 
 def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
@@ -267,13 +277,25 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
     return results
 
 
+def unnamed_files(opts: Options) -> dict[str, list[Path]]:
+    """Files that results depend on and no flag of a file names: Jedi's network, FNC's photographs, known faces."""
+    name, given = parse_defense(opts.defense)
+    found = {"jedi": [COMPLETION]} if name == "jedi" else {}
+    if statistics := given.get("statistics"):
+        found["statistics"] = [item.path for item in list_items(str(statistics))]
+    if opts.target.classifier in RECOGNIZERS:
+        found["gallery"] = [item.path for item in split_faces(list_faces(opts.target.data), opts.target.fold).gallery]
+    return found
+
+
 def resolved(opts: Options) -> dict:
     """Everything that an image's result depends on. A resumed run must share it; the number of images may differ."""
     asked = opts.target.defense
     found = settings(opts, *NO_MATTER) | asdict(config_of(opts)) | {"prompt": asked.prompt_kind}
     found["attack"] = ",".join(attacks(opts))  # all is its four by name
     found["dtype"] = dtype_name(asked.model, opts.run.device)
-    hashes = hashes_of(
+    own = {what: digest_of_all(paths) for what, paths in unnamed_files(opts).items()}
+    hashes = own | hashes_of(
         asked.model,
         classifier=opts.target.classifier_weights,
         generator=opts.patch.generator,

@@ -29,6 +29,11 @@ class Plan(NamedTuple):
     base: Attack  # on the classifier alone: the patches of `transfer`
     adaptive: dict[str, tuple[Attack, Victim]]  # on the defence, starting from the base's state, by kind of gradient
 
+    @property
+    def variants(self) -> list[str]:
+        """The names of all that is made."""
+        return [f"{self.name}/{kind}" for kind in ("transfer", *self.adaptive)]
+
 
 class Reading(NamedTuple):
     """What a classifier sees: classes, and how sure it is of them."""

@@ -26,7 +26,7 @@ from diffender.evaluation.run import Experiment, finish, load_images, made_in, p
 from diffender.evaluation.verdicts import Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
-from diffender.factory import model_hashes, open_model, pick_device
+from diffender.factory import hashes_of, open_model, pick_device
 from diffender.paper.controls import controls
 from diffender.paper.filming import run_film, run_photographs
 from diffender.paper.quoted import COLUMNS, QUOTED
@@ -104,7 +104,7 @@ def retuned(opts: Options, without: str) -> str:
     given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
     given |= {k: v for k, v in method_of(opts).items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
     flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING.get(opts.preset, "").split()
-    told = json.dumps([flags, model_hashes(target.defense.model)])
+    told = json.dumps([flags, hashes_of(target.defense.model, classifier=target.classifier_weights)])
     key = f"{target.classifier}-without-{without}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     path = Path("runs") / "tables" / f"{key}.safetensors"
     if not path.is_file() and is_first():

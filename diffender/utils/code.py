@@ -28,9 +28,9 @@ OURS, STANDARD = "diffender", sys.stdlib_module_names
 def code_digest(victim: nn.Module, *attacks: type) -> str:
     """sha256 of what the tensors of a victim do not tell, and of the attacks.
 
-    That is the methods and attributes of its parts, and what these hold and read. Modules of this package tell their
-    settings by themselves. An installed package counts by its version. Names that a function reads in another way than
-    as its globals are not followed.
+    That is the methods and attributes of its parts, and what these hold and read; of modules of this package their
+    settings alone. An installed package counts by its version. Names that a function reads in another way than as its
+    globals are not followed.
     """
     seen = {id(t): (i, t) for i, t in enumerate((*victim.parameters(), *victim.buffers()))}  # these have a hash already
     return hashlib.sha256(repr(account((victim, *attacks), seen)).encode()).hexdigest()
@@ -76,7 +76,7 @@ def inside(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module):
         yield type(value)
         if top(type(value)) == OURS:
-            yield getattr(value, "purify", None)
+            yield [getattr(value, name, None) for name in ("cfg", "size", "purify", "cleanser")]
         else:
             yield {k: v for k, v in vars(value).items() if k not in EVERY and not k.startswith("_torchdynamo")}
             yield [*value._forward_pre_hooks.values(), *value._forward_hooks.values()]
