@@ -169,6 +169,11 @@ def as_victim(model: nn.Module, images: Tensor) -> Defended:
         raise InputError("a defence alone has no classes; give diffender.Defended(defense, classifier)")
     if not isinstance(model, Defended):
         return AnyModel(model, images)
+    if type(model).forward is not Defended.forward and type(model).looks is Defended.looks:
+        raise InputError(
+            f"{type(model).__name__} has a forward of its own, which verdicts do not ask; make it a module that is no "
+            "Defended, or a defence that Defended takes"
+        )
     if not isinstance(model.classifier, Classifier | Alone):
         raise InputError(
             f"the classifier behind the defence is a {type(model.classifier).__name__}; wrap it so that its size and "

@@ -167,7 +167,8 @@ class DIFFender(nn.Module):
             mask = resize(found.mask, self.size) if backward.ste == "soft" else found.mask  # `restore` makes it binary
             x_hat = restore(x, mask, noise)
         check_finite("restored image", x_hat)
-        return Purified(composite(x, x_hat, found.mask) if self.cfg.composite else x_hat, *found)
+        image = composite(x, x_hat, found.mask) if self.cfg.composite else x_hat.clamp(0, 1)
+        return Purified(image, *found)
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
         """What the classifier sees of a patch that the map does not show: x as it is."""
@@ -191,6 +192,9 @@ class Defended(nn.Module):
             raise InputError(
                 f"the defence is a {type(defense).__name__}, without sample_noise; wrap it: diffender.Purifier(purify)"
             )
+        windows = getattr(defense, "cleanser", None)
+        if windows is not None and windows.classifier is not classifier:
+            raise InputError("the windows ask one classifier and another one answers; give PatchCleanser the same one")
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
         self.eval()

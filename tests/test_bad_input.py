@@ -292,6 +292,8 @@ CONFLICTS = [
     ("evaluate --no-composite --grad bpda-mask", "--no-composite leaves --grad bpda-mask no way back"),
     ("evaluate --no-composite", "--no-composite leaves --grad evade no way back: give --grad bpda, surrogate, full"),
     ("train --adaptive 9 --rounds 3", "--adaptive 9 with --rounds 3: no round would be compared"),
+    ("evaluate --attack rhde --no-composite", "--no-composite leaves --grad evade no way back: give --grad transfer"),
+    ("evaluate --attack rhde --grad bpda", "--grad is read by attacks with gradients, as advp; transfer and evade by"),
     ("evaluate --no-restore --no-composite", "without restoration there is no image to return whole"),
     ("evaluate --figure 1 --prompt empty", "--prompt empty has none: leave it out"),
     ("evaluate --shape circle --area 0.9 --trust off", "a circle of 0.9 of the image does not fit into it"),

@@ -354,6 +354,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
         (lambda x: x, {}, "the model is a function; give a torch.nn.Module"),
         (own, {}, "wrap it so that its size and normalisation are known"),
+        (type("Louder", (diffender.Defended,), {"forward": scaled_by(2)})(own.defense, classifier), {}, "a forward of"),
         (own.defense, {}, "a defence alone has no classes"),
     ):
         with pytest.raises(InputError, match=says):
@@ -577,6 +578,13 @@ def test_an_attack_of_ones_own_counts_by_its_code(monkeypatch, images):
     one, two = (type("Mine", (diffender.AdvP,), {"towards": scaled_by(k)}) for k in (1, 2))
     assert entered(one) == entered(one) != entered(two)
     assert entered(diffender.AdvP) != entered(diffender.LaVAN)
+
+
+def test_windows_ask_the_classifier_that_answers(target, classifier):
+    """A certificate for another one's answers would be none."""
+    windows = PatchCleanser(copy.copy(classifier), 0.05)
+    with pytest.raises(InputError, match="the windows ask one classifier and another one answers"):
+        diffender.Defended(Hardened(target.defense, windows), classifier)
 
 
 def test_purifiers_that_do_not_fit_are_named(classifier, images):

@@ -14,7 +14,7 @@ from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
 from diffender.evaluation.options import Options, with_preset
 from diffender.evaluation.verdicts import Plan
-from diffender.pipeline import DIFFender
+from diffender.pipeline import Defended, DIFFender
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
@@ -53,6 +53,13 @@ def test_a_curve_uses_its_own_thresholds(target, pasted, monkeypatch):
         alone = DIFFender(defense.model, defense.contexts, replace(defense.cfg, theta=theta))
         assert torch.allclose(image, alone(pasted, noise).image[0], atol=1e-5)
     assert (low - high).abs().max() > 0.1
+
+
+def test_no_curve_over_theta_of_masks_that_come_from_elsewhere(target, pasted):
+    own = type("Mine", (DIFFender,), {"localize": lambda self, *_: None})
+    defense = own(target.defense.model, target.defense.contexts)
+    task = Task(Defended(defense, target.classifier), pasted, torch.zeros(1).long(), ["a"], 0)
+    assert curves.over_theta(task, {"label": 0, "attacks": {}}, None) == {}
 
 
 @dataclass(frozen=True)

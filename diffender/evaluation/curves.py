@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffender.attacks.expectation import Task
 from diffender.attacks.patch import to_8bit
-from diffender.defenses.hardened import Hardened
 from diffender.evaluation.plan import AREAS
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.verdicts import Plan, craft, load_attacked, read
@@ -62,8 +61,9 @@ def mean_columns(rows: Sequence[dict[str, list[float]]]) -> dict[str, list[float
 def over_theta(task: Task, record: dict, folder: Path) -> dict[str, list[bool]]:
     """Whether the image and each patch made for it are classified correctly at every threshold. Localised once."""
     x, target = task.x, task.victim
-    if not isinstance(target.defense, DIFFender) or isinstance(target.defense, Hardened):
-        return {}
+    own = type(target.defense)
+    if not issubclass(own, DIFFender) or (own.localize, own.forward) != (DIFFender.localize, DIFFender.forward):
+        return {}  # its masks may come from elsewhere
     noise = task.noise("verdict")
     images = {"none": x}
     for variant in record["attacks"]:
@@ -82,7 +82,7 @@ def at_thresholds(defense: DIFFender, x: Tensor, noise: Noise) -> Tensor:
     masks = [refine_mask(z_score, size, replace(cfg, theta=theta)) for theta in THRESHOLDS]
     every, mask = x.expand(n, -1, -1, -1), torch.cat(masks)
     restored = defense.restore(every, mask, stack([noise] * n))
-    return composite(every, restored, mask) if cfg.composite else restored
+    return composite(every, restored, mask) if cfg.composite else restored.clamp(0, 1)
 
 
 def over_area(task: Task, plan: Plan) -> dict[str, list[bool]]:

@@ -182,11 +182,13 @@ def refuse_conflicts(opts: Options) -> None:
             f" or all{nearest(unknown[0], allowed)}"
         )
     method, through = opts.target.defense.method, {"bpda-mask", "evade"} & set(kinds(opts))
-    if not method.get("composite", True) and method.get("restore", True) and opts.attack != "none" and through:
-        raise InputError(
-            f"--no-composite leaves --grad {', '.join(sorted(through))} no way back: give --grad bpda, surrogate, full "
-            "or full+loc"
-        )
+    if not method.get("composite", True) and method.get("restore", True) and through:
+        access = {cls.access for cls in attacks(opts).values()}
+        given = "bpda, surrogate, full or full+loc" if "gradient" in access else "transfer"
+        if "gradient" in access or ("queries" in access and "evade" in through):
+            raise InputError(
+                f"--no-composite leaves --grad {', '.join(sorted(through))} no way back: give --grad {given}"
+            )
     if shard_of(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
     if opts.figure is not None and opts.figure not in FIGURES:
@@ -299,10 +301,11 @@ def refuse_unread(opts: Options) -> None:
     access = {ATTACKS[name].access for name in chosen}
     through = set(kinds(filled)) if "gradient" in access and "grad" not in fixed else set()
     hiding = set(WITH_PENALTY) & through or ("queries" in access and "evade" in kinds(filled))
+    searches = "queries" in access and kinds(filled) == ["transfer"]  # that do not hide
     readers = {  # flag: what reads it, and whether that is there
         "grad": (
-            "attacks with gradients, as advp",
-            "gradient" in access or hiding or not chosen or opts.grad == "auto",
+            "attacks with gradients, as advp; transfer and evade by searches, too",
+            "gradient" in access or hiding or searches or not chosen or opts.grad == "auto",
         ),
         "ste": (f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),
         "ste_k": ("--ste sigmoid", opts.ste == "sigmoid"),

@@ -29,6 +29,7 @@ from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
 SPREAD_DRAWS = 8  # behind the check of their spread
+ENOUGH = 6  # images: of fewer, all may go one way by chance (McNemar, p >= 0.05)
 BELOW = {  # of a gradient, the one that knows a little less; transfer for others
     "auto": "bpda", "bpda-mask": "bpda", "surrogate": "bpda-mask", "full": "bpda-mask", "full+loc": "full",
     "bpda": "transfer",
@@ -92,7 +93,7 @@ class Bench(NamedTuple):
                 repaint = self.target.defense.repaint
                 readings = [self.target.classifier(repaint(x[rows], mask[rows], noise)) for noise in noises]
             right += [logits.argmax(dim=1).eq(part.y) for logits in readings]
-        return torch.cat(right).double().mean().item()
+        return torch.cat(right).cpu().double().mean().item()  # mps has no float64
 
     def attack(self, victim: Defended | None = None, init: Tensor | None = None, **changed: object) -> Attacked:
         """The adaptive attack again, with one thing changed."""
@@ -196,14 +197,12 @@ def ladder(bench: Bench) -> Iterator[Check]:
         while f"{name}/{below}" not in judged:
             below = BELOW[below]
         pairs = [(found[i], judged[f"{name}/{below}"][i]) for i in found]
-        mine, other = (mean(v.average for v in column) for column in zip(*pairs, strict=True))
-        p = mcnemar([(a.single, b.single) for a, b in pairs])
-        yield Check(
-            f"{name}, {kind} against {below}",
-            f"{rounded(mine)} and {rounded(other)}",
-            "not higher, beyond noise",
-            mine <= other + 1e-9 or p >= 0.05,
-        )
+        singles = [(a.single, b.single) for a, b in pairs]
+        mine, other = (mean(column) for column in zip(*singles, strict=True))
+        wanted, passed = "not higher, beyond noise", mine <= other or mcnemar(singles) >= 0.05
+        if len(pairs) < ENOUGH:
+            wanted, passed = "", None
+        yield Check(f"{name}, {kind} against {below}", f"{rounded(mine)} and {rounded(other)}", wanted, passed)
 
 
 def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
