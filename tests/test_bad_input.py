@@ -280,6 +280,7 @@ CONFLICTS = [
     ("evaluate --shard one", "--shard is one; give i/n"),
     ("evaluate --shard 1/2", "--shard 1/2 needs --name"),
     ("evaluate --dry-run --figure 8", "--dry-run is for single runs and for Tables 1 to 6"),
+    ("evaluate --data ~nobody-of-this-name/photos", "~ and a name that no user here has; write the path out"),
     ("evaluate --table 1 --figure 5", "--table 1 and --figure 5: one at a time"),
     ("evaluate --table 7 --defense jpeg", "tables and figures choose their defences"),
     ("evaluate --frames {bad}/none.csv", "--frames is for --table 7"),

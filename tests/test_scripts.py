@@ -246,10 +246,12 @@ def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(
     assert [r["unet_evaluations"] for r in records] == [3, 3]
     results = running.finish(e, Batch(["b"], batch.x[1:], batch.y[1:], []))
     assert (results["rows"][0]["single"]["n"], results["unet_evaluations"]) == (1, 3)
-    e.own.write_text("".join(json.dumps(record | {"seconds": 50.0}) + "\n" for record in records))
+    changed = [record | {"seconds": 50.0, "machine": f"machine {i}"} for i, record in enumerate(records)]
+    e.own.write_text("".join(json.dumps(record) + "\n" for record in changed))
     again = running.finish(e, batch)
     assert again["seconds"] == pytest.approx(100, abs=5)
     assert (again["seconds_attacked"], again["forecast"]) == (100, 8), "a forecast stands beside what it took"
+    assert again["machine"] == "machine 0 and machine 1"
 
 
 def test_certified_are_right_answers_and_images_without_a_place_left(tmp_path, call, monkeypatch):

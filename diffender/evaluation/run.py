@@ -225,11 +225,12 @@ def judge_part(
         spent["watt_hours"] = taken
     shares = {name: value / len(records) for name, value in spent.items()}
     hashes = [{"hash": batch.hashes[i]} if batch.hashes else {} for i in rows]
-    append_records(e.own, [record | own | shares | origin() for record, own in zip(records, hashes, strict=True)])
+    where = origin() | {"machine": machine(e.device)}
+    append_records(e.own, [record | own | shares | where for record, own in zip(records, hashes, strict=True)])
 
 
 def made_in(records: Sequence[dict], key: str) -> list[str]:
-    """The dates or commits that made the records: a run may have been resumed. Older records do not say."""
+    """The dates, commits or machines that made the records: a run may have been resumed. Older ones do not say."""
     return sorted({r[key] for r in records if r.get(key)})
 
 
@@ -245,7 +246,7 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "command": e.call or command(),
         "date": " and ".join(made_in(records, "date")) or time.strftime("%Y-%m-%d"),
         "commits": made_in(records, "commit"),
-        "machine": machine(e.device),
+        "machine": " and ".join(made_in(records, "machine")) or machine(e.device),
         "defense": OURS.get(opts.defense, opts.defense),
         "undefended": e.target.undefended_is,
         "names": e.names,

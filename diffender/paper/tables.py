@@ -359,10 +359,12 @@ def records_of(lines: Sequence[Line]) -> list[dict]:
 
 
 def made_on(lines: Sequence[Line]) -> str:
-    """The days on which the images of these lines were attacked, or, of records that do not say, today."""
+    """The days on which the images of these lines were attacked, and by what code; or that records do not say it."""
     made = records_of(lines)
-    today = time.strftime("%Y-%m-%d")
-    return " and ".join(made_in(made, "date")) if all(r.get("date") for r in made) else f"finished on {today}"
+    if not all(r.get("date") for r in made):
+        return f"finished on {time.strftime('%Y-%m-%d')}; not all records name their day and commit"
+    code = " and ".join(commit[:7] for commit in made_in(made, "commit"))
+    return f"{' and '.join(made_in(made, 'date'))}{f', commit {code}' * bool(code)}"
 
 
 def cost(lines: Sequence[Line]) -> str:

@@ -274,11 +274,13 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         told, code = f"{e.filename or 'a file'}: {e.strerror}; {FAULTS[e.errno]}", 2
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
         sparing = [flagged(name) for name in SPARING if name in parsed]
         advice = f"give a lower {' or '.join(sparing)}: " if sparing else ""
         told, code = f"out of memory; {advice}{KEPT}", 2
+        if "home directory" in str(e):  # of pathlib
+            told = "a path begins with ~ and a name that no user here has; write the path out"
+        elif not out_of_memory(e):
+            raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
