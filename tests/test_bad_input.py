@@ -393,6 +393,8 @@ FILES = [
     ("report compare {bad}/certified {bad}/certified", "certified holds no evaluation; compare two folders that"),
     ("report chart", "chart: nothing given; give a file, as chart.png, and runs"),
     ("report chart {bad}/run {bad}/run", "give a file, as chart.png, and runs"),
+    ("report steps steps.png {bad}/run {bad}/run", "give a file, as steps.png, and one run"),
+    ("report steps steps.png {bad}/certified", "certified holds no losses of an attack on the defence"),
     ("report chart chart.png {bad}/nothing", "nothing; give folders that evaluate.py wrote"),
     ("report chart chart.png {bad}/certified", "certified holds no evaluation under advp; the chart is of that attack"),
     ("report gone.md", "gone.md"),

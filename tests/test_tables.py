@@ -48,7 +48,7 @@ from diffender.paper.tables import (
     undefended,
 )
 from diffender.pipeline import Defended, DIFFender, Localized, Purified
-from diffender.report.chart import draw_knowledge, known
+from diffender.report.chart import draw_knowledge, draw_steps, known
 from diffender.report.page import table_page
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
@@ -250,6 +250,18 @@ def test_knowing_more_is_never_worth_less(tmp_path):
     write_json(tmp_path / "config.json", {"defense": "diffender", "iters": 10, "eot": 1})
     draw_knowledge([tmp_path, tmp_path], tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").size == (990, 462)
+
+
+def test_losses_are_drawn_of_each_attack_on_the_defence(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("diffender.report.chart.save_figure", lambda figure, path: drawn.append(figure))
+    attacks = [{"advp/transfer": {"loss": [9, 9]}, "advp/bpda": {"loss": [2 * i, i]}, "rhde/queries": {}} for i in (0, 1)]
+    append_records(tmp_path / "per_image.jsonl", [{"id": str(i), "attacks": a} for i, a in enumerate(attacks)])
+    write_json(tmp_path / "config.json", {"iters": 40})
+    draw_steps(tmp_path, tmp_path / "steps.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_title() == "advp/bpda"
+    assert axis.lines[0].get_xydata().tolist() == [[1, 1], [40, 0.5]]
 
 
 def test_a_table_as_a_page(tmp_path):

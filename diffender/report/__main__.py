@@ -4,6 +4,7 @@
     python -m diffender report compare runs/A runs/B          # two runs, image by image
     python -m diffender report page runs/NAME                 # write report.html there anew
     python -m diffender report chart FILE.png runs/A runs/B   # accuracy over what the attacker knows, a line each
+    python -m diffender report steps FILE.png runs/NAME       # losses over the steps of each attack on the defence
 
 A document takes a table between the marks <!-- results/NAME --> and <!-- end -->.
 """
@@ -106,14 +107,18 @@ def main() -> None:
             raise InputError(f"compare: {len(rest)} given; give two folders that evaluate.py wrote")
         print(compare(*map(Path, rest)), end="")
         return
-    if what == "chart":
-        from diffender.report.chart import draw_knowledge
+    if what in ("chart", "steps"):
+        from diffender.report.chart import draw_knowledge, draw_steps
 
         picture, *runs = rest or [""]
         check_runs(runs)
-        if not runs or Path(picture).suffix != ".png":
-            raise InputError(f"chart: {' '.join(rest) or 'nothing'} given; give a file, as chart.png, and runs")
-        draw_knowledge([*map(Path, runs)], Path(picture))
+        if Path(picture).suffix != ".png" or not runs or (what == "steps" and len(runs) > 1):
+            wanted = "runs" if what == "chart" else "one run"
+            raise InputError(f"{what}: {' '.join(rest) or 'nothing'} given; give a file, as {what}.png, and {wanted}")
+        if what == "chart":
+            draw_knowledge([*map(Path, runs)], Path(picture))
+        else:
+            draw_steps(Path(runs[0]), Path(picture))
         return
     if what == "page":
         from diffender.report.folder import write_report
@@ -126,7 +131,7 @@ def main() -> None:
         return
     for path in map(Path, sys.argv[1:]):
         if not path.is_file():
-            raise InputError(f"no document {path}; give Markdown files, or compare, page or chart")
+            raise InputError(f"no document {path}; give Markdown files, or compare, page, chart or steps")
         try:
             document = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:

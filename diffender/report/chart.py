@@ -1,8 +1,9 @@
-"""A chart of accuracy over what the attacker knows of the defence, from nothing to all of it."""
+"""Charts for documents: accuracy over what the attacker knows of the defence, and losses over an attack's steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from diffender.evaluation.metrics import proportion, whiskers
@@ -64,4 +65,29 @@ def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")
     axis.set_xticks(range(len(STAGES)), list(STAGES), fontsize=8)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+
+
+def draw_steps(folder: Path, path: Path) -> None:
+    """The loss of each attack on the defence over its steps: the mean over the images, and the middle half of them.
+
+    Each kind of gradient lowers a loss of its own, so only the shapes can be compared. Raises InputError for a run
+    whose records have no such losses.
+    """
+    records, iters = [*read_records(folder).values()], read_config(folder).get("iters", 1)
+    every = (
+        {v: [r["attacks"][v].get("loss") for r in records] for v in records[0].get("attacks", {})} if records else {}
+    )
+    curves = {v: np.array(rows) for v, rows in every.items() if all(rows) and not v.endswith("/transfer")}
+    if not curves:
+        raise InputError(f"{folder} holds no losses of an attack on the defence; give the folder of an attacked run")
+    figure = Figure(figsize=(2.2 * len(curves), 2.3), layout="constrained")
+    for axis, (name, rows) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        steps = np.linspace(1, iters, rows.shape[1])
+        axis.fill_between(steps, *np.quantile(rows, (0.25, 0.75), axis=0), color="0.85")
+        axis.plot(steps, rows.mean(axis=0), color="black")
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("attacker's loss", fontsize=8)
     save_figure(figure, path)
