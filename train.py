@@ -30,7 +30,7 @@ from diffender.config import (
     TuningConfig,
 )
 from diffender.utils.errors import InputError
-from diffender.utils.files import one_line, place_for, save_state
+from diffender.utils.files import new_file, one_line, place_for, save_state
 from diffender.utils.interruption import patient
 from diffender.utils.options import change, check_read, flat, given, option, parse, part, run, settings
 from diffender.utils.progress import TRACKERS, bar
@@ -107,11 +107,10 @@ def main() -> None:
     from diffender.weights.prompts import save_prompts
 
     started = time.monotonic()
-    path = place_for(Path(opts.out))
-    if unfinished(opts).is_file():
+    going_on = unfinished(opts).is_file()
+    path = place_for(Path(opts.out)) if going_on else new_file(Path(opts.out))
+    if going_on:
         read_unfinished(opts)  # one that cannot go on shows before any work
-    elif path.exists():
-        raise InputError(f"{path} is there already; delete it, or choose another with --out")
     rank, workers = join(opts)
     opts = change(opts, device=own_device(opts.run.device))
     device = pick_device(opts.run.device)

@@ -22,6 +22,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__ + "\n\n" + "\n".join(f"    {name:10}{help}" for name, (_, help) in COMMANDS.items()))
         return
+    if name in ("evaluate", "train"):
+        raise InputError(f"{name} is a script in the repository: python {name}.py; from Python there is benchmark")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     sys.argv = [f"diffender {name}", *sys.argv[2:]]  # what messages and records call the program

@@ -27,6 +27,7 @@ def pick_device(name: str) -> torch.device:
     From here on `exact_convolutions` holds. A GPU that was picked becomes this process's current one: pinned memory and
     torch.cuda.synchronize use that.
     """
+    name = str(name)  # from Python it may be a torch.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     exact_convolutions()

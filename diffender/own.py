@@ -54,6 +54,8 @@ class AnyModel(Defended):
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
+        if first.min() >= 0 and torch.allclose(first.sum(dim=1), first.new_ones(1), atol=1e-3):
+            raise InputError("the model returns probabilities, which hide its gradient; return logits, without softmax")
         # Within rounding: a GPU may add in another order each time.
         self.random = not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
@@ -200,7 +202,7 @@ def as_labels(labels: Tensor | Sequence[int], images: int, classes: int) -> Tens
     wanted = f"they are one whole number for each of the {images} images, from 0 to {classes - 1}"
     try:
         y = torch.as_tensor(labels)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"labels are {labels!r:.99}; {wanted}") from e
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
     if y.shape != (images,) or not whole or not 0 <= y.min() <= y.max() < classes:

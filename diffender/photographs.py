@@ -5,17 +5,19 @@
 
 For every image NAME, of any size, --out gets NAME_restored.png, NAME_mask.png and NAME_heatmap.png of that size, and
 a line in per_image.jsonl; report.html shows them all. The model works at its own resolution and keeps the image's
-proportions; pixels outside the mask stay as they were. A classifier is not asked about an image with one side more than
-20 times the other. Files that cannot be read are named at the end, the rest is done, and the exit code is 1. Ctrl-C
-stops after the image in hand, and the same command goes on. In Python:
+proportions; pixels outside the mask stay as they were. Of an animation the first picture counts, and what is
+transparent becomes white. An image takes about 140 bytes a pixel. A classifier is not asked about an image with one
+side more than 20 times the other. Files that cannot be read are named at the end, the rest is done, and the exit code
+is 1. Ctrl-C stops after the image in hand, and the same command goes on. In Python:
 
     diffender.defend(Image.open("photo.jpg")).save("clean.png")
     found = diffender.Defender()(Image.open("photo.jpg"))        # with the mask and the map
 """
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
     from diffender.pipeline import DIFFender
     from diffender.stable_diffusion.model import ModelConfig
+
+MADE = ("restored", "mask", "heatmap")  # files of every image, NAME_restored.png and so on
 
 
 @dataclass(frozen=True)
@@ -194,16 +198,17 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-            if path.resolve() in out.resolve().parents:
-                inside = [p for p in inside if out.resolve() not in p.resolve().parents]
-            elif path.resolve() == out.resolve():
-                inside = [p for p in inside if not p.stem.endswith(("_heatmap", "_mask", "_restored"))]
+            if real(path) in real(out).parents:
+                inside = [p for p in inside if real(out) not in real(p).parents]
         if not inside:
             raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent
         found += [(short(printable("__".join(p.relative_to(root).with_suffix("").parts))), p) for p in inside]
     if not found:
         raise InputError("no images given; name files or folders")
+    if (out / "config.json").is_file():  # a run to go on with: what it made is no input
+        made = {real(out) / f"{name}_{kind}.png" for name, _ in found for kind in MADE}
+        found = [(name, file) for name, file in found if real(file.parent) / file.name not in made]
     names = set()
     for i, (name, file) in enumerate(found):
         while name in names:
@@ -211,6 +216,18 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
         names.add(name)
         found[i] = name, file
     return found
+
+
+def real(path: Path) -> Path:
+    """Where it lies, whatever links lead there; unlike Path.resolve not at a loss before links in a circle."""
+    return Path(os.path.realpath(path))
+
+
+def refuse_to_replace(names: Iterable[str], out: Path) -> None:
+    """Raises InputError where a new run would write over files that it has not made."""
+    there = next((p for name in names for kind in MADE if (p := out / f"{name}_{kind}.png").exists()), None)
+    if there is not None and not (out / "config.json").is_file():
+        raise InputError(f"{there} is there already and would be written over; choose another --out")
 
 
 def readable(path: Path) -> bool:
@@ -253,6 +270,7 @@ def main() -> None:
     if not opts.out:
         raise InputError("--out is empty; name a folder for the results, . for this one")
     images = find_images(opts.paths, Path(opts.out))
+    refuse_to_replace((name for name, _ in images), Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image
     from diffender.report.page import photographs_page
@@ -272,7 +290,7 @@ def main() -> None:
                 failed.append(str(e) if str(file) in str(e) else f"{file}: {e}")
                 continue
             if found is not None:
-                for kind in ("restored", "mask", "heatmap"):
+                for kind in MADE:
                     with whole(own.with_name(f"{name}_{kind}.png")) as partial:
                         getattr(found, kind).save(partial, format="PNG")
                 append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])

@@ -120,7 +120,7 @@ class DIFFender(nn.Module):
         self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
     ) -> Localized:
         """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1]; `posterior` is theirs, if known."""
-        check_noise(x, noise, self.cfg)
+        check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
@@ -293,9 +293,15 @@ def drawn(noise: Drawn | None) -> Drawn:
     return noise
 
 
-def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig) -> None:
-    """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, and for these settings."""
+def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Sequence[int]) -> None:
+    """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, for these settings and for
+    latents of this shape (4, h, w)."""
     noise = drawn(noise)
+    if not isinstance(noise, Noise):
+        raise InputError(f"the noise is a {type(noise).__name__}; draw it by this defence's sample_noise")
+    if noise.image.shape[1:] != tuple(latent):
+        shapes = tuple(noise.image.shape[1:]), tuple(latent)
+        raise InputError(f"noise for latents {shapes[0]}; here they are {shapes[1]}: draw it by this sample_noise")
     if len(noise.image) != len(x):
         raise InputError(
             f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"

@@ -237,8 +237,8 @@ def test_eot_on_a_deterministic_victim_changes_nothing(batch):
         ("advp", {"location": "center"}, "unknown location 'center'; choose one of fixed, corner, eot"),
         ("lavan", {"eot": 0}, "eot is 0"),
         ("gdpa", {"mode": "fast"}, "unknown mode 'fast'; choose one of direct, generator, amortised"),
-        ("rhde", {"queries": 2.5}, "queries is 2.5; it is of type int"),
-        ("grey", {"area": "big"}, "area is 'big'; it is of type float"),
+        ("rhde", {"queries": 2.5}, "queries is 2.5; it must be of type int"),
+        ("grey", {"area": "big"}, "area is 'big'; it must be of type float"),
     ],
 )
 def test_settings_out_of_range_are_refused(name, given, says):

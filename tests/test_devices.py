@@ -139,6 +139,7 @@ def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("cuda:1", "cpu"):
         assert factory.pick_device(name) == torch.device(name)
+    assert factory.pick_device(torch.device("cpu")).type == "cpu"
     assert current == [torch.device("cuda:1")]
 
 

@@ -197,7 +197,7 @@ class Brightness(torch.nn.Module):
 
     def forward(self, x):
         bright = x.mean(dim=(1, 2, 3))
-        return torch.stack([1 - bright, bright], dim=1)
+        return torch.stack([0.5 - bright, bright - 0.5], dim=1)
 
 
 def test_code_of_the_usage_runs(photos, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.evaluation import certify
 from diffender.evaluation.options import OURS, Options, is_ours, with_preset
 from diffender.evaluation.records import read_records
-from diffender.evaluation.run import refuse_changed
+from diffender.evaluation.run import refuse_changed, refuse_hidden_noise
 from diffender.evaluation.verdicts import Plan
 from diffender.noise import from_seed
 from diffender.own import AnyModel, options_for, resolved, title
@@ -286,6 +286,9 @@ def test_a_random_purifier(classifier, photos):
     hidden = diffender.Defended(diffender.Purifier(Noisy()), classifier)
     with pytest.raises(InputError, match=r"say Purifier\(purify, random=True\)"):
         diffender.benchmark(hidden, photos[:1], y, gradient="bpda", **FAST)
+    faint = diffender.Defended(diffender.Purifier(Noisy()), nn.Sequential(classifier, Scaled(1e-4)))
+    with pytest.raises(InputError, match=r"say Purifier\(purify, random=True\)"):
+        refuse_hidden_noise(faint, photos[:1])  # however little the logits tell of it
 
 
 def test_a_random_purifier_with_masks(photos):
@@ -343,15 +346,16 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (Bright(), {"iter": 3}, "option iter is unknown .nearest: iters.; options are"),
         (Bright(), {"theta": 3.0}, "option theta is settled in the model that you give"),
         (Bright(), {"device": "cpu"}, "option device belongs to evaluate.py alone"),
-        (Bright(), {"attack": None}, "attack is None; it is of type str"),
+        (Bright(), {"attack": None}, "attack is None; it must be of type str"),
         (Bright(), {"budget": "lapptop"}, "budget is 'lapptop'; choose one of .*nearest: laptop"),
         (Bright(), {"shape": "triangle"}, "unknown shape 'triangle'"),
-        (Bright(), {"iters": "3"}, "iters is '3'; it is of type int"),
+        (Bright(), {"iters": "3"}, "iters is '3'; it must be of type int"),
         (Bright(), {"iters": -1}, "iters is -1; allowed is at least 1"),
         (Bright(), {"area": 2}, "area is 2; allowed is from 0.0005 to 0.9"),
         (nn.Flatten(0), {}, "the model returns a Tensor .12288,."),
         (nn.Sequential(Bright(), Column()), {}, "has logits .B, 1.; classes are 2 or more: return a logit"),
         (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
+        (nn.Sequential(Bright(), nn.Softmax(dim=1)), {}, "the model returns probabilities, which hide its gradient"),
         (lambda x: x, {}, "the model is a function; give a torch.nn.Module"),
         (own, {}, "wrap it so that its size and normalisation are known"),
         (type("Louder", (diffender.Defended,), {"forward": scaled_by(2)})(own.defense, classifier), {}, "a forward of"),

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 import diffender
 from diffender.classifiers.dataset import as_rgb, open_image, sample_items
 from diffender.config import RunOptions
-from diffender.photographs import Defender, Options, find_images, main, working_size
+from diffender.photographs import Defender, Options, find_images, main, refuse_to_replace, working_size
 from diffender.pipeline import DIFFender
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
@@ -97,7 +97,16 @@ def test_names_of_images(tmp_path):
     assert len(find_images((str(tmp_path),), tmp_path / "sub")) == 2, "what an earlier run made is no input"
     (tmp_path / "sub" / "a_mask.png").touch()
     assert len(find_images((str(tmp_path / "sub"),), tmp_path)) == 2, "all of them lie below --out"
-    assert len(find_images((str(tmp_path / "sub"),), tmp_path / "sub")) == 1
+    assert len(find_images((str(tmp_path / "sub"),), tmp_path / "sub")) == 2, "as long as no run is there"
+    with pytest.raises(InputError, match="a_mask.png is there already and would be written over"):
+        refuse_to_replace(["a"], tmp_path / "sub")
+    (tmp_path / "sub" / "config.json").touch()
+    refuse_to_replace(["a"], tmp_path / "sub")
+    files = (str(tmp_path / "sub" / "a.png"), str(tmp_path / "sub" / "a_mask.png"))
+    for given in (files, files[:1], (str(tmp_path / "sub"),)):
+        assert [name for name, _ in find_images(given, tmp_path / "sub")] == ["a"]
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert "loop" in [name for name, _ in find_images((str(tmp_path),), tmp_path / "out")], "told of when it is read"
     with pytest.raises(InputError, match="no images given"):
         find_images((), tmp_path / "out")
     with pytest.raises(InputError, match="notes.txt is no image"):
@@ -152,7 +161,7 @@ def test_the_command(tmp_path, photo, call):
     assert "choose another --out" in error
     code, _, error = run(tmp_path / "more.png", classifier="none")
     assert code == 2
-    assert "other settings (classifier)" in error
+    assert "other settings (classifier: efficientnet_lite0, now none)" in error
 
 
 def test_a_name_that_is_no_utf_8_is_shown_and_linked(tmp_path, photo, call):
@@ -387,7 +396,7 @@ def test_tensors_are_defended_as_pictures_are(photo):
     with pytest.raises(InputError, match="the defence is a str"):
         diffender.defend(wide, "tiny")
     for given, says in (
-        ({"thetta": 2.0}, "nearest: theta"), ({"theta": "2"}, "it is of type float"), ({"draws": 0}, "at least 1"),
+        ({"thetta": 2.0}, "nearest: theta"), ({"theta": "2"}, "it must be of type float"), ({"draws": 0}, "at least 1"),
         ({"prompt": "best"}, "choose one of tuned"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):

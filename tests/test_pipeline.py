@@ -598,6 +598,13 @@ def test_a_subclass_stays_one_at_every_size(model, photos):
         square.at((63, 96))
 
 
+def test_noise_of_another_size_or_kind_is_named(defense, photos):
+    other = defense.at((64, 64)).sample_noise(["a"], 0, "test")
+    for noise, says in ((other, r"noise for latents \(4, 8, 8\); here they are \(4, 28, 28\)"), (photos, "a Tensor")):
+        with pytest.raises(InputError, match=says):
+            defense(photos[:1], noise)
+
+
 def test_localisation_alone_checks_its_noise(defense, photos):
     with pytest.raises(InputError, match="noise for 2 images with 1 images"):
         defense.localize(photos[:1], defense.sample_noise(["a", "b"], 0, "test"))

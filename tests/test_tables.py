@@ -255,7 +255,9 @@ def test_knowing_more_is_never_worth_less(tmp_path):
 def test_losses_are_drawn_of_each_attack_on_the_defence(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("diffender.report.chart.save_figure", lambda figure, path: drawn.append(figure))
-    attacks = [{"advp/transfer": {"loss": [9, 9]}, "advp/bpda": {"loss": [2 * i, i]}, "rhde/queries": {}} for i in (0, 1)]
+    attacks = [
+        {"advp/transfer": {"loss": [9, 9]}, "advp/bpda": {"loss": [2 * i, i]}, "rhde/queries": {}} for i in (0, 1)
+    ]
     append_records(tmp_path / "per_image.jsonl", [{"id": str(i), "attacks": a} for i, a in enumerate(attacks)])
     write_json(tmp_path / "config.json", {"iters": 40})
     draw_steps(tmp_path, tmp_path / "steps.png")

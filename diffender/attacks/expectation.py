@@ -90,7 +90,7 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         if not value.requires_grad:
             raise InputError(
                 "the victim's logits have no gradient: call it without torch.no_grad and detach nothing, or attack it "
-                "by queries (rhde, sparse-rs)"
+                'through bpda (--grad bpda, gradient="bpda") or by queries (rhde, sparse-rs)'
             )
         gradient = torch.autograd.grad(value.sum(), x)[0]
         for part in gradient.split(b):

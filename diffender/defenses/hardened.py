@@ -43,7 +43,7 @@ class Hardened(DIFFender):
         if backward.mode == "bpda":  # comes back here, without gradient
             return super().forward(x, noise, backward, posterior)
         check_images(x)
-        check_noise(x, noise, self.cfg)
+        check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         found = [self.window(image) for image in images]
         known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)

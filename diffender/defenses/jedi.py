@@ -1,7 +1,7 @@
 """Jedi (Tarchoun et al. 2023): where entropy is too high, an autoencoder completes the mask, and it is filled.
 
-`python -m diffender pretrain jedi --data PHOTOS` makes weights/jedi.safetensors: it trains the autoencoder on drawn
-masks and estimates the entropy of clean images on 100 photographs (`stats=own`).
+`python -m diffender pretrain jedi --data PHOTOS --out weights/jedi.safetensors` makes that file: it trains the
+autoencoder on drawn masks and estimates the entropy of clean images on 100 photographs (`stats=own`).
 The original's autoencoder saw the patches of its own data set; ours sees squares, rectangles and ellipses. The original
 fills by coherence transport, we by a harmonic surface.
 """

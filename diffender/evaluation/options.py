@@ -225,7 +225,8 @@ def is_folder_within(name: str) -> bool:
 def tidy(names: str, until: str | None = None) -> str:
     """Names in lower case, without blanks; what follows `until` stays as it is."""
     head, sign, rest = names.partition(until) if until else (names, "", "")
-    return "".join(head.split()).lower() + sign + rest.strip()
+    words = dict.fromkeys("".join(head.split()).lower().split(","))  # each once
+    return ",".join(word for word in words if word) + sign + rest.strip()
 
 
 def budget(opts: Options, preset: str) -> dict:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, replace
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,8 @@ def of_this_shard(opts: Options, count: int) -> list[int]:
 
 
 def default_name(opts: Options) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{opts.attack.replace(',', '+')}"
+    """By the time, in microseconds: other runs may start within the same second."""
+    return f"{datetime.now():%Y%m%d-%H%M%S-%f}-{opts.attack.replace(',', '+')}"
 
 
 def build_target(opts: Options, model: LatentDiffusion | None = None) -> Defended:

@@ -56,9 +56,9 @@ def refuse_other(folder: Path, config: dict) -> None:
     config, other = json.loads(json.dumps(config)), read_config(folder)
     changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
     if changed:
-        raise InputError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --name or --out"
-        )
+        pairs = {k: f"{other.get(k)}, now {config.get(k)}" for k in changed}
+        told = ", ".join(f"{k}: {pair}" if len(pair) < 60 else k for k, pair in pairs.items())
+        raise InputError(f"{folder} holds a run with other settings ({told}); choose another --name or --out")
 
 
 def read_config(folder: Path) -> dict:
@@ -72,5 +72,9 @@ def read_config(folder: Path) -> dict:
 def append_records(path: Path, records: Sequence[dict]) -> None:
     """Append records in one write. A killed process leaves whole records and at most one unfinished line."""
     text = "".join(json.dumps(record) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as f:
-        f.write(text)
+    try:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk names none
+        raise

@@ -1,5 +1,6 @@
 """Studies of the parts of the defence, one choice changed at a time; paper.ablate is their command."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +29,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import place_for, read_header, write_json, write_text
 from diffender.utils.formats import table
 from diffender.utils.images import save_figure, save_png, stretch
-from diffender.utils.options import flat
+from diffender.utils.options import settings
 from diffender.utils.progress import bar
 from diffender.utils.provenance import command, machine
 from diffender.weights.prompts import SHIPPED, contexts_for
@@ -121,10 +122,16 @@ def ablate(opts: Options) -> None:
     if not asked.method.get("composite", True):
         raise InputError("--no-composite is not studied here: leave it out")
     out = place_for(Path(opts.out) / "results.json").parent
+    prompts = Path(asked.prompts or SHIPPED)
+    base = config_of(asked.model, asked.method)
+    told = {
+        "options": settings(opts, "out", "batch_size") | asdict(base),
+        "sha256": hashes_of(asked.model, prompts=prompts, classifier=opts.target.classifier_weights),
+    }
+    refuse_to_replace(out, told)
     device = pick_device(opts.run.device)
     classifier = open_classifier(opts.target, device)
-    model, base = open_model(asked.model, device), config_of(asked.model, asked.method)
-    prompts = Path(asked.prompts or SHIPPED)
+    model = open_model(asked.model, device)
     tuned_on = frozenset(read_header(prompts).get("hashes", []))
     batch = correct_subset(open_items(opts.target), classifier, opts.images, opts.run.seed, tuned_on).to(device)
     attack = ATTACKS[opts.attack].from_flags(vars(opts) | {"eot": 1})
@@ -139,8 +146,7 @@ def ablate(opts: Options) -> None:
         "images": len(batch.ids),
         "seed": opts.run.seed,
         "attack": f"{kind}, {attack.shape} of {100 * attack.area:g} %, {attack.iters} steps{anew}",
-        "options": flat(opts) | asdict(base),
-        "sha256": hashes_of(asked.model, prompts=prompts, classifier=opts.target.classifier_weights),
+        **told,
         "undefended": is_right(classifier, attacked.image, batch.y, opts.batch_size).mean().item(),
     }
     for name in names:
@@ -148,9 +154,9 @@ def ablate(opts: Options) -> None:
             defense = DIFFender(model, contexts_for(asked.prompt_kind, model, asked.prompts), base)
             results[name] = show(opts, defense, classifier, batch, attacked)
             continue
-        settings = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
+        changed = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
         results[name] = []
-        for s in settings:
+        for s in changed:
             target = Defended(DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg), classifier)
             shown = attacked
             if name in ANEW:
@@ -164,6 +170,17 @@ def ablate(opts: Options) -> None:
     if "noise" in results:
         plot_noise(results, out / "noise.png")
     print(f"\n{markdown(results)}")
+
+
+def refuse_to_replace(out: Path, told: dict) -> None:
+    """Raises InputError where the folder has results of another command, or of a study with other settings."""
+    try:
+        there = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = {}
+    pairs = [(value, there.get(what, {}).get(name, value)) for what in told for name, value in told[what].items()]
+    if (out / "config.json").is_file() or any(mine != other for mine, other in pairs):
+        raise InputError(f"{out} holds other results; choose another --out, or move them away")
 
 
 def is_right(classifier: Classifier, x: Tensor, y: Tensor, size: int) -> Tensor:

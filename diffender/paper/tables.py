@@ -189,7 +189,7 @@ def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Li
     """The lines of one classifier and one choice of probes."""
     attack = ",".join(columns(number)[1:])
     opts = change(opts, classifier=classifier, attack=attack, trust="off", curves="off", fold=fold)
-    lines = run_rows(chosen_rows(number, opts), opts, controlled=number == 1)
+    lines = run_rows(chosen_rows(number, opts), opts, controlled=number == 1 and opts.rows is None)
     return lines[1:] if number in (2, 3, 4) else lines
 
 

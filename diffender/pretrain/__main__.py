@@ -21,7 +21,7 @@ images: the latents stay what they are, and so does the UNet. With --init weight
 `unet` train a whole model on, from its first step.
 The other stages take options of their own (`python -m diffender pretrain jedi --help`):
 
-    python -m diffender pretrain jedi --data PHOTOS                                weights/jedi.safetensors
+    python -m diffender pretrain jedi --data PHOTOS                                runs/jedi.safetensors
     python -m diffender pretrain universal --data DATA --out patch.safetensors     one patch for all images
     python -m diffender pretrain gdpa --data DATA --out generator.safetensors      GDPA's generator
 """

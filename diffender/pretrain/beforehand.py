@@ -25,7 +25,7 @@ from diffender.factory import open_items, open_target, pick_device
 from diffender.noise import generator
 from diffender.pretrain.options import Beforehand
 from diffender.utils.errors import InputError
-from diffender.utils.files import place_for, save_atomic
+from diffender.utils.files import new_file, save_atomic
 from diffender.utils.progress import bar
 
 
@@ -95,7 +95,7 @@ def train_generator(
 
 def make(kind: str, opts: Beforehand) -> None:
     """`kind`, universal or gdpa, to the file opts.out."""
-    path = place_for(Path(opts.out))
+    path = new_file(Path(opts.out))
     target = open_target(opts.attacked, pick_device(opts.run.device))
     data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
     data = data.to(target.classifier.mean.device)

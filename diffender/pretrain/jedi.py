@@ -13,7 +13,7 @@ from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.defenses.jedi import SIDE, STRIDES, WINDOWS, Autoencoder, entropy_windows
 from diffender.noise import generator
 from diffender.pretrain.options import Jedi
-from diffender.utils.files import save_atomic
+from diffender.utils.files import new_file, save_atomic
 
 
 def draw_mask(g: Generator) -> Tensor:
@@ -32,7 +32,7 @@ def draw_mask(g: Generator) -> Tensor:
 
 def train_jedi(opts: Jedi) -> None:
     """Write the weights of `defenses.jedi` to opts.out, with the statistics of clean images in the header."""
-    g = generator(opts.seed, "jedi")
+    path, g = new_file(Path(opts.out)), generator(opts.seed, "jedi")
     masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
     net = Autoencoder()
     for p in net.parameters():
@@ -50,7 +50,7 @@ def train_jedi(opts: Jedi) -> None:
     mean, std = clean_statistics(opts)
     print(f"entropy of clean windows: {mean}, deviations {std}")
     header = {k: v for k, v in asdict(opts).items() if k != "out"} | {"clean_mean": mean, "clean_std": std}
-    save_atomic({k: v.half() for k, v in net.state_dict().items()}, Path(opts.out), header)
+    save_atomic({k: v.half() for k, v in net.state_dict().items()}, path, header)
 
 
 def clean_statistics(opts: Jedi) -> tuple[list[float], list[float]]:

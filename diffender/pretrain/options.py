@@ -61,7 +61,7 @@ class Jedi:
     data: str = option("samples", "Photographs, none of them to be evaluated on: samples, a folder by wnid, or a csv.")
     images: int = option(100, "Number of photographs for the statistics of clean images.", low=2)
     size: int = option(224, "Side that the photographs are resized to, in pixels.", low=32)
-    out: str = option("weights/jedi.safetensors", "Output file, in float16.")
+    out: str = option("runs/jedi.safetensors", "Output file, in float16; the defence reads weights/jedi.safetensors.")
     masks: int = option(8000, "Number of drawn masks.", low=1)
     epochs: int = option(30, "Epochs over the masks.", low=1)
     lr: float = option(2e-3, "Learning rate of Adam.", low=0)

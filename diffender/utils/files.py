@@ -33,6 +33,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -91,6 +94,13 @@ def place_for(path: Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
     return path
+
+
+def new_file(path: Path) -> Path:
+    """`place_for`, of a file that may not be there yet."""
+    if path.is_file():
+        raise InputError(f"{path} is there already; delete it, or choose another with --out")
+    return place_for(path)
 
 
 def sha256(path: Path) -> str:

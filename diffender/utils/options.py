@@ -127,7 +127,7 @@ def check_options(opts: Any) -> None:
         if not leaf.metadata or (value is None and isinstance(leaf.hint, types.UnionType)):
             continue
         if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise InputError(f"{leaf.name} is {value!r}; it is of type {kind.__name__}")
+            raise InputError(f"{leaf.name} is {value!r}; it must be of type {kind.__name__}")
         if choices and value not in choices:
             raise InputError(
                 f"unknown {leaf.name} {value!r}; choose one of {', '.join(choices)}{nearest(str(value), choices)}"
@@ -186,7 +186,7 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         else:
             choices, kind = f.metadata["choices"], in_unit(UNITS.get(f.name, ""), kind)
             group.add_argument(flag, dest=f.name, type=kind, choices=choices, default=f.value, help=text)
-    args, rest = parser.parse_known_intermixed_args(list(map(with_hyphens, sys.argv[1:] if argv is None else argv)))
+    args, rest = parser.parse_known_intermixed_args(list(map(spelt, sys.argv[1:] if argv is None else argv)))
     if rest:
         known = [flagged(f.name) for f in flags]
         flag = rest[0].split("=")[0]
@@ -212,13 +212,15 @@ def in_unit(unit: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def flagged(name: str) -> str:
     """An option as a flag: --noise-ratio for noise_ratio."""
-    return with_hyphens(f"--{name}")
+    return f"--{name}".replace("_", "-")
 
 
-def with_hyphens(word: str) -> str:
-    """A flag as it is known, however it is spelt: --noise_ratio=0.5 is --noise-ratio=0.5."""
+def spelt(word: str) -> str:
+    """A word of the command line as it is known, however it is spelt: --noise_ratio=0.5 is --noise-ratio=0.5. After =
+    not every shell puts the home folder for ~."""
     flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+    at_home = os.path.expanduser(value)  # noqa: PTH111  (Path would make . of nothing)
+    return flag.replace("_", "-") + equals + at_home if flag.startswith("--") else word
 
 
 def check_read(opts: Any, readers: Mapping[str, tuple[str, object]]) -> None:

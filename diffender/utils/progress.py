@@ -10,12 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from diffender.utils.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+    from tqdm import tqdm
 
     from diffender.stable_diffusion.model import LatentDiffusion
 
@@ -43,6 +42,8 @@ class Lines:
 def bar(what: Collection | float, description: str, quiet: bool = False, unit: str = "it", initial: float = 0) -> tqdm:
     """Progress on stderr over a collection, over a count that `update` is told of, or over a float, such as seconds of
     work: rate and time left, and of a float the time alone."""
+    from tqdm import tqdm  # here, where Ctrl-C is looked after
+
     given: dict[str, object] = {"total": what} if isinstance(what, (int, float)) else {"iterable": what}
     given |= {"desc": description, "unit": unit, "initial": initial, "disable": quiet}
     terminal, file = (TIMED_BAR, TIMED) if isinstance(what, float) else (None, LINE)
