@@ -460,6 +460,14 @@ def test_patches_are_judged_as_files_hold_them(batch):
     assert all(torch.equal(x, to_8bit(x)) for x in judged)
 
 
+def test_the_step_size_falls():
+    advp = ATTACKS["advp"]
+    halved, linear = (advp(iters=5, lr=1.0, decay=decay) for decay in ("halved", "linear"))
+    assert [halved.step_size(k) for k in range(5)] == [1, 1, 1, 0.5, 0.25]
+    assert [linear.step_size(k) for k in range(5)] == pytest.approx([1, 0.775, 0.55, 0.325, 0.1])
+    assert advp(iters=1, decay="linear").step_size(0) == advp().lr
+
+
 def test_advp_breaks_the_real_classifier(classifier, photos):
     """A 5 % patch of 20 steps takes a real ImageNet network down."""
     x = photos[:1]

@@ -260,7 +260,7 @@ NAMES = [
     ("train --without colour", "invalid choice: 'colour'"),
     ("train --optimizer sgd", "unrecognized arguments: --optimizer sgd"),
     ("ablate --study colours", "unknown study colours; choose from"),
-    ("ablate --study parts --iters-anew 5", "--iters-anew and --eot are read by --study defender and attacker alone"),
+    ("ablate --study parts --iters-anew 5", "--iters-anew and --eot are read by --study defender, attacker and"),
     ("pretrain pgd", "unknown stage pgd; choose one of pack, all, join"),
     ("pretrain vae", "--data is missing; give a folder with captions.csv"),
     ("pretrain text --data x", "unknown stage text"),

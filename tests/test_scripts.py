@@ -384,7 +384,7 @@ def test_ablation_changes_one_choice_at_a_time(tmp_path):
 @pytest.mark.slow
 def test_ablation_attacks_anew_through_what_is_changed(tmp_path):
     budget = ("--images", "1", "--iters-anew", "2", "--eot", "1")
-    results = ablation(tmp_path, "--study", "restoring,defender,attacker", *budget)
+    results = ablation(tmp_path, "--study", "restoring,defender,attacker,schedule", *budget)
     assert len({row["l1_patch"] for row in results["restoring"]}) == len(results["restoring"]) == 6
     for study, count in (("defender", 7), ("attacker", 6)):
         base, *others = results[study]
@@ -392,7 +392,8 @@ def test_ablation_attacks_anew_through_what_is_changed(tmp_path):
         assert any(row["auc"] != base["auc"] for row in others), "of another patch"
     harder = {row["setting"]: row["auc"] for row in results["defender"]}
     assert harder["theta 1.0"] != harder["base"], "the attacker knows theta, of which the map knows nothing"
-    assert "then evade, 2 steps, EOT 1" in (tmp_path / "table.md").read_text()
+    assert "then evade and full, 2 steps, EOT 1" in (tmp_path / "table.md").read_text()
+    assert len({row["loss"] for row in results["schedule"]}) > 1, "the steps differ"
 
 
 @pytest.mark.slow

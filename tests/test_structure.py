@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from diffender.__main__ import COMMANDS
+from diffender.attacks import AdvP
 from diffender.attacks.gdpa import MODES
 from diffender.config import EMBEDDED, Backward, DIFFenderConfig
 from diffender.evaluation.options import PatchOptions
@@ -153,6 +155,12 @@ def test_studies_change_one_choice_at_a_time(study):
         ((name, value),) = ((k, v) for k, v in values.items() if v != told[0][k])
         assert setting.name == f"{name} {value}"
         assert (name in vars(Backward())) == (study == "attacker")
+
+
+def test_schedules_differ_in_the_steps_of_the_attack_alone():
+    base, *others = studies.STUDIES["schedule"]("tuned", EMBEDDED)
+    assert base.backward == Backward("full") and not base.steps
+    assert all(s._replace(name="base", steps={}) == base and replace(AdvP(), **s.steps) != AdvP() for s in others)
 
 
 @pytest.mark.parametrize("program", ["evaluate.py", "train.py", "diffender", *(m for m, _ in COMMANDS.values())])

@@ -43,7 +43,10 @@ class AdvP(GradientAttack):
     )
     targeted: bool = False  # cross-entropy to a random class instead of the margin
     levels: int = option(256, "Values of each channel of the patch, steps going straight through.", low=2, high=256)
-    lr: float = option(0.05, "Step size in units of the pixel range; halved at 1/2 and 3/4 of the steps.", low=0)
+    lr: float = option(0.05, "Step size in units of the pixel range.", low=0)
+    decay: str = option(
+        "halved", "Of the step size: halved at 1/2 and 3/4 of the steps, or linear to a tenth.", ("halved", "linear")
+    )
     momentum: float = option(0.9, "Share of the last step's direction that stays.", low=0, high=0.999)
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
 
@@ -86,8 +89,7 @@ class AdvP(GradientAttack):
             course.record(patch, seen)
             norm = seen.gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = self.momentum * velocity + seen.gradient / norm
-            lr = self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
-            patch = (patch - lr * velocity.sign()).clamp(0, 1)
+            patch = (patch - self.step_size(step) * velocity.sign()).clamp(0, 1)
             callback((step + 1) / self.iters)
 
         states = to_8bit(torch.stack([*candidates, *course.best, patch]))
@@ -101,6 +103,11 @@ class AdvP(GradientAttack):
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
         image = apply_patch(to_8bit(x), self.carried(self.rounded(patch), home, mask), mask)
         return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
+
+    def step_size(self, step: int) -> float:
+        if self.decay == "linear":
+            return self.lr * (1 - 0.9 * step / max(1, self.iters - 1))
+        return self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""

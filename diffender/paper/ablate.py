@@ -13,6 +13,7 @@ Photographs that the classifier gets right are attacked on the classifier alone.
     restoring  restores the true mask, with one choice of restoration changed at a time
     defender   changes one choice of the localiser at a time; each is attacked anew by `evade`, which knows it
     attacker   changes one choice of `evade` at a time
+    schedule   changes the steps of AdvP, by the exact gradient through the defence (`full`)
     examples   shows the first photographs: reconstructed by the VAE, attacked, restored with the true mask and with
                the localised one
 """
@@ -23,8 +24,8 @@ from diffender.config import RunOptions, TargetOptions
 from diffender.utils.errors import InputError
 from diffender.utils.options import option, parse, part, run
 
-STUDIES = ("choices", "parts", "noise", "restoring", "defender", "attacker", "examples")
-ANEW = {"defender", "attacker"}  # of these, each setting is attacked anew, by an attacker who knows it
+STUDIES = ("choices", "parts", "noise", "restoring", "defender", "attacker", "schedule", "examples")
+ANEW = {"defender", "attacker", "schedule"}  # of these, each setting is attacked anew, by an attacker who knows it
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Options:
         None, "Aim at a random class (default for lavan), or only away from the true one (advp)."
     )
     iters: int = option(100, "Steps of the attack.", low=1)
-    iters_anew: int = option(40, "Steps of the attack on the defence, in the studies defender and attacker.", low=1)
+    iters_anew: int = option(
+        40, "Steps of the attack on the defence, in the studies defender, attacker and schedule.", low=1
+    )
     eot: int = option(2, "Noise samples in each of those steps.", low=1)
     out: str = option("runs/ablation", "Output folder for results.json, table.md and images.")
 
@@ -54,7 +57,9 @@ def main() -> None:
     if unknown := studies - {*STUDIES}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
     if anew != (Options.iters_anew, Options.eot) and not studies & ANEW:
-        raise InputError("--iters-anew and --eot are read by --study defender and attacker alone; leave them out")
+        raise InputError(
+            "--iters-anew and --eot are read by --study defender, attacker and schedule alone; leave them out"
+        )
     from diffender.paper.studies import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)

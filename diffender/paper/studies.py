@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class Setting(NamedTuple):
     cfg: DIFFenderConfig
     oracle: bool = False  # the true mask instead of the localised one
     backward: Backward = EVADE  # of the attacker in the studies ANEW
+    steps: Mapping[str, Any] = {}  # fields of that attacker's AdvP
 
 
 CHOICES = {  # field of DIFFenderConfig, or prompt: what it is changed to
@@ -59,6 +60,9 @@ RESTORING = {"steps": (1, 2, 4, 8), "guidance": (1.0, 3.0), "sampler": ("ddim", 
 DEFENDER = {"prompt": ("manual", "tuned"), "noise_ratio": (0.1, 0.2, 0.3), "theta": (1.0, 2.0)}
 DEFENDER |= {"score": ("z", "mad"), "grow": (0.0, 1.0)}
 ATTACKER = {"evasion": (1.0, 3.0, 10.0, 30.0), "hide": ("mean", "max"), "decoy": (0.0, 1.0)}  # fields of Backward
+
+SCHEDULES = {"momentum 0.8": {"momentum": 0.8}, "linear decay": {"decay": "linear"}}
+SCHEDULES |= {"momentum 0.8, linear from 0.04": {"momentum": 0.8, "decay": "linear", "lr": 0.04}}
 
 
 def choices(prompt: str, base: DIFFenderConfig, changes: Mapping[str, tuple] = CHOICES) -> list[Setting]:
@@ -104,6 +108,11 @@ def attacker(prompt: str, base: DIFFenderConfig) -> list[Setting]:
     return settings
 
 
+def schedule(prompt: str, base: DIFFenderConfig) -> list[Setting]:
+    plain = Setting("base", prompt, base, backward=Backward("full"))
+    return [plain, *(plain._replace(name=name, steps=steps) for name, steps in SCHEDULES.items())]
+
+
 STUDIES = {
     "choices": choices,
     "parts": parts,
@@ -111,6 +120,7 @@ STUDIES = {
     "restoring": restoring,
     "defender": partial(choices, changes=DEFENDER),
     "attacker": attacker,
+    "schedule": schedule,
 }
 PURIFYING = {"parts", "restoring"} | ANEW
 
@@ -138,7 +148,8 @@ def ablate(opts: Options) -> None:
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
     attacked = attack_all(attack, task, opts.batch_size, quiet=opts.run.quiet)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
-    anew = f"; then evade, {opts.iters_anew} steps, EOT {opts.eot}" if ANEW & set(names) else ""
+    kinds = ["evade"] * bool({"defender", "attacker"} & set(names)) + ["full"] * ("schedule" in names)
+    anew = f"; then {' and '.join(kinds)}, {opts.iters_anew} steps, EOT {opts.eot}" if kinds else ""
     results = {
         "command": command(),
         "date": time.strftime("%Y-%m-%d"),
@@ -160,10 +171,11 @@ def ablate(opts: Options) -> None:
             target = Defended(DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg), classifier)
             shown = attacked
             if name in ANEW:
-                harder = replace(attack, iters=opts.iters_anew, eot=opts.eot)
+                harder = replace(attack, iters=opts.iters_anew, eot=opts.eot, **s.steps)
                 known = task._replace(victim=target.under(s.backward))
                 shown = attack_all(harder, known, opts.batch_size, attacked.state)
-            results[name].append(measure(opts, name, target, s, batch, shown))
+            loss = {"loss": shown.trace[:, -1].mean().item()} if name in ANEW else {}
+            results[name].append(measure(opts, name, target, s, batch, shown) | loss)
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
     write_text(out / "table.md", markdown(results))
@@ -283,14 +295,18 @@ def markdown(results: dict) -> str:
             attacked = counted(proportion(r["right"])), p[r["setting"]]
             rows.append((r["setting"], clean, *attacked, *masks, f"{r['l1_patch']:.3f}"))
         tables.append(table(head, rows))
-    for study in (name for name in ("defender", "attacker") if name in results):
+    for study in (name for name in ("defender", "attacker", "schedule") if name in results):
         p, base = beside_base(results[study])
         head = ("setting", "attacked", f"p, beside {base}", "recall", "IoU", "AUC", "clean", "masked when clean")
+        head = (*head, "attacker's loss, last step") if study == "schedule" else head
         rows = []
         for r in results[study]:
             auc, _, recall, _, iou = mask_cells(r)
             clean = percent(r["clean_right"]), percent(r["clean_area"])
-            rows.append((r["setting"], counted(proportion(r["right"])), p[r["setting"]], recall, iou, auc, *clean))
+            last = (f"{r['loss']:.2f}",) if study == "schedule" else ()
+            rows.append(
+                (r["setting"], counted(proportion(r["right"])), p[r["setting"]], recall, iou, auc, *clean, *last)
+            )
         tables.append(table(head, rows))
     if "noise" in results:
         prompts = CHOICES["prompt"]
