@@ -59,7 +59,7 @@ def test_names_that_begin_with_a_wnid(tmp_path):
 
 def test_csv(tmp_path):
     table = tmp_path / "LABELS.CSV"
-    table.write_text("file,label\nimages/a.png,7\n")
+    table.write_text("file, label\nimages/a.png, 7\n")
     (item,) = list_items(str(table))
     assert (item.id, item.label, item.path) == ("images/a", 7, tmp_path / "images/a.png")
 

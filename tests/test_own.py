@@ -400,6 +400,7 @@ def test_folders_of_ones_own_classes(tmp_path, call, photos):
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     for name, photo in zip(("cats", "dogs"), photos, strict=False):
         save_png(photo, tmp_path / "pets" / name / "a.png")
+    (tmp_path / "pets/.ipynb_checkpoints").mkdir()
     cat, odd = tmp_path / "pets/cats/a.png", "b" * 230
     with suppress(OSError):  # not every file system takes such names
         cat.rename(os.fsdecode(os.fsencode(cat.parent) + b"/\xff" + odd.encode() + b".png"))

@@ -147,7 +147,7 @@ def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
     """Rows of a csv file that has these columns, at least, in every row. Raises InputError for any other file."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f)
+            reader = csv.DictReader(f, skipinitialspace=True)
             found, rows = reader.fieldnames or (), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{table} cannot be read as a csv file in UTF-8 ({one_line(e)})") from e
@@ -178,7 +178,8 @@ def folder_items(root: Path) -> list[Item]:
 
 
 def own_items(root: Path, classes: int) -> list[Item]:
-    """root/<class>/**: a folder for each class, as torchvision's ImageFolder takes them; classes in order of names."""
+    """root/<class>/**: a folder for each class, as torchvision's ImageFolder takes them, but hidden folders are none;
+    classes in order of names."""
     files = [(f, i) for i, name in enumerate(own_classes(str(root), classes)) for f in sorted((root / name).rglob("*"))]
     images = [(f, i) for f, i in files if f.suffix.lower() in SUFFIXES]
     return [Item(str(f.relative_to(root).with_suffix("")), f, i) for f, i in images]
@@ -191,7 +192,7 @@ def own_classes(data: str, classes: int) -> list[str]:
         return [str(i) for i in range(classes)]
     if not path.is_dir():
         raise InputError(f"no folder at {data!r}; --classes wants one with a folder for each class, or a csv")
-    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and folder.name[0] != ".")
     if len(names) != classes:
         raise InputError(
             f"{data} has {len(names)} folders ({', '.join(names[:5])}); --classes {classes} wants one for each class"

@@ -97,7 +97,9 @@ class PatchOptions:
 @dataclass(frozen=True)
 class Options:
     target: TargetOptions = part(TargetOptions())
-    defense: str = option("diffender", "Defence, with settings if any: jpeg:quality=50.", group="the defence")
+    defense: str = option(
+        "diffender", "Defence, a name of --list, with settings if any: jpeg:quality=50.", group="the defence"
+    )
     preset: str = option(
         "laptop",
         "Budget of all that is not given: smoke, laptop, paper (Sec. 4.1 and its settings), strong (every gradient).",
@@ -105,7 +107,9 @@ class Options:
         group="the budget",
     )
     images: int | None = budgeted("images", "Number of images, of those that the classifier gets right.")
-    attack: str = option("advp", "Attacks, separated by commas; all: the paper's four; or none.", group="the attack")
+    attack: str = option(
+        "advp", "Attacks, names of --list with commas; all: the paper's four; or none.", group="the attack"
+    )
     grad: str | None = option(
         None,
         f"Gradients of the adaptive attack, separated by commas: {', '.join(GRADIENTS['diffender'])}; of other "
@@ -137,7 +141,12 @@ class Options:
     )
     trust_images: int | None = budgeted("trust_images", "Number of images for the checks.")
     table: int | None = option(
-        None, "Make a table of the paper, 1 to 7, instead of a single run.", low=1, high=7, group="results"
+        None,
+        "Make a table of the paper instead of a single run: 1 defences, 2 terms of the loss, 3 restoration, 4 prompts, "
+        "5 classifiers, 6 faces, 7 filmed patches.",
+        low=1,
+        high=7,
+        group="results",
     )
     rows: str | None = option(
         None, "Only these rows of a table, by name, separated by commas: jpeg,hardened,diffender. Without it: all."
