@@ -98,7 +98,7 @@ class Backward:
         check_options(self)
 
 
-EXACT = Backward()
+FULL = Backward()
 THROUGH_MASK = ("bpda-mask", "surrogate", "full", "full+loc")  # modes whose gradient passes the threshold, by `ste`
 THROUGH_RESTORATION = ("surrogate", "full", "full+loc")  # modes whose gradient passes the sampler's steps
 WITH_PENALTY = ("full+loc", "evade")  # modes whose attacker also lowers `evasion` and `decoy`

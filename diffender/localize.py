@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from diffender.config import EXACT, Backward, DIFFenderConfig
+from diffender.config import FULL, Backward, DIFFenderConfig
 from diffender.noise import Noise
 from diffender.ops import binarize, connected, dilate, gaussian_blur, resize, straight_through
 from diffender.prompts import Contexts
@@ -68,7 +68,7 @@ def standardize_robustly(x: Tensor) -> Tensor:
 SCORES = {"z": standardize, "mad": standardize_robustly}
 
 
-def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = EXACT) -> Tensor:
+def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = FULL) -> Tensor:
     """Threshold with hysteresis (Canny 1986): the regions above cfg.grow that hold a latent above theta, (B, 1, h, w).
 
     An attacker hides half a patch from one threshold; here every latent that stays above theta gives away the whole.
@@ -80,7 +80,7 @@ def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = EXACT) -> 
     return lower * reached if backward.ste == "soft" else straight_through(reached, lower)
 
 
-def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, backward: Backward = EXACT) -> Tensor:
+def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, backward: Backward = FULL) -> Tensor:
     """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
 
     `backward.ste` says how through the first, see `binarize`; with `soft` nothing is binary.

@@ -35,7 +35,7 @@ def generator(*key: int | str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def put_back(device: torch.device) -> AbstractContextManager[None]:
+def preserved_rng(device: torch.device) -> AbstractContextManager[None]:
     """torch's global generators are afterwards as they were: the CPU's, and that of this device if it is a GPU.
 
     Without a device, torch asks every GPU of the machine for its generator.
@@ -48,7 +48,7 @@ def from_seed(seed: int, make: Callable[[], Made], device: torch.device = CPU) -
 
     They are put back afterwards.
     """
-    with put_back(device):
+    with preserved_rng(device):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index].manual_seed(seed)

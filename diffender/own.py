@@ -24,7 +24,7 @@ from diffender.defenses.hardened import Hardened
 from diffender.evaluation.options import PRESETS, Options, attacks, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import as_drawn, build_plans, default_name, refuse_unused_eot
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
-from diffender.noise import put_back, seeded, seeds
+from diffender.noise import preserved_rng, seeded, seeds
 from diffender.pipeline import Defended, DIFFender, Purified, check_images
 from diffender.report.folder import write_report
 from diffender.utils.code import code_digest
@@ -49,7 +49,7 @@ class AnyModel(Defended):
         # What there is of a defence is within the model.
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
-        with put_back(one.device):  # the caller's numbers stay as they are
+        with preserved_rng(one.device):  # the caller's numbers stay as they are
             first, second = answer(model, one.clone()), model(one.clone())
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffender.config import EXACT, WITH_PENALTY, Backward, DIFFenderConfig
+from diffender.config import FULL, WITH_PENALTY, Backward, DIFFenderConfig
 from diffender.localize import SCORES, difference_map, predict_pair, refine_mask
 from diffender.losses import EVASIONS, decoy
 from diffender.noise import Noise, sample_noise, stack
@@ -45,7 +45,7 @@ class Defense(Protocol):
     @property
     def model(self) -> LatentDiffusion | None: ...
 
-    def __call__(self, x: Tensor, noise: Noise | Tensor | None, backward: Backward = EXACT) -> Purified: ...
+    def __call__(self, x: Tensor, noise: Noise | Tensor | None, backward: Backward = FULL) -> Purified: ...
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Noise | Tensor | None: ...
 
@@ -117,7 +117,7 @@ class DIFFender(nn.Module):
         return self.model.posterior(resize(x, self.size))
 
     def localize(
-        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+        self, x: Tensor, noise: Noise, backward: Backward = FULL, posterior: Posterior | None = None
     ) -> Localized:
         """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1]; `posterior` is theirs, if known."""
         check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
@@ -148,7 +148,7 @@ class DIFFender(nn.Module):
         return composite(x, self.restore(x, mask, noise), mask)
 
     def forward(
-        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+        self, x: Tensor, noise: Noise, backward: Backward = FULL, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about; `backward` chooses the backward pass."""
         check_images(x)
@@ -185,7 +185,7 @@ class Defended(nn.Module):
     undefended_is = "undefended"  # what reports call it
 
     def __init__(
-        self, defense: Defense, classifier: "Classifier", backward: Backward = EXACT, bare: "Classifier | None" = None
+        self, defense: Defense, classifier: "Classifier", backward: Backward = FULL, bare: "Classifier | None" = None
     ):
         super().__init__()
         if not hasattr(defense, "sample_noise"):
@@ -283,7 +283,7 @@ class Undefended(nn.Module):
         return self.classifier(x)
 
 
-def drawn(noise: Drawn | None) -> Drawn:
+def require_noise(noise: Drawn | None) -> Drawn:
     """The noise of a defence that needs one. Raises InputError where there is none."""
     if noise is None:
         raise InputError(
@@ -296,7 +296,7 @@ def drawn(noise: Drawn | None) -> Drawn:
 def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Sequence[int]) -> None:
     """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, for these settings and for
     latents of this shape (4, h, w)."""
-    noise = drawn(noise)
+    noise = require_noise(noise)
     if not isinstance(noise, Noise):
         raise InputError(f"the noise is a {type(noise).__name__}; draw it by this defence's sample_noise")
     if noise.image.shape[1:] != tuple(latent):

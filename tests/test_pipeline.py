@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffender.attacks.expectation import Task, samples
-from diffender.config import EXACT, Backward, DIFFenderConfig
+from diffender.config import FULL, Backward, DIFFenderConfig
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
@@ -586,7 +586,7 @@ def test_a_subclass_stays_one_at_every_size(model, photos):
     """What it changes counts for images that are not square, too, and the first keeps its size."""
 
     class Everywhere(DIFFender):
-        def localize(self, x, noise, backward=EXACT, posterior=None):
+        def localize(self, x, noise, backward=FULL, posterior=None):
             return super().localize(x, noise, backward, posterior)._replace(mask=torch.ones_like(x[:, :1]))
 
     square = Everywhere(model, contexts_for("manual", model))

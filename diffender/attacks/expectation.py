@@ -66,7 +66,7 @@ class Task(NamedTuple):
         return self._replace(x=self.x[rows], y=self.y[rows], image_ids=self.image_ids[rows])
 
 
-def asked(victim: Victim, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_penalty(victim: Victim, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, K) and penalty (B,) of images (B, 3, S, S), patched where patch (B, 1, S, S) is 1; 0 without one."""
     if hasattr(victim, "with_penalty"):
         return victim.with_penalty(x, noise, patch)
@@ -85,7 +85,7 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         drawn = [draw(k) for k in range(start, min(start + batch, eot))]
         images, patches, noises = zip(*drawn, strict=True)
         x = torch.cat(images).detach().requires_grad_()
-        logits, penalty = asked(task.victim, x, stack(noises), torch.cat(patches))
+        logits, penalty = logits_and_penalty(task.victim, x, stack(noises), torch.cat(patches))
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
         if not value.requires_grad:
             raise InputError(

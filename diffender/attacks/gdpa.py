@@ -140,7 +140,7 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
 class Free(nn.Module):
     """Pattern and place as free variables, squashed into their ranges: no pixel is ever without gradient.
 
-    A pattern to start from is drawn in to [0.05, 0.95]: nearer to the ends a few steps would not move a pixel.
+    A pattern to start from is step_samples in to [0.05, 0.95]: nearer to the ends a few steps would not move a pixel.
     """
 
     def __init__(self, pattern: Tensor, theta: Tensor, limit: float):
@@ -263,7 +263,9 @@ class GDPA(GradientAttack):
             canvas, covered = place(pattern, theta, task.x.shape[-1])
             attacked = task.x * (1 - covered) + canvas
             purpose = f"attack {step}{key}"
-            seen = expect(task, drawn(task, attacked.detach(), covered.detach(), purpose), self.eot, self.eot_batch)
+            seen = expect(
+                task, step_samples(task, attacked.detach(), covered.detach(), purpose), self.eot, self.eot_batch
+            )
             course.record(join(pattern, theta).detach(), seen)
             optimizer.zero_grad()
             attacked.backward(seen.gradient)
@@ -301,7 +303,7 @@ class GDPA(GradientAttack):
         return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *course.curves(x))
 
 
-def drawn(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:
+def step_samples(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:
     """The samples of a step: always the same attacked images, and fresh noise of the victim."""
     return lambda k: (attacked, covered, task.noise(purpose, k))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffender.attacks.attack import Attack, Callback, within
-from diffender.attacks.expectation import Attacked, Task, asked, judge, judgements, kept_back
+from diffender.attacks.expectation import Attacked, Task, judge, judgements, kept_back, logits_and_penalty
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, render, side_for
 from diffender.noise import generator, stack
@@ -115,7 +115,9 @@ class Search:
         if not len(genes):
             return Crowd(genes, sticker, torch.empty(0, 0), torch.empty(0))
         images, masks = self.paste(genes, sticker)
-        logits, penalty = asked(self.task.victim, images, stack([self.task.noise(purpose)] * len(genes)), masks)
+        logits, penalty = logits_and_penalty(
+            self.task.victim, images, stack([self.task.noise(purpose)] * len(genes)), masks
+        )
         self.seen += len(genes)
         return Crowd(genes, sticker, logits.detach().softmax(dim=1).cpu(), penalty.detach().cpu())
 
@@ -199,9 +201,9 @@ class Search:
             elite = elite.take(self.energies(elite).argsort(stable=True))
             crowd = Crowd(*(torch.cat([new, old[len(new) :]]) for new, old in zip(elite, crowd, strict=True)))
         near = torch.cat([self.neighbours(gene, int(s)) for gene, s in zip(elite.genes, elite.sticker, strict=True)])
-        asked = self.ask(near, elite.sticker.repeat_interleave(8), purpose)
-        owner = torch.arange(len(asked.genes)) // 8
-        trials = [asked.take((owner == e).nonzero()[:, 0]) for e in range(n_elite)]
+        answers = self.ask(near, elite.sticker.repeat_interleave(8), purpose)
+        owner = torch.arange(len(answers.genes)) // 8
+        trials = [answers.take((owner == e).nonzero()[:, 0]) for e in range(n_elite)]
         trials = [t.take(self.energies(t).argmin()[None]) for t in trials if len(t.genes)]
         parents = list(range(len(trials)))
         if n > n_elite:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.attack import Attack, Callback
-from diffender.attacks.expectation import Attacked, Task, asked, judge, kept_back, pick_rows
+from diffender.attacks.expectation import Attacked, Task, judge, kept_back, logits_and_penalty, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.options import option
@@ -50,7 +50,7 @@ class SparseRS(Attack):
         def look(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
             """What the search lowers, and whether it is misread, (2, B)."""
             image, mask = paste(x, to_8bit(pattern).to(x), corner)
-            logits, penalty = asked(task.victim, image, task.noise(f"attack {step}"), mask)
+            logits, penalty = logits_and_penalty(task.victim, image, task.noise(f"attack {step}"), mask)
             value = task.loss(logits) + penalty
             return torch.stack([value, logits.argmax(dim=1).ne(task.y).to(value)]).detach().cpu()
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffender.noise import CPU, put_back
+from diffender.noise import CPU, preserved_rng
 from diffender.utils.errors import InputError, check_finite, nearest
 from diffender.utils.files import check_fit, load_tensors
 from diffender.weights.official import fetched
@@ -150,7 +150,7 @@ def load_classifier(
             f"{classes} classes of your own need --classifier-weights, the file of a network trained on them"
         )
     own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    with put_back(CPU):  # which the first weights are drawn from
+    with preserved_rng(CPU):  # which the first weights are drawn from
         net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffender.config import EXACT, Backward
+from diffender.config import FULL, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
 from diffender.pipeline import DIFFender, Purified, check_images, check_noise
@@ -37,7 +37,7 @@ class Hardened(DIFFender):
         self.cleanser, self.otherwise = cleanser, otherwise
 
     def forward(
-        self, x: Tensor, noise: Noise, backward: Backward = EXACT, posterior: Posterior | None = None
+        self, x: Tensor, noise: Noise, backward: Backward = FULL, posterior: Posterior | None = None
     ) -> Purified:
         """The purified image and how it came about. Gradients pass straight through the choice of the window."""
         if backward.mode == "bpda":  # comes back here, without gradient

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffender.config import EXACT, Backward
+from diffender.config import FULL, Backward
 from diffender.noise import seeded, seeds
 from diffender.ops import straight_through
-from diffender.pipeline import Purified, check_images, drawn
+from diffender.pipeline import Purified, check_images, require_noise
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
 
@@ -36,7 +36,7 @@ class Purifier(nn.Module):
             return self.purify.sample_noise(image_ids, seed, purpose, k)
         return seeds(image_ids, seed, purpose, k) if self.random else None
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = EXACT) -> Purified:
+    def forward(self, x: Tensor, noise: Tensor | None = None, backward: Backward = FULL) -> Purified:
         check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
@@ -46,8 +46,8 @@ class Purifier(nn.Module):
             return checked(self.purify(x.clone(), *given), x)  # it may change its copy in place
 
         if hasattr(self.purify, "sample_noise"):
-            return Purified(*answer(x, drawn(noise)))
-        return Purified(*(seeded(answer, x, drawn(noise)) if self.random else answer(x)))
+            return Purified(*answer(x, require_noise(noise)))
+        return Purified(*(seeded(answer, x, require_noise(noise)) if self.random else answer(x)))
 
 
 def checked(out: Any, x: Tensor) -> tuple[Tensor, ...]:

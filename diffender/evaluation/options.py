@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffender.config import EXACT, GRADIENT_MODES, THROUGH_MASK, WITH_PENALTY, Backward, RunOptions, TargetOptions
+from diffender.config import FULL, GRADIENT_MODES, THROUGH_MASK, WITH_PENALTY, Backward, RunOptions, TargetOptions
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.options import change, check_read, flagged, option, part
 from diffender.utils.progress import TRACKERS
@@ -126,7 +126,7 @@ class Options:
     )
     restarts: int | None = budgeted("restarts", "Restarts of the attack. The best on fresh noise counts.")
     ste: str = option("identity", "Backward pass of the threshold.", choices=("identity", "sigmoid", "none"))
-    backward: Backward = part(EXACT, "ste_k", "evasion", "hide", "decoy")
+    backward: Backward = part(FULL, "ste_k", "evasion", "hide", "decoy")
     queries: int | None = budgeted("queries", "Queries of rhde and sparse-rs to the defence, for each image.")
     queries_undefended: int | None = budgeted(
         "queries_undefended", "Queries of rhde and sparse-rs to the classifier alone, for each image."

@@ -36,7 +36,7 @@ from diffender.evaluation.trust import trust_report
 from diffender.evaluation.verdicts import Judge, Plan, Verdict, evaluate_batch, file_names, summarize, voters
 from diffender.faces.identification import RECOGNIZERS, list_faces, split_faces
 from diffender.factory import dtype_name, hashes_of, open_items
-from diffender.noise import put_back
+from diffender.noise import preserved_rng
 from diffender.pipeline import Defended, DIFFender
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.energy import counters, watt_hours
@@ -175,7 +175,7 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     if isinstance(target.defense, DIFFender):
         return  # all its noise is an argument
     noise = target.sample_noise(["a"], 0, "a")
-    with put_back(x.device):  # the caller's numbers stay as they are
+    with preserved_rng(x.device):  # the caller's numbers stay as they are
         (one, first), (two, second) = target.looks(x, [noise, noise])
     check_finite("logits of the defended classifier", first)
     if torch.allclose(one.image, two.image, atol=2e-3) and torch.allclose(first, second, rtol=1e-2, atol=1e-2):

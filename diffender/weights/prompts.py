@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffender.noise import CPU, put_back
+from diffender.noise import CPU, preserved_rng
 from diffender.prompts import Contexts, PromptPair, empty_contexts, manual_contexts
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
@@ -29,7 +29,7 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
             "manual, or tune new ones (train.py)"
         )
     check_digest(path, state, header)
-    with put_back(CPU):  # which the first values are drawn from
+    with preserved_rng(CPU):  # which the first values are drawn from
         prompts = PromptPair(n_ctx, dim)
     prompts.load_state_dict(state)
     return prompts
