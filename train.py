@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from diffender.tuning import Tuning, Work
 
 
-HIDING = Backward("evade")  # of --adaptive
-WHILE_TUNING = {"draws": 2, "steps": 3}  # while the embedded model's prompts are tuned
+HIDING = Backward("evade")  # how --adaptive attacks
+WHILE_TUNING = {"draws": 2, "steps": 3}  # instead of EMBEDDED's 3 and 2, while prompts are tuned
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,11 @@ def tune_and_save(
 
 
 def config_of(opts: Options) -> DIFFenderConfig:
-    """The settings that suit the model, with fewer draws and steps for the embedded one, but for those given."""
+    """The settings that suit the model. The embedded model takes those of WHILE_TUNING; flags override both."""
     from diffender import factory
 
-    fewer = WHILE_TUNING if opts.model.embedded else {}
-    return factory.config_of(opts.model, fewer | opts.method)
+    while_tuning = WHILE_TUNING if opts.model.embedded else {}
+    return factory.config_of(opts.model, while_tuning | opts.method)
 
 
 def unfinished(opts: Options) -> Path:

@@ -23,7 +23,8 @@ def main() -> None:
         print(__doc__ + "\n\n" + "\n".join(f"    {name:10}{help}" for name, (_, help) in COMMANDS.items()))
         return
     if name in ("evaluate", "train"):
-        raise InputError(f"{name} is a script in the repository: python {name}.py; from Python there is benchmark")
+        more = "; from Python there is diffender.benchmark" * (name == "evaluate")
+        raise InputError(f"{name} is a script in the repository: python {name}.py{more}")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     sys.argv = [f"diffender {name}", *sys.argv[2:]]  # what messages and records call the program

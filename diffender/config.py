@@ -33,7 +33,7 @@ class DIFFenderConfig:
     )
     score: str = option(
         "z",
-        "Score of the difference map: z-score, or mad, from the median and the median absolute deviation.",
+        "Score of the difference map: z (z-score), or mad (from the median and the median absolute deviation).",
         choices=("z", "mad"),
     )
     sigma: float = option(1.0, "Standard deviation of the mask's 3x3 blur, in latents. 0: no blur.", low=0)
@@ -45,7 +45,7 @@ class DIFFenderConfig:
     )
     eta: float = option(0.0, "Eta of DDIM. 0: deterministic, 1: the variance of DDPM.", low=0, high=1)
     restore: bool = option(True, "Inpaint the mask. --no-restore fills it with grey (the paper's NR).")
-    composite: bool = option(True, "Keep the pixels outside the mask. --no-composite returns the raw decode.")
+    composite: bool = option(True, "Keep the pixels outside the mask. --no-composite returns the whole decoded image.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -69,17 +69,20 @@ EMBEDDED = DIFFenderConfig(noise_ratio=0.2, theta=2.0, steps=2, guidance=1.0, sa
 
 @dataclass(frozen=True)
 class Backward:
-    """How gradients pass back through the defence. The output depends on it with ste="soft" alone.
+    """The settings of the backward pass. They leave the output unchanged; only ste="soft" changes the mask.
 
     mode       bpda       the identity for the whole defence (Athalye et al. 2018)
-               bpda-mask  restoration is a constant; gradient reaches x directly and through the mask
-               surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps, recomputed
-               full       exact through localisation and restoration, thresholds straight through
-               full+loc   full, and the attacker also lowers `evasion` and `decoy` times those terms of the localiser
-               evade      the attacker fools the classifier alone, as if nothing were masked, and lowers those terms;
+               bpda-mask  restoration is a constant; the gradient reaches x directly and through the mask
+               surrogate  exact through localisation; restoration as if it took `surrogate_steps` steps
+               full       exact through localisation and restoration; thresholds pass straight through
+               full+loc   full, and the attacker also lowers two terms of losses.py: `evasion` times the evasion and
+                          `decoy` times the decoy
+               evade      the attacker fools the classifier as if nothing were masked, and lowers the same two terms;
                           restoration takes no part
-               auto       of other defences: exact where they are differentiable, straight through elsewhere
-    ste        through the threshold of the map: see `ops.binarize`
+               auto       other defences: their own gradient where there is one; in DIFFender the same as full
+    ste        backward pass of the map's threshold, see `ops.binarize`
+
+    Raises InputError for values outside of their range.
     """
 
     mode: str = option("full", "Gradient mode.", choices=GRADIENT_MODES)

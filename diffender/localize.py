@@ -22,12 +22,12 @@ from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, noise_timestep, 
 def predict_pair(
     model: LatentDiffusion, z0: Tensor, contexts: Contexts, noise: Noise, cfg: DIFFenderConfig, blank: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x0 predicted in one step with the prompt, and with the empty prompt, for each draw: (B, m, 4, h, w) both.
+    """x_a and x_b of Eq. 2: x0 predicted in one step with prompt_L and with the empty text, (B, m, 4, h, w) each.
 
-    z0 (B, 4, h, w) are the latents of the image; blank (1, 5, h, w) says that everything is masked. Both predictions
-    share their noise: guidance is the identity for the empty prompt, so two UNet evaluations a draw suffice. Without a
-    prompt (`contexts.locate` is None, the paper's EP variant) shared noise would give exactly zero, so the second
-    prediction takes noise of its own.
+    z0 (B, 4, h, w) are the latents of the image. blank (1, 5, h, w) tells an inpainting UNet that everything is masked.
+    Both predictions start from the same noised latents. Guidance leaves that for the empty text unchanged, so a draw
+    takes two UNet evaluations. Without a prompt (`contexts.locate` is None, the paper's EP variant) the same noise
+    would make both predictions equal. The second then starts from noise of its own, `noise.draws_empty`.
     """
     b, m = noise.draws.shape[:2]
     t = noise_timestep(cfg.noise_ratio)
@@ -58,10 +58,14 @@ def standardize(x: Tensor) -> Tensor:
 
 
 def standardize_robustly(x: Tensor) -> Tensor:
-    """The same from median and median absolute deviation: a large patch does not raise the bar for itself."""
+    """As `standardize`, (B, 1, h, w), but with the median and the median absolute deviation (MAD).
+
+    A large patch raises the mean and the standard deviation, and so its own threshold. It changes median and MAD less.
+    """
     flat = x.flatten(2)
     median = flat.median(dim=2, keepdim=True).values
-    mad = (flat - median).abs().median(dim=2, keepdim=True).values  # of a normal distribution: 0.6745 deviations
+    # The MAD of a normal distribution is 0.6745 standard deviations.
+    mad = (flat - median).abs().median(dim=2, keepdim=True).values
     return ((flat - median) / (mad / 0.6745).clamp_min(1e-8)).view_as(x)
 
 
@@ -69,10 +73,10 @@ SCORES = {"z": standardize, "mad": standardize_robustly}
 
 
 def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = FULL) -> Tensor:
-    """Threshold with hysteresis (Canny 1986): the regions above cfg.grow that hold a latent above theta, (B, 1, h, w).
+    """Hysteresis thresholding (Canny 1986), (B, 1, h, w): the regions above cfg.grow with a latent above theta in them.
 
-    An attacker hides half a patch from one threshold; here every latent that stays above theta gives away the whole.
-    Gradients pass straight through the lower threshold.
+    One latent above theta is enough to mask a whole region, so an attacker has to hide every latent of the patch.
+    Gradients pass the lower threshold as `backward.ste` says, see `binarize`.
     """
     seeds, region = ((z_score > threshold).to(z_score.dtype) for threshold in (cfg.theta, cfg.grow))
     reached = connected(seeds, region)
@@ -81,13 +85,16 @@ def grown(z_score: Tensor, cfg: DIFFenderConfig, backward: Backward = FULL) -> T
 
 
 def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, backward: Backward = FULL) -> Tensor:
-    """z-score map (B, 1, h, w) to the mask (B, 1, *size) in {0, 1}; gradients pass straight through both thresholds.
+    """Eq. 2's Binarize, as in B.3: z-scores (B, 1, h, w) to a mask (B, 1, H, W) of size = (H, W), in {0, 1}.
 
-    `backward.ste` says how through the first, see `binarize`; with `soft` nothing is binary.
+    Steps: threshold theta, 3x3 Gaussian blur (none for sigma 0), dilation by a square, upsampling, threshold 0.5. With
+    the default blur and dilation, single latents vanish, and larger regions grow by about one latent.
 
-    Threshold theta, 3x3 Gaussian (none for sigma 0), square dilation, upsampling, threshold 0.5: lone pixels vanish,
-    and what stays grows by about one latent. By Cantelli's inequality no more than 1 / (1 + theta^2) of a map lies
-    theta standard deviations above its mean (20 % at 2): of larger patches a part escapes.
+    Gradients pass the first threshold as `backward.ste` says (see `binarize`), and the second straight through. With
+    ste="soft" the mask is not binary but lies in [0, 1].
+
+    By Cantelli's inequality at most 1 / (1 + theta^2) of a map, 20 % for theta 2, lies theta standard deviations above
+    its mean. A larger patch is therefore masked only in part.
     """
     if 0 < cfg.grow < cfg.theta:
         mask = grown(z_score, cfg, backward)

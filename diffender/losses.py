@@ -64,10 +64,11 @@ def evasion(z_score: Tensor, patch: Tensor, theta: float) -> Tensor:
 
 
 def evasion_max(z_score: Tensor, patch: Tensor, theta: float, temperature: float = 0.25) -> Tensor:
-    """How far the patch's most conspicuous latent sticks out, (B,): softplus of a soft maximum of z - theta over it.
+    """How far the most conspicuous latent of the patch sticks out, (B,): softplus of a soft maximum of z - theta.
 
-    Where masks grow, one latent above theta gives the whole patch away, and the mean of `evasion` hardly sees it.
-    Arguments as there; a latent counts by how much of it the patch covers.
+    For masks that grow from one latent above theta (`localize.grown`): the mean of `evasion` hardly sees that latent.
+    z_score (B, 1, h, w); patch (B, 1, H, W) in {0, 1}. A latent is weighted by the share of it that the patch covers.
+    The lower `temperature` (in standard deviations), the nearer to the plain maximum.
     """
     inside = F.interpolate(patch, z_score.shape[-2:], mode="area").flatten(1)
     highest = temperature * (z_score.flatten(1) / temperature + inside.log()).logsumexp(dim=1)
@@ -78,7 +79,10 @@ EVASIONS = {"mean": evasion, "max": evasion_max}
 
 
 def decoy(heatmap: Tensor) -> Tensor:
-    """Minus the spread of the difference map (B, 1, h, w) over its mean, (B,): a few extreme latents raise the bar for
-    all others, since the threshold counts in standard deviations."""
+    """Minus the standard deviation over the mean of each difference map (B, 1, h, w), (B,).
+
+    An attacker who lowers it makes a few latents extreme. The threshold counts in standard deviations, so it rises for
+    all other latents.
+    """
     flat = heatmap.flatten(1)
     return -flat.std(dim=1) / flat.mean(dim=1).clamp_min(1e-8)

@@ -36,17 +36,17 @@ def generator(*key: int | str) -> Generator:
 
 
 def preserved_rng(device: torch.device) -> AbstractContextManager[None]:
-    """torch's global generators are afterwards as they were: the CPU's, and that of this device if it is a GPU.
+    """Restores torch's global random state after the block: the CPU's, and this device's if it is a CUDA GPU.
 
-    Without a device, torch asks every GPU of the machine for its generator.
+    Without a device, torch would ask every GPU of the machine for its generator. MPS is not restored.
     """
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def from_seed(seed: int, make: Callable[[], Made], device: torch.device = CPU) -> Made:
-    """make(), which draws from torch's global generators of the CPU and of this device, after seeding them.
+    """make() after seeding torch's global generators of the CPU and of this device, from which it draws.
 
-    They are put back afterwards.
+    `preserved_rng` restores their state afterwards, except on MPS.
     """
     with preserved_rng(device):
         torch.default_generator.manual_seed(seed)
@@ -58,11 +58,11 @@ def from_seed(seed: int, make: Callable[[], Made], device: torch.device = CPU) -
 
 
 def stack(noises: Sequence[Noise | Tensor | None]) -> Noise | Tensor | None:
-    """The noise of several batches as that of one; None where nothing is random."""
+    """The noise of several batches, concatenated along the batch dimension. None for a deterministic victim."""
     if noises[0] is None:
         return None
     if isinstance(noises[0], Tensor):
-        return torch.cat(list(noises))  # type: ignore[arg-type]  # all are what the first is
+        return torch.cat(list(noises))  # type: ignore[arg-type]  # all have the type of the first
     return type(noises[0])(*map(torch.cat, zip(*noises, strict=True)))
 
 

@@ -14,9 +14,13 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def binarize(x: Tensor, threshold: float, ste: str = "identity", k: float = 5.0) -> Tensor:
-    """1 where x > threshold, else 0. `ste` chooses the backward pass: the identity (the authors' demo; the
-    paper's B.3 names an estimator, and no more), sigmoid(k (x - threshold)), or none. `soft` is that sigmoid forward
-    too: a differentiable stand-in, for finite differences."""
+    """1 where x > threshold, else 0 (Binarize of Eq. 2). `ste` chooses the backward pass:
+
+    identity   the gradient of x, as in the authors' demo (the paper's B.3 does not say which estimator it uses)
+    sigmoid    the gradient of sigmoid(k (x - threshold))
+    none       no gradient
+    soft       returns that sigmoid itself instead of 0 and 1, so that finite differences can check gradients
+    """
     if ste == "identity":
         return straight_through((x > threshold).to(x.dtype), x)
     if ste == "none":
@@ -59,11 +63,11 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def recompute(function: Callable[..., Tensor], *args: Tensor, limit: int | None = None, keep: bool = False) -> Tensor:
-    """function(*args) over batches of at most `limit` rows, activations recomputed in the backward pass, not kept.
+    """function(*args) in batches of at most `limit` rows. Activations are recomputed in the backward pass.
 
-    Memory then grows neither with the number of calls nor with the batch; with `keep` it does, and the backward pass
-    is spared a forward one. All of `args` share their first dimension; the function treats rows independently and draws
-    no random numbers.
+    Memory then grows neither with the number of calls nor, given a limit, with the batch. With `keep`, activations are
+    stored instead: the backward pass is faster and takes more memory. All of `args` share their first dimension. The
+    function must treat rows independently and draw no random numbers.
     """
     if limit is not None and len(args[0]) > limit:
         parts = zip(*(a.split(limit) for a in args), strict=True)

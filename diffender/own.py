@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffender.classifiers.dataset import Batch
+from diffender.classifiers.dataset import Batch, digest_of_all
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
 from diffender.defenses import Purifier
 from diffender.defenses.hardened import Hardened
+from diffender.defenses.jedi import COMPLETION, Jedi
 from diffender.evaluation.options import PRESETS, Options, attacks, refuse_conflicts, refuse_unread, with_preset
 from diffender.evaluation.plan import as_drawn, build_plans, default_name, refuse_unused_eot
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
@@ -36,17 +37,17 @@ IMAGENET = 1000  # so many classes have ImageNet's names, unless others are give
 
 
 class AnyModel(Defended):
-    """A module from images (B, 3, H, W) in [0, 1] to logits (B, K) as a victim, attacked as a whole.
+    """A module from images (B, 3, H, W) in [0, 1] to logits (B, K), as a victim that is attacked as a whole.
 
-    One that is random takes its numbers from torch's global generator, seeded for each image. What stands in place of
-    an undefended classifier is the model under one and the same noise.
+    A random module draws from torch's global generator, which is seeded for each image. In place of an undefended
+    classifier stands the same module with fixed noise (`Alone`). Raises InputError for other outputs than logits.
     """
 
     undefended_is = "one fixed noise"
 
     def __init__(self, model: nn.Module, x: Tensor):
         one = x[:1].to(next(chain(model.parameters(), model.buffers()), x).device)
-        # What there is of a defence is within the model.
+        # A defence, if there is one, is inside the model. So the purifier is the identity.
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
         with preserved_rng(one.device):  # the caller's numbers stay as they are
@@ -54,8 +55,8 @@ class AnyModel(Defended):
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
-        if first.min() >= 0 and torch.allclose(first.sum(dim=1), first.new_ones(1), atol=1e-3):
-            raise InputError("the model returns probabilities, which hide its gradient; return logits, without softmax")
+        if first.shape[1] > 1 and first.min() >= 0 and torch.allclose(first.sum(dim=1), first.new_ones(1), atol=1e-3):
+            raise InputError("the model returns probabilities; return logits, or the logarithm of the probabilities")
         # Within rounding: a GPU may add in another order each time.
         self.random = not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
@@ -173,8 +174,8 @@ def as_victim(model: nn.Module, images: Tensor) -> Defended:
         return AnyModel(model, images)
     if type(model).forward is not Defended.forward and type(model).looks is Defended.looks:
         raise InputError(
-            f"{type(model).__name__} has a forward of its own, which verdicts do not ask; make it a module that is no "
-            "Defended, or a defence that Defended takes"
+            f"{type(model).__name__} overrides forward but not looks, which verdicts call; override both, or give a "
+            "module that is not a Defended"
         )
     if not isinstance(model.classifier, Classifier | Alone):
         raise InputError(
@@ -249,6 +250,8 @@ def resolved(opts: Options, victim: nn.Module, images: Tensor, labels: Tensor) -
         found |= {"otherwise": victim.defense.otherwise}
     tensors = {"model": [*victim.parameters(), *victim.buffers()], "images": [images, labels]}
     hashes = {what: digest({str(i): t for i, t in enumerate(group)}, {}) for what, group in tensors.items()}
+    if isinstance(getattr(victim.defense, "purify", None), Jedi):
+        hashes["jedi"] = digest_of_all([COMPLETION])  # its network is no part of it
     return found | {
         "torch": torch.__version__,
         "sha256": hashes | {"code": code_digest(victim, *attacks(opts).values())},

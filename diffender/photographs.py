@@ -204,28 +204,34 @@ def find_images(paths: tuple[str, ...], out: Path) -> list[tuple[str, Path]]:
             raise InputError(f"no images in {path}; wanted are {KINDS}")
         root = path if path.is_dir() else path.parent
         found += [(short(printable("__".join(p.relative_to(root).with_suffix("").parts))), p) for p in inside]
+    if (out / "config.json").is_file():  # a run to go on with: what it made is no input
+        names = {*read_records(out), *(name for name, _ in unique(found))}
+        made = {real(out) / f"{name}_{kind}.png" for name in names for kind in MADE}
+        found = [(name, file) for name, file in found if real(file.parent) / file.name not in made]
     if not found:
         raise InputError("no images given; name files or folders")
-    if (out / "config.json").is_file():  # a run to go on with: what it made is no input
-        made = {real(out) / f"{name}_{kind}.png" for name, _ in found for kind in MADE}
-        found = [(name, file) for name, file in found if real(file.parent) / file.name not in made]
-    names = set()
-    for i, (name, file) in enumerate(found):
+    return unique(found)
+
+
+def unique(found: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The same files, each with a name of its own."""
+    names: dict[str, Path] = {}
+    for name, file in found:
         while name in names:
             name += "_"
-        names.add(name)
-        found[i] = name, file
-    return found
+        names[name] = file
+    return [*names.items()]
 
 
 def real(path: Path) -> Path:
-    """Where it lies, whatever links lead there; unlike Path.resolve not at a loss before links in a circle."""
+    """The real path, with every link resolved. Unlike Path.resolve it accepts links in a circle."""
     return Path(os.path.realpath(path))
 
 
 def refuse_to_replace(names: Iterable[str], out: Path) -> None:
     """Raises InputError where a new run would write over files that it has not made."""
-    there = next((p for name in names for kind in MADE if (p := out / f"{name}_{kind}.png").exists()), None)
+    made = [f"{name}_{kind}.png" for name in names for kind in MADE] + ["report.html", "per_image.jsonl"]
+    there = next((out / name for name in made if (out / name).exists()), None)
     if there is not None and not (out / "config.json").is_file():
         raise InputError(f"{there} is there already and would be written over; choose another --out")
 

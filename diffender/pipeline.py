@@ -33,14 +33,18 @@ class Localized(NamedTuple):
 
 
 class Purified(NamedTuple):
-    image: Tensor  # (B, 3, H, W) in [0, 1] (unclamped without composite)
+    image: Tensor  # (B, 3, H, W) in [0, 1]; without composite the clamped decode
     mask: Tensor | None = None  # this and the rest as in Localized; None where another defence has no such thing
     heatmap: Tensor | None = None
     z_score: Tensor | None = None
 
 
 class Defense(Protocol):
-    """A defence: purified = defense(x, noise, backward). The noise is of its own kind, or None."""
+    """What stands before the classifier: purified = defense(x, noise, backward) for x (B, 3, H, W) in [0, 1].
+
+    `sample_noise` draws the noise of a call, or returns None if the defence is deterministic. `model` is its
+    diffusion model, or None.
+    """
 
     @property
     def model(self) -> LatentDiffusion | None: ...
@@ -51,11 +55,11 @@ class Defense(Protocol):
 
 
 class DIFFender(nn.Module):
-    """purified = defense(x, noise): x (B, 3, H, W) in [0, 1] of any size; deterministic given the noise, to the bit
-    on a CPU.
+    """The defence of Sec. 3.2: purified = defense(x, noise) for x (B, 3, H, W) in [0, 1] of any size.
 
-    Works at `size` (H, W), both multiples of `model.cfg.multiple`; by default the square that the model was trained on.
-    Without `cfg` the settings are those that suit the model. Raises InputError for sides that are no such multiples.
+    The same noise gives the same result, to the bit on a CPU. The networks see images at `size` (H, W), by default the
+    square that the model was trained on; the result has the size of x. Without `cfg` the settings that suit the model
+    are used. Raises InputError for a `size` whose sides are not multiples of `model.cfg.multiple`.
     """
 
     blank: Tensor
@@ -76,7 +80,7 @@ class DIFFender(nn.Module):
         self.eval()
 
     def work_at(self, size: tuple[int, int]) -> None:
-        """Sets the size (H, W) that images are brought to. Raises InputError as the class says."""
+        """Sets the working size (H, W). Raises InputError unless both are multiples of `model.cfg.multiple`."""
         if any(side < 1 or side % self.model.cfg.multiple for side in size):
             raise InputError(f"size is {size}; both sides are multiples of {self.model.cfg.multiple} for this model")
         self.size = size
@@ -113,13 +117,16 @@ class DIFFender(nn.Module):
         return other
 
     def posterior(self, x: Tensor) -> Posterior:
-        """What localisation makes of images (B, 3, H, W) in [0, 1] before any noise."""
+        """The VAE's posterior of images (B, 3, H, W) in [0, 1], resized to `size`. Localisation draws z0 from it."""
         return self.model.posterior(resize(x, self.size))
 
     def localize(
         self, x: Tensor, noise: Noise, backward: Backward = FULL, posterior: Posterior | None = None
     ) -> Localized:
-        """Mask, difference map and z-score of images (B, 3, H, W) in [0, 1]; `posterior` is theirs, if known."""
+        """Patch localisation (Sec. 3.2, Eq. 2) of images (B, 3, H, W) in [0, 1]. `posterior` is theirs, if known.
+
+        Raises InputError for noise that does not fit, and NonFinite for NaN or infinity in the map.
+        """
         check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
@@ -129,7 +136,11 @@ class DIFFender(nn.Module):
         return Localized(mask, heatmap, z_score)
 
     def restore(self, x: Tensor, mask: Tensor, noise: Noise, steps: int | None = None) -> Tensor:
-        """x in [0, 1] to a whole new image (B, 3, H, W), without a look at x inside mask (B, 1, H, W), 1 = repaint."""
+        """Patch restoration (Sec. 3.2): a whole new image (B, 3, H, W), about [0, 1], not clamped.
+
+        x (B, 3, H, W) in [0, 1] is hidden inside mask (B, 1, H, W), 1 = repaint. `steps` replaces `cfg.steps`. Without
+        `cfg.restore` (the paper's NR) the image is grey.
+        """
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
         small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), TOUCHED)
@@ -150,7 +161,11 @@ class DIFFender(nn.Module):
     def forward(
         self, x: Tensor, noise: Noise, backward: Backward = FULL, posterior: Posterior | None = None
     ) -> Purified:
-        """The purified image and how it came about; `backward` chooses the backward pass."""
+        """Localise, restore and composite (Sec. 3.2). `posterior` is that of x, if it is known already.
+
+        `backward` chooses the backward pass. Raises InputError for images or noise that do not fit, and NonFinite for
+        NaN or infinity.
+        """
         check_images(x)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
@@ -176,13 +191,14 @@ class DIFFender(nn.Module):
 
 
 class Defended(nn.Module):
-    """A victim, f(x (B, 3, H, W) in [0, 1], noise) -> logits (B, K): the classifier behind the defence.
+    """The classifier behind the defence, as a victim: f(x (B, 3, H, W) in [0, 1], noise) -> logits (B, K).
 
-    `bare` is the classifier without any defence; it is another one where the defence lies within the classifier (FNC).
-    All of them are put into eval mode.
+    `bare` is the classifier without the defence. It differs from `classifier` only where the defence lies within the
+    classifier (FNC). All modules are put into eval mode. Raises InputError for a defence without `sample_noise`, and
+    for one whose PatchCleanser holds another classifier.
     """
 
-    undefended_is = "undefended"  # what reports call it
+    undefended_is = "undefended"  # the title that reports give to the column of `bare`
 
     def __init__(
         self, defense: Defense, classifier: "Classifier", backward: Backward = FULL, bare: "Classifier | None" = None
@@ -192,9 +208,8 @@ class Defended(nn.Module):
             raise InputError(
                 f"the defence is a {type(defense).__name__}, without sample_noise; wrap it: diffender.Purifier(purify)"
             )
-        windows = getattr(defense, "cleanser", None)
-        if windows is not None and windows.classifier is not classifier:
-            raise InputError("the windows ask one classifier and another one answers; give PatchCleanser the same one")
+        if getattr(getattr(defense, "cleanser", None), "classifier", classifier) is not classifier:
+            raise InputError("the defence's PatchCleanser holds another classifier than Defended; give both the same")
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
         self.eval()
@@ -209,8 +224,10 @@ class Defended(nn.Module):
     def looks(
         self, x: Tensor, noises: Sequence[Noise | Tensor | None], batch: int = 1
     ) -> Iterator[tuple[Purified, Tensor]]:
-        """What the defence makes of x with each noise, `batch` of them side by side, and the logits (B, K) of that.
-        DIFFender encodes x once."""
+        """Yields (purified images, their logits (B, K)) of x (B, 3, H, W) for each noise in turn.
+
+        `batch` noises share a forward pass, which changes results by rounding. DIFFender encodes x only once.
+        """
         posterior = self.defense.posterior(x) if isinstance(self.defense, DIFFender) else None
         for start in range(0, len(noises), batch):
             part = noises[start : start + batch]
@@ -232,10 +249,10 @@ class Defended(nn.Module):
         return Undefended(self.bare)
 
     def with_penalty(self, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and what an attacker of the localiser lowers besides its loss on them, (B,).
+        """Logits (B, K), and the penalty (B,) that an attacker who hides from the localiser adds to its loss.
 
-        0 but in full+loc and evade; in evade the logits are those of the classifier alone. patch (B, 1, H, W) in
-        {0, 1}: where the attacker's pixels are.
+        The penalty is 0 except in modes full+loc and evade. In evade the classifier sees `defense.unnoticed(x, noise)`,
+        as if nothing were masked. patch (B, 1, H, W) in {0, 1} is 1 at the attacker's pixels.
         """
         b = self.backward
         if b.mode not in WITH_PENALTY:
@@ -284,7 +301,7 @@ class Undefended(nn.Module):
 
 
 def require_noise(noise: Drawn | None) -> Drawn:
-    """The noise of a defence that needs one. Raises InputError where there is none."""
+    """Returns the noise unchanged. Raises InputError if it is None: this defence needs noise."""
     if noise is None:
         raise InputError(
             "no noise; draw it by defense.sample_noise(ids, seed, purpose), or wrap the victim in "
@@ -301,7 +318,7 @@ def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Se
         raise InputError(f"the noise is a {type(noise).__name__}; draw it by this defence's sample_noise")
     if noise.image.shape[1:] != tuple(latent):
         shapes = tuple(noise.image.shape[1:]), tuple(latent)
-        raise InputError(f"noise for latents {shapes[0]}; here they are {shapes[1]}: draw it by this sample_noise")
+        raise InputError(f"noise for latents {shapes[0]}; here they are {shapes[1]}: draw it by this defence's own")
     if len(noise.image) != len(x):
         raise InputError(
             f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"

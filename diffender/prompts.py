@@ -13,7 +13,10 @@ MANUAL = ("adversarial", "clean")  # prompt_L, prompt_R of the paper's MP varian
 
 
 class Contexts(NamedTuple):
-    """What the UNet is told: (1, 77, D) each. `locate` is None for the empty-prompt variant (EP)."""
+    """Text contexts for the UNet, (1, 77, D) each: prompt_L, prompt_R and the empty text (Sec. 3.2).
+
+    `locate` is None for the empty-prompt variant (EP).
+    """
 
     locate: Tensor | None
     restore: Tensor
@@ -26,7 +29,10 @@ class Contexts(NamedTuple):
 
 
 class PromptPair(nn.Module):
-    """[V]_1 ... [V]_n for localisation and for restoration; between start and end token, padded as any prompt."""
+    """prompt_L and prompt_R of Eq. 3: `n_ctx` learned context vectors each, (n_ctx, dim), in the place of words.
+
+    Raises InputError unless n_ctx is from 1 to 75.
+    """
 
     def __init__(self, n_ctx: int, dim: int, g: Generator | None = None):
         super().__init__()
@@ -50,7 +56,7 @@ class PromptPair(nn.Module):
 
 
 def learned_context(text: TextTransformer, ctx: Tensor) -> Tensor:
-    """Context vectors (n, D) in the place of words: their context, (1, 77, D)."""
+    """The context (1, 77, D) of a prompt of Eq. 3: ctx (n, D) between start and end token, then padding."""
     pad = [text.cfg.pad_token] * (POSITIONS - 2 - len(ctx))
     frame = text.embed(torch.tensor([START, END, *pad], device=ctx.device))
     return text(torch.cat([frame[:1], ctx, frame[1:]])[None])

@@ -365,12 +365,14 @@ def test_jedi_takes_no_region_too_small_and_nothing_that_its_autoencoder_is_unsu
     assert Jedi(**given)(noisy)[1].sum() == 0
 
 
-def test_jedi_has_both_statistics():
+def test_jedi_has_both_statistics(noisy):
     """Resized photographs are denser than the original's: its own raise the mean entropy, so more is flagged."""
     own, official = clean_entropy("own"), clean_entropy("official")
     assert all(a > b for a, b in zip(own[0], official[0], strict=True))
     with pytest.raises(InputError, match="choose one of official, own"):
         Jedi(stats="mine")
+    masks = [Jedi(**given)(noisy)[1] for given in ({}, {"stats": "own"}, {"completion": "none"})]
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
 def test_small_regions_go():
@@ -575,7 +577,8 @@ def test_hardened_believes_windows_first(target, photos):
     defended = build("hardened:masks=2", target)
     noise = defended.sample_noise(["a", "b"], 0, "test")
     plain = target.defense(photos[:2], noise)
-    toy = Defended(Hardened(target.defense, PatchCleanser(Bright(), 0.05, masks=2)), Bright())
+    bright = Bright()
+    toy = Defended(Hardened(target.defense, PatchCleanser(bright, 0.05, masks=2)), bright)
     x = 0.5 * photos[:2]
     assert torch.equal(toy.defense(x, noise).image, x)
     assert toy.defense(x, noise).mask.sum() == 0

@@ -203,6 +203,8 @@ def test_doubling_and_convolution_are_one(shape):
     with torch.no_grad():
         layer.conv.weight.mul_(2)
     assert same(), "changed in place"
+    layer.conv.weight.data += 1
+    assert same(), "changed behind autograd's back, as adapters are merged"
     assert list(layer.state_dict()) == ["conv.weight", "conv.bias"]
 
 

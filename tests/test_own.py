@@ -204,7 +204,7 @@ def test_a_run_whose_patches_are_not_all_that_would_be_made_is_not_gone_on_with(
     batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), [])
     plan = Plan("rhde", None, {"queries": None, "evade": None})
     old = {"0": {"id": "0", "attacks": {"rhde/transfer": {}, "rhde/queries": {}}}}
-    with pytest.raises(InputError, match="0 lacks, or alone has, rhde/evade; move it away"):
+    with pytest.raises(InputError, match="other patches of 0 than are made today: rhde/evade; move the folder away"):
         refuse_changed(tmp_path, [plan], old, batch)
     old["0"]["attacks"]["rhde/evade"] = {}
     refuse_changed(tmp_path, [plan], old, batch)
@@ -355,10 +355,14 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (nn.Flatten(0), {}, "the model returns a Tensor .12288,."),
         (nn.Sequential(Bright(), Column()), {}, "has logits .B, 1.; classes are 2 or more: return a logit"),
         (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
-        (nn.Sequential(Bright(), nn.Softmax(dim=1)), {}, "the model returns probabilities, which hide its gradient"),
+        (nn.Sequential(Bright(), nn.Softmax(dim=1)), {}, "the model returns probabilities; return logits"),
         (lambda x: x, {}, "the model is a function; give a torch.nn.Module"),
         (own, {}, "wrap it so that its size and normalisation are known"),
-        (type("Louder", (diffender.Defended,), {"forward": scaled_by(2)})(own.defense, classifier), {}, "a forward of"),
+        (
+            type("Louder", (diffender.Defended,), {"forward": scaled_by(2)})(own.defense, classifier),
+            {},
+            "overrides forward but not",
+        ),
         (own.defense, {}, "a defence alone has no classes"),
     ):
         with pytest.raises(InputError, match=says):
@@ -588,7 +592,7 @@ def test_an_attack_of_ones_own_counts_by_its_code(monkeypatch, images):
 def test_windows_ask_the_classifier_that_answers(target, classifier):
     """A certificate for another one's answers would be none."""
     windows = PatchCleanser(copy.copy(classifier), 0.05)
-    with pytest.raises(InputError, match="the windows ask one classifier and another one answers"):
+    with pytest.raises(InputError, match="PatchCleanser holds another classifier than Defended"):
         diffender.Defended(Hardened(target.defense, windows), classifier)
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 import diffender
 from diffender.classifiers.dataset import as_rgb, open_image, sample_items
 from diffender.config import RunOptions
+from diffender.evaluation.records import append_records
 from diffender.photographs import Defender, Options, find_images, main, refuse_to_replace, working_size
 from diffender.pipeline import DIFFender
 from diffender.report.page import inline, photographs_page
@@ -105,6 +106,12 @@ def test_names_of_images(tmp_path):
     files = (str(tmp_path / "sub" / "a.png"), str(tmp_path / "sub" / "a_mask.png"))
     for given in (files, files[:1], (str(tmp_path / "sub"),)):
         assert [name for name, _ in find_images(given, tmp_path / "sub")] == ["a"]
+    for made in ("a.jpg", "a__restored.png", "b_restored.png"):
+        (tmp_path / "sub" / made).touch()
+    append_records(tmp_path / "sub" / "per_image.jsonl", [{"id": "b"}])
+    again = find_images((str(tmp_path / "sub"),), tmp_path / "sub")
+    assert [name for name, _ in again] == ["a", "a_"], "also of names made unique, and of images that are gone"
+    (tmp_path / "sub" / "a.jpg").unlink()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     assert "loop" in [name for name, _ in find_images((str(tmp_path),), tmp_path / "out")], "told of when it is read"
     with pytest.raises(InputError, match="no images given"):

@@ -195,6 +195,7 @@ def test_a_resumed_run_shares_all_that_its_results_depend_on(monkeypatch):
     other |= {"attack": "lavan", "prompt": "empty", "data": "folder", "classifier": "resnet50", "targeted": True}
     for name, value in other.items():
         assert settings(name, value) != usual, name
+    assert "jedi" in settings("defense", "jedi")["sha256"]
     for name in ("generator", "patch_file", "classifier_weights", "prompts"):
         assert f"a {name}" in settings(name, f"a {name}")["sha256"].values(), name
     same = {"images": 3, "batch_size": 3, "eot_batch": 3, "trust": "off", "curves": "off", "name": "a", "shard": "1/2"}

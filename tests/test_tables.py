@@ -30,7 +30,7 @@ from diffender.paper.controls import FILLED, controls, elsewhere, look
 from diffender.paper.figures import DRAWN
 from diffender.paper.physical import CONFIGURATIONS, Filmed, Pose, draw_frame, photograph, print_patch
 from diffender.paper.quoted import COLUMNS, QUOTED
-from diffender.paper.studies import Setting, beside_base, measure, show
+from diffender.paper.studies import Setting, beside_base, measure, refuse_to_replace, show
 from diffender.paper.tables import (
     NAMES,
     Line,
@@ -263,7 +263,7 @@ def test_losses_are_drawn_of_each_attack_on_the_defence(tmp_path, monkeypatch):
     draw_steps(tmp_path, tmp_path / "steps.png")
     (axis,) = drawn[0].axes
     assert axis.get_title() == "advp/bpda"
-    assert axis.lines[0].get_xydata().tolist() == [[1, 1], [40, 0.5]]
+    assert axis.lines[0].get_xydata().tolist() == [[0, 1], [100, 0.5]]
 
 
 def test_a_table_as_a_page(tmp_path):
@@ -364,6 +364,17 @@ def test_a_part_is_measured_by_hand():
     assert [told[k] for k in ("inside", "outside")] == pytest.approx([2, (1 + 1 + 16 / 15) / 3])
     auc = torch.tensor([1, 1, 1 - 0.5 / 15])
     assert [told["auc"], told["auc_error"]] == pytest.approx([auc.mean().item(), auc.std().item() / 3**0.5])
+
+
+def test_a_study_writes_over_no_other_results(tmp_path):
+    told, path = {"options": {"seed": 0, "images": 4}, "sha256": {"model": ["a"]}}, tmp_path / "results.json"
+    refuse_to_replace(tmp_path, told)
+    path.write_text(json.dumps(told | {"choices": []}))
+    refuse_to_replace(tmp_path, told)
+    for other in (told | {"options": {"seed": 1}}, {"command": "x"}, [], {"options": None}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(InputError, match="holds other results"):
+            refuse_to_replace(tmp_path, told)
 
 
 def test_settings_are_paired_with_the_usual_one():

@@ -30,11 +30,11 @@ from diffender.utils.options import option
 
 @dataclass(frozen=True)
 class AdvP(GradientAttack):
-    """Momentum-sign steps on the mean gradient over fresh noise; pixels projected to [0, 1].
+    """Sign steps with momentum on the mean gradient over fresh noise (EOT). Pixels stay in [0, 1].
 
-    In the end the best patch by its own EOT samples, the last one and `init`, if given, compete on noise, and with
-    location="eot" at places, that none has seen, so that a lucky draw cannot win. Restarts take other places and other
-    first pixels.
+    At the end up to three patches compete: the last one, the best by its own EOT samples, and `init` if given. They are
+    compared on noise that no step has seen, and with location="eot" at places that no step has seen. So a patch cannot
+    win by a lucky draw. Each restart begins at another place and with other pixels.
     """
 
     shape: str = option("square", "A circle has the same area.", choices=("square", "circle"))
@@ -42,10 +42,14 @@ class AdvP(GradientAttack):
         "fixed", "eot: a new place for each EOT sample and for the verdict.", choices=("fixed", "corner", "eot")
     )
     targeted: bool = False  # cross-entropy to a random class instead of the margin
-    levels: int = option(256, "Values of each channel of the patch, steps going straight through.", low=2, high=256)
+    levels: int = option(
+        256, "Values of each channel of the patch; gradients pass straight through the rounding.", low=2, high=256
+    )
     lr: float = option(0.05, "Step size in units of the pixel range.", low=0)
     decay: str = option(
-        "halved", "Of the step size: halved at 1/2 and 3/4 of the steps, or linear to a tenth.", ("halved", "linear")
+        "halved",
+        "How the step size falls: halved at 1/2 and 3/4 of the steps, or linear to a tenth.",
+        ("halved", "linear"),
     )
     momentum: float = option(0.9, "Share of the last step's direction that stays.", low=0, high=0.999)
     fixed_noise: bool = False  # the same noise in every step: one draw of the defence is attacked, for checks only
@@ -116,7 +120,7 @@ class AdvP(GradientAttack):
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
 
     def rounded(self, patch: Tensor) -> Tensor:
-        """The patch in as many values as it may have, all of an 8-bit file; the one that the steps move is free."""
+        """The patch rounded to `levels` values a channel, all of which an 8-bit file holds. Steps do not round it."""
         steps = self.levels - 1
         return to_8bit((patch * steps).round() / steps)
 
@@ -145,7 +149,7 @@ class AdvP(GradientAttack):
     def draw(self, task: Task, patch: Tensor, home: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
         purpose = f"attack {0 if self.fixed_noise else step}{key}"
-        seen = patch if self.levels == 256 else self.rounded(patch)  # 8 bits are fine enough to forget while it moves
+        seen = patch if self.levels == 256 else self.rounded(patch)  # the steps ignore rounding to 8 bits
 
         def sample(k: int):  # noqa: ANN202
             mask = self.place(task, purpose, k, home)

@@ -110,10 +110,10 @@ def check_square(x: Tensor) -> None:
 
 
 def steps_averaged_by(momentum: float, steps: int) -> float:
-    """How many gradients a plain mean needs to be as steady as the sum of so many steps' with weights momentum^k.
+    """The effective number of gradients in a momentum sum over so many steps: (sum w)^2 / sum w^2.
 
-    The weights' sum is the signal, and the sum of their squares the variance. After many steps it is
-    (1 + momentum) / (1 - momentum).
+    The weights are w_k = momentum^k, k = 0 .. steps - 1. A plain mean of that many gradients has the same ratio of
+    signal to noise. After many steps it is (1 + momentum) / (1 - momentum).
     """
     weights = [momentum**k for k in range(steps)]
     return sum(weights) ** 2 / sum(w**2 for w in weights)

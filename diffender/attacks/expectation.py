@@ -67,7 +67,10 @@ class Task(NamedTuple):
 
 
 def logits_and_penalty(victim: Victim, x: Tensor, noise: Noise | Tensor | None, patch: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, K) and penalty (B,) of images (B, 3, S, S), patched where patch (B, 1, S, S) is 1; 0 without one."""
+    """Logits (B, K) and penalty (B,) of images (B, 3, S, S), patched where patch (B, 1, S, S) is 1.
+
+    The penalty is 0 for a victim without `with_penalty`.
+    """
     if hasattr(victim, "with_penalty"):
         return victim.with_penalty(x, noise, patch)
     return victim(x, noise), x.new_zeros(len(x))

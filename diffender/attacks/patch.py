@@ -48,9 +48,9 @@ def apply_patch(x: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
 
 
 def relocated(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """What `content` (B, C, S, S) holds in the mask `source`, in `target`, and 0 elsewhere.
+    """The pixels of `content` (B, C, S, S) inside mask `source`, moved to mask `target`; 0 elsewhere.
 
-    The masks (B, 1, S, S) are of the same shape at other places.
+    Both masks (B, 1, S, S) have the same shape at different places.
     """
     here, there = (mask.expand_as(content) == 1 for mask in (source, target))
     return torch.zeros_like(content).masked_scatter(there, content[here])

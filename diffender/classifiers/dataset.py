@@ -47,7 +47,7 @@ def list_items(data: str, classes: int | None = None) -> list[Item]:
     """The images of `data`.
 
     samples             the photographs of foolbox
-    a folder            of a folder for each wnid; or ImageNet's validation images in one folder, with
+    a folder            with one folder for each wnid; or ImageNet's validation images in one folder, with
                         LOC_val_solution.csv or the development kit's ground truth in it or in a folder above
     a csv file          with the columns file and label, which is a 0-based class index or a wnid
 

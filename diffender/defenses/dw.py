@@ -57,7 +57,8 @@ def odd(n: float) -> int:
 
 def guided(classifier: Classifier) -> Classifier:
     """A copy that shares the weights. The backward pass of its modules ReLU and ReLU6 lets positive gradients of active
-    units through alone (Springenberg et al. 2015)."""
+    units through alone (Springenberg et al. 2015). Raises torch's RuntimeError where what follows a ReLU writes into
+    its output."""
     memo = {id(t): t for t in (*classifier.parameters(), *classifier.buffers())}
     twin = copy.deepcopy(classifier, memo)
     for module in twin.modules():
@@ -68,4 +69,5 @@ def guided(classifier: Classifier) -> Classifier:
 
 
 def positive(_module: nn.Module, gradients: Any, _out: Any) -> tuple[Tensor]:
+    """What reaches the module's input, without what is negative."""
     return (gradients[0].clamp_min(0),)

@@ -30,7 +30,7 @@ class Hardened(DIFFender):
 
     def __init__(self, plain: DIFFender, cleanser: PatchCleanser, otherwise: str = "diffender"):
         if otherwise not in ("diffender", "majority"):
-            raise InputError(f"otherwise is {otherwise!r}; where no windows agree answers diffender, or the majority")
+            raise InputError(f"otherwise is {otherwise!r}; choose diffender or majority, for windows that do not agree")
         if type(plain) is not DIFFender:
             raise InputError(f"plain is a {type(plain).__name__}, whose own methods would be lost; subclass Hardened")
         super().__init__(plain.model, plain.contexts, plain.cfg, plain.size)

@@ -1,7 +1,7 @@
 """Jedi (Tarchoun et al. 2023): where entropy is too high, an autoencoder completes the mask, and it is filled.
 
-`python -m diffender pretrain jedi --data PHOTOS --out weights/jedi.safetensors` makes that file: it trains the
-autoencoder on drawn masks and estimates the entropy of clean images on 100 photographs (`stats=own`).
+The defence reads weights/jedi.safetensors. `python -m diffender pretrain jedi --data PHOTOS` makes such a file: it
+trains the autoencoder on drawn masks and estimates the entropy of clean images on 100 photographs (`stats=own`).
 The original's autoencoder saw the patches of its own data set; ours sees squares, rectangles and ellipses. The original
 fills by coherence transport, we by a harmonic surface.
 """
@@ -21,9 +21,9 @@ from diffender.utils.files import load_tensors, read_header
 from diffender.utils.options import check_options, option
 from diffender.weights.loading import WEIGHTS
 
-WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for images up to 800 pixels; MATLAB's ranges include both ends
+WINDOWS, STRIDES = ((9, 13, 17), (4, 6, 8))  # for sides up to 800; MATLAB's ranges make 8, 12 and 16 one pixel wider
 PATCH_MEAN, PATCH_STD = (5.32, 6.06, 6.47), (0.32, 0.34, 0.35)
-OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # as `clean_entropy` has it
+OFFICIAL = ((2.75, 3.19, 3.47), (1.16, 1.13, 1.07))  # means and deviations in bits, as `clean_entropy` returns them
 GREY = (0.2989, 0.5870, 0.1140)
 SIDE, HIDDEN = 64, 100
 COMPLETION = WEIGHTS / "jedi.safetensors"
@@ -46,10 +46,14 @@ class Autoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class Jedi:
-    stats: str = option("official", "Statistics of clean entropy; own: of resized photographs.", ("official", "own"))
+    stats: str = option(
+        "official", "Statistics of clean entropy: the authors', or of photographs of our size.", ("official", "own")
+    )
     completion: str = option("autoencoder", "What completes masks.", ("autoencoder", "none"))
     min_area: float = option(0.005, "Smallest connected region that counts, as a share of the image.", low=0, high=1)
-    threshold: float = option(0.33, "Of the autoencoder's output.", low=0, high=1)
+    threshold: float = option(
+        0.33, "Threshold of the autoencoder's output, above which a pixel is masked.", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -83,7 +87,11 @@ def entropy_windows(x: Tensor, window: int, stride: int) -> Tensor:
 
 
 def thresholds(mean: Tensor, i: int, clean_mean: tuple[float, ...], clean_std: tuple[float, ...]) -> Tensor:
-    """The entropy thresholds of scale i for images with this mean window entropy (B,)."""
+    """The entropy thresholds (B,) in bits of scale i, as in the authors' code.
+
+    `mean` (B,) is the mean window entropy of an image. One deviation of clean images raises the threshold by one of
+    patches.
+    """
     pm, ps, cm, cs = PATCH_MEAN[i], PATCH_STD[i], clean_mean[i], clean_std[i]
     return pm + 1.5 * ps - 2 * ps * (pm - cm) / pm + ps * (mean - cm) / cs
 

@@ -24,8 +24,8 @@ class PatchCleanser:
     """Raises InputError for an area outside of 0.0005 to 0.5 and for less than one window along an axis."""
 
     classifier: Classifier
-    area: float  # share of an image that the largest square patch covers which it must withstand
-    masks: int = 6  # windows along an axis
+    area: float  # share of the image that the largest square patch to withstand covers
+    masks: int = 6  # windows along each axis; Xiang et al. call a window a mask
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -47,8 +47,8 @@ class PatchCleanser:
         return [(top, left, side) for top in starts for left in starts]
 
     def cover(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
-        """One image (3, S, S) under each pair of windows, (P, 3, S, S); a pair of the same is a single one, () none."""
-        return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean is 0 to the network
+        """One image (3, S, S) under each pair of windows, (P, 3, S, S). (i, i) is one window, () is none."""
+        return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean colour, which is 0 once normalised
 
     def hidden(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
         """What each pair of windows covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
@@ -69,7 +69,7 @@ class PatchCleanser:
         return self.logits(x, pairs).argmax(dim=1).tolist()
 
     def surely(self, x: Tensor, pairs: Sequence[tuple[int, ...]], label: int) -> list[bool]:
-        """Whether the label leads, under each pair of windows, by more than the rounding of another batch."""
+        """For each pair, whether `label` leads by more than ROUNDING, so that another batch cannot change it."""
         values, labels = self.logits(x, pairs).topk(2)
         return (labels[:, 0].eq(label) & (values[:, 0] - values[:, 1] > ROUNDING)).tolist()
 

@@ -16,15 +16,16 @@ from diffender.utils.errors import InputError
 
 Purify = Callable[..., Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
 
-FAR = 10  # values beyond are no longer those of an image, clamped or not
+FAR = 10  # a value beyond it shows another range, such as 0 to 255, not an overshoot of [0, 1]
 
 
 class Purifier(nn.Module):
-    """A function of images with DIFFender's two extreme backward passes.
+    """A function of images (B, 3, H, W) in [0, 1] as a defence. It may also return masks (B, 1, H, W).
 
-    bpda is the identity; anything else (`auto`) differentiates what is differentiable. What is not counts as a constant
-    or is passed straight through, as each defence's own file says. A function that diffuses has a method sample_noise
-    and takes that noise. `random`: it draws from torch's global generator, which is seeded for each image.
+    Mode bpda is the identity. Every other mode (auto) takes the function's own gradient; each file of this folder says
+    what has none. A function with a method `sample_noise` takes that noise as its second argument. `random`: the
+    function draws from torch's global generator, which is seeded for each image. A call raises InputError for images,
+    noise or results that do not fit.
     """
 
     def __init__(self, purify: Purify, model: LatentDiffusion | None = None, random: bool = False):

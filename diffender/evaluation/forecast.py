@@ -47,9 +47,12 @@ class Forecast(NamedTuple):
 
 
 def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]], made: bool = False) -> Forecast:
-    """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S). `made`: the patches
-    of the undefended classifier come from another experiment. With --quiet nobody is told, and nothing is measured."""
-    seconds = COST if opts.run.quiet else measured(opts, target, x)
+    """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S).
+
+    `made`: the patches of the undefended classifier come from another experiment. With --quiet nothing is measured,
+    unless it is a dry run.
+    """
+    seconds = COST if opts.run.quiet and not opts.dry_run else measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
     of = seconds | {"query": 0.0, "undefended": 0.0} if made else seconds
@@ -62,7 +65,10 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
 
 
 def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
-    """Seconds an image of everything in COST that these options use; of the rest, what its cost makes likely."""
+    """Seconds per image of each entry of COST. Entries that these options use are measured.
+
+    The others are the entry of COST times the seconds of one pass.
+    """
     x, patch, n = x.clone(), torch.zeros_like(x[:, :1]), x.shape[-1] // 16
     loud = torch.randint(0, 2, (1, 3, n, n), generator=generator("forecast")).to(x)
     x[..., : 4 * n, : 4 * n] = F.interpolate(loud, scale_factor=4)  # something to restore
@@ -94,8 +100,10 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
 
 
 def timed(run: Callable[[int], None], rows: int) -> float:
-    """Seconds of one of so many rows side by side. The first run waits for memory and for kernels, so it counts only
-    where it is long itself."""
+    """Seconds per row of run(rows). The second of two runs counts, unless the first takes more than LONG a row.
+
+    The first run also waits for memory and for kernels.
+    """
     for _ in range(2):
         started = time.monotonic()
         run(rows)

@@ -29,7 +29,10 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def proportion(values: Sequence[float]) -> dict:
-    """Mean of values in [0, 1] and its Wilson interval; for shares of draws, with one trial an image, a wide one."""
+    """Mean of values in [0, 1] and its Wilson interval, with one trial for each value.
+
+    Where values are shares of several draws, the interval is too wide rather than too narrow.
+    """
     low, high = wilson(sum(values), len(values))
     return {"right": sum(values), "n": len(values), "accuracy": mean(values), "low": low, "high": high}
 

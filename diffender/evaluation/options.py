@@ -196,7 +196,7 @@ def refuse_conflicts(opts: Options) -> None:
         given = "bpda, surrogate, full or full+loc" if "gradient" in access else "transfer"
         if "gradient" in access or ("queries" in access and "evade" in through):
             raise InputError(
-                f"--no-composite leaves --grad {', '.join(sorted(through))} no way back: give --grad {given}"
+                f"--grad {', '.join(sorted(through))} needs pixels that --no-composite repaints: give --grad {given}"
             )
     if shard_of(opts.shard)[1] > 1 and not (opts.name or opts.table or opts.figure):
         raise InputError(f"--shard {opts.shard} needs --name, the folder that the shards share")
@@ -254,18 +254,18 @@ def is_ours(opts: Options) -> bool:
 
 
 def gradients(opts: Options) -> tuple[str, ...]:
-    """Those that there are for this defence."""
+    """The kinds of gradient that this defence allows."""
     return GRADIENTS["diffender" if is_ours(opts) else "others"]
 
 
 def kinds(opts: Options) -> list[str]:
-    """The gradients asked for, of options with their preset."""
+    """The kinds of gradient in --grad, after `with_preset`."""
     assert opts.grad is not None
     return opts.grad.split(",")
 
 
 def adaptive_kinds(opts: Options) -> list[str]:
-    """Those by which the defence itself is attacked: none where no attack takes a gradient."""
+    """The kinds by which the defence itself is attacked. Empty where no attack uses gradients."""
     takes = any(cls.access == "gradient" for cls in attacks(opts).values())
     return [kind for kind in kinds(opts) if takes and kind != "transfer"]
 
@@ -314,7 +314,7 @@ def refuse_unread(opts: Options) -> None:
     searches = "queries" in access and kinds(filled) == ["transfer"]  # that do not hide
     readers = {  # flag: what reads it, and whether that is there
         "grad": (
-            "attacks with gradients, as advp; transfer and evade by searches, too",
+            "attacks with gradients (as advp; a search reads transfer and evade)",
             "gradient" in access or hiding or searches or not chosen or opts.grad == "auto",
         ),
         "ste": (f"--grad {', '.join(THROUGH_MASK)}", set(THROUGH_MASK) & through),

@@ -47,7 +47,7 @@ def of_this_shard(opts: Options, count: int) -> list[int]:
 
 
 def default_name(opts: Options) -> str:
-    """By the time, in microseconds: other runs may start within the same second."""
+    """A folder name made of the time in microseconds, since other runs may start within the same second."""
     return f"{datetime.now():%Y%m%d-%H%M%S-%f}-{opts.attack.replace(',', '+')}"
 
 

@@ -53,12 +53,20 @@ def refuse_other(folder: Path, config: dict) -> None:
     """Raises InputError where the folder holds a run with another configuration."""
     if not (folder / "config.json").is_file():
         return
-    config, other = json.loads(json.dumps(config)), read_config(folder)
+    config, other = (one_by_one(c) for c in (json.loads(json.dumps(config)), read_config(folder)))
     changed = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
     if changed:
-        pairs = {k: f"{other.get(k)}, now {config.get(k)}" for k in changed}
-        told = ", ".join(f"{k}: {pair}" if len(pair) < 60 else k for k, pair in pairs.items())
+        pairs = {k: f"{other.get(k, 'not told')}, now {config.get(k, 'not told')}" for k in changed}
+        told = "; ".join(f"{k}: {pair}" if len(pair) < 60 else k for k, pair in pairs.items())
         raise InputError(f"{folder} holds a run with other settings ({told}); choose another --name or --out")
+
+
+def one_by_one(config: dict) -> dict:
+    """The settings, with the sha256 of each file under a name of its own."""
+    files = config.get("sha256")
+    if not isinstance(files, dict):
+        return config
+    return {k: v for k, v in config.items() if k != "sha256"} | {f"sha256 of {k}": v for k, v in files.items()}
 
 
 def read_config(folder: Path) -> dict:

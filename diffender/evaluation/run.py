@@ -70,7 +70,10 @@ class Experiment(NamedTuple):
 
 
 def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
-    """Raises InputError for attacks, defences and files that do not exist; writes nothing yet."""
+    """The experiment that these options ask for: target, attacks and folder. Writes nothing yet.
+
+    Raises InputError for attacks, defences and files that do not exist.
+    """
     open_items(opts.target)  # what does not exist, or does not fit, shows before anything is loaded
     parse_defense(opts.defense)
     for cls in attacks(opts).values():
@@ -165,8 +168,8 @@ def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, di
     for image_id, record in records.items():
         if differ := sorted(made ^ record["attacks"].keys()):
             raise InputError(
-                f"{folder} was made by other code: {image_id} lacks, or alone has, {', '.join(differ)}; move it away, "
-                "or choose another --name"
+                f"{folder} has other patches of {image_id} than are made today: {', '.join(differ)}; move the folder "
+                "away, or choose another --name"
             )
 
 
@@ -178,6 +181,7 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     with preserved_rng(x.device):  # the caller's numbers stay as they are
         (one, first), (two, second) = target.looks(x, [noise, noise])
     check_finite("logits of the defended classifier", first)
+    # Images may differ by half a level of 8 bits.
     if torch.allclose(one.image, two.image, atol=2e-3) and torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         return
     if noise is None:

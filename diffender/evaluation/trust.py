@@ -36,8 +36,8 @@ BELOW = {  # of a gradient, the one that knows a little less; transfer for other
 }  # fmt: skip
 ACCEPT = {"advp": (0, 0.02), "lavan": (0, 0.15), "gdpa": (0, 0.05), "rhde": (0, 0.55)}  # undefended accuracy
 
-FALLING = ("falling or flat", lambda s: s[-1] <= s[0] + 0.1)
-SWEPT = {  # field of an attack: title, values to try given the usual one, wish for the accuracies, whether it is met
+FALLING = ("falling or flat, within 10 points", lambda s: s[-1] <= s[0] + 0.1)
+SWEPT = {  # field of an attack: title, values to try given the usual one, what is expected, whether it is met
     "eot": ("EOT samples, equal steps", lambda _: (1, 2, 5), *FALLING),
     "iters": ("steps", lambda n: (max(1, n // 2), n, 2 * n), "twice the steps gain less than 10 points",
               lambda s: s[1] - s[2] < 0.1),

@@ -49,11 +49,11 @@ def read(logits: Tensor) -> Reading:
 
 
 class Verdict(NamedTuple):
-    """Whether an image is read right after purifications with fresh noise: in [0, 1] each."""
+    """Whether an image is classified correctly after purifications with fresh noise. Each field lies in [0, 1]."""
 
-    single: float  # by the first
-    average: float  # share of all
-    worst: float  # by every one: an attacker may submit again and again
+    single: float  # by the first purification
+    average: float  # share of all purifications
+    worst: float  # by every purification: an attacker may submit again and again
     majority: float  # by the most frequent class among the first nine, or fewer: see `voters`
 
 

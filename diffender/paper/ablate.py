@@ -13,7 +13,7 @@ Photographs that the classifier gets right are attacked on the classifier alone.
     restoring  restores the true mask, with one choice of restoration changed at a time
     defender   changes one choice of the localiser at a time; each is attacked anew by `evade`, which knows it
     attacker   changes one choice of `evade` at a time
-    schedule   changes the steps of AdvP, by the exact gradient through the defence (`full`)
+    schedule   changes momentum and step size of AdvP, which attacks by the exact gradient through the defence (`full`)
     examples   shows the first photographs: reconstructed by the VAE, attacked, restored with the true mask and with
                the localised one
 """

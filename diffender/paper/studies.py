@@ -188,10 +188,11 @@ def refuse_to_replace(out: Path, told: dict) -> None:
     """Raises InputError where the folder has results of another command, or of a study with other settings."""
     try:
         there = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        there = {}
-    pairs = [(value, there.get(what, {}).get(name, value)) for what in told for name, value in told[what].items()]
-    if (out / "config.json").is_file() or any(mine != other for mine, other in pairs):
+        same = all(there[what].get(name, value) == value for what in told for name, value in told[what].items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        same = False
+    held = [name for name in ("config.json", "results.json", "table.md") if (out / name).is_file()]
+    if "config.json" in held or (held and not same):
         raise InputError(f"{out} holds other results; choose another --out, or move them away")
 
 

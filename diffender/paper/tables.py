@@ -89,9 +89,9 @@ def chosen_rows(number: int, opts: Options) -> list[Row]:
 
 
 def changes(number: int, key: str, opts: Options) -> dict:
-    """How a row's options differ from the table's. Tunes the prompts of Table 2."""
+    """How a row's options differ from the table's. Tunes the prompts of Table 2, but not in a dry run."""
     if number == 2 and opts.dry_run:
-        return {}  # the shipped prompts cost as much
+        return {}  # the shipped prompts stand in for those that would be tuned
     if number == 2:
         return {"prompts": retuned(opts, "none" if key == "diffender" else key.removeprefix("without "))}
     return VARIANTS.get(key, {"defense": key, "grad": None})
@@ -154,11 +154,14 @@ def run_table(number: int, opts: Options) -> str:
     classifiers = TRANSFER_TO if number == 5 else [opts.target.classifier]
     folds = range(opts.folds) if number == 6 else [opts.target.fold]
     blocks = [run_block(number, opts, classifier, fold) for classifier in classifiers for fold in folds]
+    if opts.dry_run and number == 2:
+        print("the prompts would be tuned first, which is not counted, and the folders have other names")
     if not all(blocks):
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    took = f"{cost(every)} on {machine(pick_device(opts.run.device))}, {made_on(every)}"
+    where = " and ".join(made_in(records_of(every), "machine")) or machine(pick_device(opts.run.device))
+    took = f"{cost(every)} on {where}, {made_on(every)}"
     text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
     folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,13 +36,18 @@ class Training:
     out: Path = option(Path("runs/pretrain"), "Folder; for `pack` and `join`, the file to write.")
     init: Path | None = option(None, "Whole model of ours that decoder and unet start from.")
     steps: int = option(4000, "Optimiser steps in all, those done before included.", low=1)
-    minutes: float | None = option(None, "Stop after so many in all, and lower --lr towards that end.", low=0.01)
+    minutes: float | None = option(None, "Stop after so many minutes in all; --lr falls towards that end.", low=0.01)
     workers: int = option(0, "Processes that make samples beside the training.", low=0)
     decay: bool = option(True, "Lower --lr at the end.")
     save_minutes: float = option(1.0, "Minutes between two checkpoints.", low=0)
-    parts: float = option(15.0, "Of all: size of the parts of the model, in MB.", low=0.1)
-    focus: float = option(0.35, "Share of a unet batch trained as localisation uses it.", low=0, high=1)
-    samples: int = option(0, "Encode so many images once; 0: a new one each time.", low=0)
+    parts: float = option(15.0, "For the stage all: size in MB of each part that the model is split into.", low=0.1)
+    focus: float = option(
+        0.35,
+        "Share of a unet batch with everything masked and noise ratios of 0.1 to 0.5, as in localisation.",
+        low=0,
+        high=1,
+    )
+    samples: int = option(0, "Encode this many images once and train on them. 0: a new image each time.", low=0)
     seed: int = option(0, "Seed of weights and samples.", low=0)
     device: str = option("auto", "Torch device. auto: the GPU where there is one.")
     sizes: dict[str, Any] = given(Sizes())

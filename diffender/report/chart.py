@@ -74,20 +74,19 @@ def draw_steps(folder: Path, path: Path) -> None:
     Each kind of gradient lowers a loss of its own, so only the shapes can be compared. Raises InputError for a run
     whose records have no such losses.
     """
-    records, iters = [*read_records(folder).values()], read_config(folder).get("iters", 1)
-    every = (
-        {v: [r["attacks"][v].get("loss") for r in records] for v in records[0].get("attacks", {})} if records else {}
-    )
+    records = [*read_records(folder).values()]
+    variants = records[0].get("attacks", {}) if records else {}
+    every = {v: [r["attacks"].get(v, {}).get("loss") for r in records] for v in variants}
     curves = {v: np.array(rows) for v, rows in every.items() if all(rows) and not v.endswith("/transfer")}
     if not curves:
         raise InputError(f"{folder} holds no losses of an attack on the defence; give the folder of an attacked run")
     figure = Figure(figsize=(2.2 * len(curves), 2.3), layout="constrained")
     for axis, (name, rows) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        steps = np.linspace(1, iters, rows.shape[1])
+        steps = np.linspace(0, 100, rows.shape[1])
         axis.fill_between(steps, *np.quantile(rows, (0.25, 0.75), axis=0), color="0.85")
         axis.plot(steps, rows.mean(axis=0), color="black")
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
-    figure.supxlabel("step", fontsize=8)
+    figure.supxlabel("steps done, %", fontsize=8)
     figure.supylabel("attacker's loss", fontsize=8)
     save_figure(figure, path)

@@ -60,12 +60,15 @@ MODELS = {
 
 
 class LatentDiffusion(nn.Module):
-    """eps(z_t, t, context | conditioning) with the ways into and out of latent space."""
+    """A latent diffusion model (Rombach et al. 2022): VAE, text encoder, UNet and noise schedule.
+
+    `posterior`, `latents` and `decode` lead to latents and back, `encode_text` makes contexts, `eps` predicts noise.
+    """
 
     alphas_cumprod: Tensor
-    micro_batch: int | None = None  # most rows of a network at a time; the texts of one latent stay together
-    settings: Any = None  # a DIFFenderConfig that suits the model, where its file brings one
-    keep: bool = False  # activations for the backward pass: nothing is recomputed, memory grows with every evaluation
+    micro_batch: int | None = None  # largest number of rows in one forward pass; the texts of a latent stay together
+    settings: Any = None  # the DIFFenderConfig that suits the model; `load_model` sets it
+    keep: bool = False  # store activations for the backward pass instead of recomputing them: takes more memory
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -84,9 +87,10 @@ class LatentDiffusion(nn.Module):
     def predict_noise(
         self, unet: UNet, z_t: Tensor, t: Tensor, contexts: Tensor, conditioning: Tensor | None = None
     ) -> Tensor:
-        """One plain evaluation of a UNet for t (B,): its predicted noise, in the dtype of z_t (B, 4, h, w).
+        """Noise predicted by a UNet, (B, n, 4, h, w), in the dtype of z_t (B, 4, h, w), without micro-batches.
 
-        contexts (B, n, L, D) -> (B, n, 4, h, w): n answers for each row, which share what comes before the text.
+        t (B,) are timesteps, contexts (B, n, L, D) are n texts for each row, conditioning is (B, 5, h, w) or None. The
+        texts of a row share the layers before the first text is read. A v-prediction is converted to noise.
         """
         x = z_t if conditioning is None else torch.cat([z_t, conditioning], dim=1)
         out = unet(x.to(unet.dtype), t, rearrange(contexts, "b n l d -> (n b) l d").to(unet.dtype)).to(z_t.dtype)
@@ -96,7 +100,10 @@ class LatentDiffusion(nn.Module):
         return out
 
     def run(self, network: Callable[..., Tensor], *args: Tensor, rows: int = 1) -> Tensor:
-        """network(*args), in micro-batches and recomputed if need be; one row of `args` is `rows` rows in it."""
+        """network(*args) in micro-batches. Activations are recomputed in the backward pass unless `keep` is set.
+
+        The network makes `rows` rows of each row of `args`: one for each text.
+        """
         limit = None if self.micro_batch is None else max(1, self.micro_batch // rows)
         return recompute(network, *args, limit=limit, keep=self.keep)
 
@@ -119,10 +126,10 @@ class LatentDiffusion(nn.Module):
         return out.transpose(0, 1) if several else out[:, 0]
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:
-        """The same given the text alone, for localisation.
+        """`eps` given the text alone, as localisation uses it.
 
-        From the separate 4-channel UNet where there is one, else from ours told that everything is masked: `blank`
-        (1, 5, h, w) is `blank_conditioning`.
+        It comes from the separate 4-channel UNet if there is one. Otherwise the inpainting UNet is told that everything
+        is masked, by blank (1, 5, h, w) from `blank_conditioning`.
         """
         return self.eps(z_t, t, context, blank if self.locator is None else None, self.locator)
 

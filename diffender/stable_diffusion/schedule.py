@@ -43,10 +43,10 @@ def eps_from_v(x_t: Tensor, v: Tensor, a_t: Tensor | float) -> Tensor:
 
 
 def noise_timestep(noise_ratio: float) -> int:
-    """The timestep of a noise ratio in (0, 1], on a DDIM grid of 50 steps with the inpainting models' offset of 1: 481
-    for 0.5.
+    """The timestep of a noise ratio in [0.02, 1]: 481 for the paper's 0.5.
 
-    The authors' demo localises with a model whose offset is 0, at 480.
+    The ratio is read on a DDIM grid of 50 steps with offset 1, as the inpainting models have it. The authors' demo
+    localises with a model whose offset is 0, at 480. Raises ValueError for ratios out of range.
     """
     if not 0.02 <= noise_ratio <= 1:
         raise ValueError(f"noise_ratio is {noise_ratio}; it lies between 0.02 and 1")

@@ -166,10 +166,13 @@ class AutoencoderKL(nn.Module):
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Image in [0, 1] to scaled latents (B, z_channels, h, w), the posterior's mean."""
+        """Images (B, 3, H, W) in [0, 1] to scaled latents (B, z_channels, h, w), the posterior's mean."""
         return self.cfg.scale_factor * self.posterior(x).mean
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents to an image. Not clamped: [0, 1] up to the network's overshoot, so that gradients live."""
+        """Scaled latents (B, z_channels, h, w) to images (B, 3, H, W).
+
+        Values may lie slightly outside of [0, 1]. They are not clamped, since clamping would cut their gradients.
+        """
         x = self.decoder(self.post_quant_conv(z / self.cfg.scale_factor))
         return (x + 1) / 2

@@ -97,7 +97,7 @@ def place_for(path: Path) -> Path:
 
 
 def new_file(path: Path) -> Path:
-    """`place_for`, of a file that may not be there yet."""
+    """`place_for` for a file that must not exist yet. Raises InputError if it does."""
     if path.is_file():
         raise InputError(f"{path} is there already; delete it, or choose another with --out")
     return place_for(path)

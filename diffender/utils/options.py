@@ -216,8 +216,10 @@ def flagged(name: str) -> str:
 
 
 def spelt(word: str) -> str:
-    """A word of the command line as it is known, however it is spelt: --noise_ratio=0.5 is --noise-ratio=0.5. After =
-    not every shell puts the home folder for ~."""
+    """A word of the command line in its usual spelling: --noise_ratio=0.5 becomes --noise-ratio=0.5.
+
+    ~ after = becomes the home folder, since not every shell does that.
+    """
     flag, equals, value = word.partition("=")
     at_home = os.path.expanduser(value)  # noqa: PTH111  (Path would make . of nothing)
     return flag.replace("_", "-") + equals + at_home if flag.startswith("--") else word
@@ -268,7 +270,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         told, code = str(e), 2 if isinstance(e, InputError) else 130
     except KeyboardInterrupt:
         told, code = f"stopped; {KEPT}", 130
-    except BrokenPipeError:  # who read along has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         told, code = "", 0
     except OSError as e:
@@ -276,12 +278,13 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         told, code = f"{e.filename or 'a file'}: {e.strerror}; {FAULTS[e.errno]}", 2
     except (MemoryError, RuntimeError) as e:
-        sparing = [flagged(name) for name in SPARING if name in parsed]
-        advice = f"give a lower {' or '.join(sparing)}: " if sparing else ""
-        told, code = f"out of memory; {advice}{KEPT}", 2
         if "home directory" in str(e):  # of pathlib
-            told = "a path begins with ~ and a name that no user here has; write the path out"
-        elif not out_of_memory(e):
+            told, code = "a path begins with ~ and a name that no user here has; write the path out", 2
+        elif out_of_memory(e):
+            sparing = [flagged(name) for name in SPARING if name in parsed]
+            advice = f"give a lower {' or '.join(sparing)}: " if sparing else ""
+            told, code = f"out of memory; {advice}{KEPT}", 2
+        else:
             raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -42,7 +42,7 @@ class Lines:
 def bar(what: Collection | float, description: str, quiet: bool = False, unit: str = "it", initial: float = 0) -> tqdm:
     """Progress on stderr over a collection, over a count that `update` is told of, or over a float, such as seconds of
     work: rate and time left, and of a float the time alone."""
-    from tqdm import tqdm  # here, where Ctrl-C is looked after
+    from tqdm import tqdm  # here, since Ctrl-C during an import at the top ends in a traceback
 
     given: dict[str, object] = {"total": what} if isinstance(what, (int, float)) else {"iterable": what}
     given |= {"desc": description, "unit": unit, "initial": initial, "disable": quiet}
