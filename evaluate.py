@@ -12,9 +12,9 @@
 Patches are made on the classifier alone first (transfer), then on the defence itself, starting from those, with each
 kind of gradient that --grad lists and fresh noise for each of --eot samples. Verdicts fall on 8-bit files, after
 --verdicts purifications with noise that no attack has seen. In the headline an image counts as right only if it is
-right under every patch made for it. Of averages, the lowest counts. Everything goes to runs/<name>/; a killed run
-resumes with --name, and shards of one run may share a folder: --name big --shard 0/2 and --name big --shard 1/2, at
-once or one after the other.
+right under every patch made for it. For the average verdict the lowest average of its patches counts. Everything goes
+to runs/<name>/; a killed run resumes with --name, and shards of one run may share a folder: --name big --shard 0/2 and
+--name big --shard 1/2, at once or one after the other.
 """
 
 import json

@@ -27,8 +27,8 @@ class DIFFenderConfig:
     theta: float = option(2.0, "Threshold of the difference map in standard deviations (paper: 2).", low=0)
     grow: float = option(
         0.0,
-        "Lower threshold: what exceeds it and is connected to what exceeds theta is masked too. 0, or theta and more: "
-        "no growth (paper: 0).",
+        "Lower threshold of hysteresis: latents above it that are connected to one above theta are masked too. No "
+        "effect at 0, or at theta and above (paper: 0).",
         low=0,
     )
     score: str = option(
@@ -52,13 +52,13 @@ class DIFFenderConfig:
         if self.dilation % 2 == 0:
             raise InputError(f"dilation is {self.dilation}; it is an odd number of latents, 1 for none")
         if not (self.restore or self.composite):
-            raise InputError("without restoration there is no image to return whole: leave out --no-composite")
+            raise InputError("restore and composite are both off: no decoded image to return; leave out --no-composite")
         if self.sampler == "dpmpp" and self.eta > 0:
             raise InputError(f"eta is {self.eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
 
     @property
     def evaluations(self) -> int:
-        """Rows of UNet evaluations that restoring an image takes: guidance predicts twice."""
+        """UNet evaluations to restore one image: two in each step with guidance, else one."""
         return self.steps * (1 if self.guidance == 1 else 2)
 
 
@@ -116,8 +116,8 @@ class TuningConfig:
     lr: float = option(0.01, "Learning rate of Adam. Falls to zero along a cosine.", low=0)
     adaptive: int = option(
         0,
-        "Attack the images anew, through the present prompts, after every so many rounds. Earlier ones stay. 0: never "
-        "(paper).",
+        "Attack the images anew through the current prompts, after every so many rounds. Earlier attacks are kept. 0: "
+        "never (paper).",
         low=0,
     )
     printed_eq4: bool = option(False, "Use Eq. 4 as printed, without its negative term.")
@@ -145,8 +145,8 @@ class ModelOptions:
     )
     dtype: str = option(
         "auto",
-        "Dtype of the UNet. auto: float32; on a GPU bfloat16, but for models of ours. Text encoder and VAE stay in "
-        "float32.",
+        "Dtype of the UNet. auto: bfloat16 on a GPU, except for models trained by this package; otherwise float32. "
+        "Text encoder and VAE stay in float32.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     micro_batch: int | None = option(
@@ -175,7 +175,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """The model, its prompts, and the settings of the method. `method` holds those given instead of the model's."""
+    """The model, its prompts, and the method. `method` holds the settings that replace the model's own."""
 
     model: ModelOptions = part(ModelOptions())
     prompt: str | None = option(
@@ -206,8 +206,8 @@ class TargetOptions:
     classifier: str = option("efficientnet_lite0", "Name in diffender.classifiers.imagenet, or timm:TAG.")
     fold: int = option(
         0,
-        "Index of the image of each person that is the probe; the others form the gallery. For a face recogniser, "
-        "--classifier facenet or mobilefacenet, whose --data are person folders, or a csv with file and identity.",
+        "For --classifier facenet and mobilefacenet: index of the image of each person that is the probe; the others "
+        "form the gallery. --data is then a folder with one folder for each person, or a csv with file and identity.",
         low=0,
     )
     classifier_weights: str | None = option(

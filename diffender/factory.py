@@ -57,8 +57,10 @@ def open_model(opts: ModelOptions, device: torch.device) -> LatentDiffusion:
 
 
 def open_defense(opts: DefenseOptions, device: torch.device, model: LatentDiffusion | None = None) -> DIFFender:
-    """The defence that the flags ask for, on its device. Where `model` is open already, its networks are shared; what
-    is kept and split is the defence's own."""
+    """The defence that the flags ask for, on its device. `model` is used instead of opening one.
+
+    Its networks are then shared. `keep` and `micro_batch` may differ from those of the given model.
+    """
     model = open_model(opts.model, device) if model is None else copy(model)
     contexts = contexts_for(opts.prompt_kind, model, opts.prompts)
     return DIFFender(model, contexts, config_of(opts.model, opts.method))

@@ -66,9 +66,9 @@ class Found(NamedTuple):
 
 
 class Defender:
-    """The defence for PIL images of any size, of 8 or 16 bits; opts as on the command line.
+    """The defence for PIL images of any size, of 8 or 16 bits. `opts` are those of the command `defend`.
 
-    `defense` is given if it is open already.
+    `defense` is used instead of opening one.
     """
 
     def __init__(self, opts: Options | None = None, defense: "DIFFender | None" = None):

@@ -45,7 +45,7 @@ class Share(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a tuning works on, of all images by their indices."""
+    """What `tune` works on. Images are told by their index in `every`."""
 
     every: Shots
     batches: Sequence[tuple[Tensor, float]]  # of this process: images, and their share of the batch
@@ -114,7 +114,7 @@ def attacked_anew(target: Defended, every: Shots, images: Tensor) -> Shots:
 
 
 def mixed(versions: Sequence[Shots], rows: Tensor, rounds: int) -> Shots:
-    """These images, each in another version from round to round."""
+    """The shots with these indices. Where they were attacked several times, the versions take turns over the rounds."""
     if len(versions) == 1:
         return versions[0].part(rows)
     parts = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]
@@ -149,7 +149,7 @@ def step(
     norms = [gradient.norm() for gradient in gradients.values()]
     tuning.optimizer.step()
     tuning.schedule.step()
-    told = torch.cat([terms, torch.stack(norms)]).tolist()  # one wait for a GPU, once all work is given out
+    told = torch.cat([terms, torch.stack(norms)]).tolist()  # one transfer from a GPU, after all work is queued
     return dict(zip((*TuningLoss._fields, "iou", *gradients), told, strict=True))
 
 

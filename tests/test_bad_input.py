@@ -306,7 +306,7 @@ CONFLICTS = [
         "--grad evade needs pixels that --no-composite repaints: give --grad transfer",
     ),
     ("evaluate --attack rhde --grad bpda", "attacks with gradients (as advp; a search reads transfer and evade) alone"),
-    ("evaluate --no-restore --no-composite", "without restoration there is no image to return whole"),
+    ("evaluate --no-restore --no-composite", "restore and composite are both off: no decoded image"),
     ("evaluate --figure 1 --prompt empty", "--prompt empty has none: leave it out"),
     ("evaluate --shape circle --area 0.9 --trust off", "a circle of 0.9 of the image does not fit into it"),
     ("evaluate --data samples --defense fnc:statistics=samples", "of the images are among FNC's, samples"),

@@ -75,7 +75,7 @@ class Attack:
 
     @property
     def averaged_steps(self) -> float:
-        """How many steps' gradients a plain mean needs to be as steady as a step's direction."""
+        """How many gradients a plain mean needs to be as precise as one direction of the attack. 1 without momentum."""
         return 1.0
 
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
@@ -132,7 +132,7 @@ class GradientAttack(Attack):
 
     iters: int = option(100, "Steps.", low=1)
     eot: int = option(10, "Noise samples in each step.", low=1)
-    eot_batch: int = option(1, "How many of them side by side. Changes results by rounding.", low=1)
+    eot_batch: int = option(1, "EOT samples in one forward pass. Changes results by rounding.", low=1)
     restarts: int = option(1, "Attempts, of which each image keeps the best.", low=1)
 
     def first_pixels(self, task: Task, side: int, key: str) -> Tensor:

@@ -176,7 +176,7 @@ def judgements(task: Task, eot: int, least: int = 3, moving: bool = False) -> in
 
 
 def is_random(task: Task) -> bool:
-    """Whether the victim takes noise: that of one image tells."""
+    """Whether the victim takes noise. It is asked for the noise of one image."""
     return task.victim.sample_noise(task.image_ids[:1], task.seed, "judge") is not None
 
 
@@ -189,9 +189,13 @@ def kept_back(task: Task, candidates: int, queries: int) -> int:
 
 
 def rank(values: Tensor, fooled: Tensor) -> Tensor:
-    """Losses and successes (K, B) to one number each (B,), larger is better: first the successes, then the loss."""
+    """One score for each image, (B,), from losses and successes (K, B) of K samples. Larger is better for the attacker.
+
+    More successes always win. Among equals the lower mean loss does.
+    """
     loss = values.mean(dim=0)
-    return fooled.sum(dim=0) + 0.5 - 0.5 * loss / (1 + loss.abs())  # in (0, 1): never worth a success, never flat
+    # The loss adds a part in (0, 1), which is less than a success and strictly falling.
+    return fooled.sum(dim=0) + 0.5 - 0.5 * loss / (1 + loss.abs())
 
 
 def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class PatchGenerator(nn.Module):
         self.register_buffer("beta", torch.tensor(3000 * features / 802816 * lr / 5e-4))
 
     def calibrate(self, x: Tensor) -> None:
-        """Scale beta by the mean feature of images x (B, 3, S, S); the authors' lies about 2."""
+        """Scale beta by the mean absolute feature of images x (B, 3, S, S); that of the authors' network is about 2."""
         self.beta *= self.encode(x).detach().abs().mean() / 2
 
     def encode(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class GDPA(GradientAttack):
 
     mode: str = option("direct", "Free pixels, a generator for each image, or a trained one.", choices=tuple(MODES))
     lr: float = option(0.15, "Step size of the pattern in direct mode.", low=0)
-    lr_place: float = option(0.005, "Of the place: half a pixel a step, so that the pattern can follow.", low=0)
+    lr_place: float = option(0.005, "Step size of the place: half a pixel, so that the pattern can follow.", low=0)
     lr_net: float = option(5e-4, "Step size of the generator.", low=0)
     width: int = option(64, "Width of the generator.", low=1)
     weights: str | None = None  # the amortised generator's file

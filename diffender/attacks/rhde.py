@@ -1,8 +1,9 @@
 """RHDE: a fixed sticker, its place, angle and opacity searched by differential evolution (Wei, Guo and Yu 2022).
 
-Black-box: it sees class probabilities alone, and counts every query. On a random defence all queries of a generation
-share their noise. Each generation has new noise, and judges the elite again. Other parents keep what an earlier one saw
-of them. So some queries are kept for the end: there the best three and the start are compared on unseen noise.
+Black-box: it sees class probabilities alone, and counts every query. Where the victim is random, all queries of one
+generation share their noise, and each generation draws new noise. The elite is judged again on it; other parents keep
+the values of an earlier generation. Such values may be lucky, so some queries are kept for the end. There the best
+three candidates and the start are compared on unseen noise.
 
 Where the victim has a penalty (`evade`), the search lowers that, too. Then it sees the map as well, but no gradient.
 """
@@ -22,7 +23,7 @@ from diffender.noise import generator, stack
 from diffender.utils.errors import InputError, named_images, nearest
 from diffender.utils.options import option
 
-GAP, BETA = (0.15, 20.0)  # when to lock on to the runner-up class, and how hard to press then
+GAP, BETA = (0.15, 20.0)  # the gap at which the runner-up is locked, and the weight of the relative gap then
 MISREAD = 100.0  # more than the energy of any candidate
 FRESH = 10  # draws that must all be fooled before the search may stop
 FINALISTS = 4  # the best three and the start
@@ -41,9 +42,11 @@ class Crowd(NamedTuple):
 
 
 def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
-    """What the search lowers, (N,) from probabilities (N, classes): the gap to the runner-up, and once that is
-    `locked`, the gap to it with a term relative to the true class. What is misread, as whatever class, is below 0 and
-    all else is not."""
+    """What the search lowers, (N,), from probabilities (N, classes) of candidates for an image of class y.
+
+    Before the lock: p_y minus the largest other probability. After it, with r the locked class: BETA (p_y - p_r) / p_y
+    + (p_y - p_r), minus MISREAD if misclassified. Misclassified candidates are below 0, all others are not.
+    """
     true = probs[:, y]
     if locked is None:
         others = probs.clone()
@@ -55,7 +58,10 @@ def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RHDE(Attack):
-    """`area` is the share that the sticker covers, by its opacity."""
+    """Differential evolution over place, angle and opacity of a sticker, by queries alone (Wei, Guo and Yu 2022).
+
+    The sticker covers the share `area` of the image, by its opacity. Raises InputError for an unknown sticker.
+    """
 
     access: ClassVar[str] = "queries"
 
@@ -63,7 +69,7 @@ class RHDE(Attack):
     opacity: tuple[float, float] = (0.8, 0.98)
     population: int = option(30, "Candidates.", low=4)
     iters: int = option(33, "Generations.", low=1)
-    queries: int = option(2400, "At most so many queries.", low=1)
+    queries: int = option(2400, "Largest number of queries for each image.", low=1)
     elite: float = option(0.2, "Share of the candidates whose neighbours are tried.", low=0, high=1)
 
     def __post_init__(self) -> None:
@@ -147,7 +153,7 @@ class Search:
             crowd = crowd.take(self.energies(crowd).argsort(stable=True))
             trace.append(self.energies(crowd)[0])
             missed.append(crowd.probs[0].argmax().ne(self.y).float())
-            hides = crowd.penalty.any()  # a locked gap is not bounded, and would outweigh what shows
+            hides = crowd.penalty.any()  # then no lock: the locked energy is much larger and would outweigh the penalty
             if self.locked is None and not hides and trace[-1] <= GAP:
                 others = crowd.probs[0].clone()
                 others[self.y] = -1

@@ -31,7 +31,7 @@ class SparseRS(Attack):
 
     access: ClassVar[str] = "queries"
 
-    queries: int = option(1000, "At most so many queries.", low=1)
+    queries: int = option(1000, "Largest number of queries for each image.", low=1)
     p_init: float = option(0.4, "Share of the patch that is repainted at first.", low=0, high=1)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:

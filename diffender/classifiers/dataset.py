@@ -244,7 +244,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_16_bit(image: Image.Image) -> bool:
-    """Whether an image of mode I, in which Pillow also opens files of 16 bits, has values of as many and no fewer."""
+    """Whether an image of mode I holds 16-bit values: all from 0 to 65535, and some above 255.
+
+    Pillow opens files of 16 and of 32 bits in this mode.
+    """
     values = np.asarray(image)
     return bool(values.min() >= 0 and 255 < values.max() < 1 << 16)
 

@@ -115,8 +115,11 @@ class Classifier(nn.Module):
 
 
 def as_map(y: Tensor) -> Tensor:
-    """Features of any network as (B, C, h, w): Swin keeps channels last, ViT tokens, after some that have no place."""
-    if y.ndim == 3:  # those of class, distillation and registers are fewer than another row and column would be
+    """Features of any network as maps (B, C, h, w). Swin puts channels last. ViT has tokens (B, N, C).
+
+    Of N tokens the last h w count. Class, distillation and register tokens stand before them.
+    """
+    if y.ndim == 3:  # h = w = isqrt(N): the tokens before the patches are too few for another row and column
         side = math.isqrt(y.shape[1])
         return rearrange(y[:, -side * side :], "b (h w) c -> b c h w", h=side)
     return rearrange(y, "b h w c -> b c h w") if channels_last(y) else y
@@ -150,7 +153,7 @@ def load_classifier(
             f"{classes} classes of your own need --classifier-weights, the file of a network trained on them"
         )
     own: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    with preserved_rng(CPU):  # which the first weights are drawn from
+    with preserved_rng(CPU):  # timm draws initial weights from torch's global generator
         net = timm.create_model(CLASSIFIERS[name].tag if name in CLASSIFIERS else tag, **own)
     cfg = CLASSIFIERS[name] if name in CLASSIFIERS else timm_config(tag, net)
     weights = weights or fetched(name)
@@ -205,7 +208,7 @@ def package_weights(package: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     wrong = [(a, b) for a, b in zip(state, like, strict=True) if state[a].shape != like[b].shape]
     if wrong:
-        raise InputError(f"{path} does not fit: {wrong[:5]}")
+        raise InputError(f"{path} does not fit: {wrong[:5]} differ in shape; install {package} again")
     return dict(zip(like, state.values(), strict=True))
 
 

@@ -21,7 +21,7 @@ AREAS = (0.01, 0.02, 0.05, 0.1)  # of patches in the curve over their size
 
 
 def method_of(opts: Options) -> dict[str, Any]:
-    """The settings given instead of the model's: all of them by --preset paper, and a flag wins."""
+    """The settings given instead of the model's. --preset paper gives them all, and flags override it."""
     return (asdict(PAPER) if opts.preset == "paper" else {}) | opts.target.defense.method
 
 
@@ -87,7 +87,7 @@ def attack_flags(opts: Options) -> dict[str, Any]:
 
 
 def as_drawn(opts: Options, target: Defended) -> Options:
-    """The options with EOT 1 where all samples of a step would be the same: without noise, at one place."""
+    """The options with EOT 1 where all EOT samples would be equal: without noise, and with the patch at one place."""
     same = target.sample_noise(["0"], 0, "plan") is None and opts.patch.location != "eot"
     return replace(opts, eot=1) if same else opts
 

@@ -1,4 +1,5 @@
-"""Can the evaluation be trusted? Checks of the attack and its gradients, each with a figure, a wish and a verdict.
+"""Can the evaluation be trusted? Checks of the attack and its gradients, each with a measured figure, the
+expected one and a verdict.
 
 `quick` looks at gradients, noise, controls and masks; `full` also repeats the attack, one setting changed at a time.
 A failed check does not stop a run: it is a red line in its table.
@@ -258,7 +259,7 @@ def steadiness(gradients: Tensor, k: float) -> float:
 
 
 def hiding_gradient(bench: Bench) -> Check:
-    """The part of the gradient by which a patch hides, alone: beside the classifier's part a mistake would not show."""
+    """The gradient of the penalty alone, by which a patch hides. Beside the classifier's an error would not show."""
     victim = bench.target.under(replace(bench.adaptive[1].backward, mode="evade"))
     noise = bench.task.part(slice(1)).noise("trust finite differences")
     name = "gradient that hides, against finite differences"
@@ -290,7 +291,10 @@ def finite_difference_error(value: Callable[[Tensor], Tensor], x: Tensor, mask: 
 
 
 def convergence(bench: Bench) -> Iterator[Check]:
-    """From the curves of the images that are still right in any purification: more steps gain nothing on the others."""
+    """Whether the loss has levelled off, over the images that some purification still classifies correctly.
+
+    On the other images more steps gain nothing.
+    """
     attack, _ = bench.adaptive
     variant = f"{bench.plan.name}/{bench.kind}"
     made = {r["id"]: r["attacks"][variant]["loss"] for r in bench.records}
@@ -330,8 +334,10 @@ def sweep(field: str, bench: Bench) -> Iterator[Check]:
 
 
 def fixed_noise(bench: Bench) -> Iterator[Check]:
-    """Attacked and judged on one and the same noise, the defence is an ordinary network and must fall. `hardened` is
-    none even so: what its windows certify stays right."""
+    """Attack and judge on one and the same noise. The defence is then deterministic, and the attack must break it.
+
+    `hardened` is left out: what its windows certify stays right even then.
+    """
     if not hasattr(bench.adaptive[0], "fixed_noise") or isinstance(bench.target.defense, Hardened):
         return
     settings = {"eot": 1, "restarts": 1, "location": "fixed", "iters": max(40, bench.adaptive[0].iters)}
@@ -349,7 +355,9 @@ def size_sweep(bench: Bench) -> Iterator[Check]:
         start = bench.attack_alone(area=area).state
         shares.append(bench.accuracy(bench.attack(init=start, area=area).image))
     text = ", ".join(f"{rounded(a)}: {rounded(s)}" for a, s in zip(areas, shares, strict=True))
-    yield Check("patch size", text, "falling, about 0 % by 50 %", shares[-1] <= 0.1 and shares[-1] <= shares[0])
+    yield Check(
+        "patch size", text, "falling, at most 10 % at half the image", shares[-1] <= 0.1 and shares[-1] <= shares[0]
+    )
 
 
 def ste_sweep(bench: Bench) -> Iterator[Check]:
@@ -375,7 +383,12 @@ def transfer_matrix(bench: Bench) -> Iterator[Check]:
         victim = Defended(other, bench.target.classifier, bench.adaptive[1].backward)
         shares[prompt] = bench.accuracy(bench.attack(victim).image)
     text = ", ".join(f"{name}: {rounded(share)}" for name, share in shares.items())
-    yield Check("patches from other prompts", text, "own is the lowest", shares["own"] <= min(shares.values()) + 0.1)
+    yield Check(
+        "patches from other prompts",
+        text,
+        "own is the lowest, within 10 points",
+        shares["own"] <= min(shares.values()) + 0.1,
+    )
 
 
 def black_box(bench: Bench, queries: int = 200) -> Iterator[Check]:

@@ -239,7 +239,8 @@ def summarize(records: Sequence[dict]) -> dict:
     mask scores.
 
     The strongest takes the minimum over variants image by image, not the lowest row. For each verdict, an image counts
-    as right only if it is right under every patch made for it. Of averages, the lowest counts.
+    as right only if it is right under every patch made for it. For the average verdict the lowest average of its
+    patches counts.
     """
     clean = [verdict(r["defended"], r["label"]) for r in records]
     rows = [row("none", "", [r["undefended"] == r["label"] for r in records], clean)]

@@ -14,14 +14,14 @@ from diffender.losses import evasion, evasion_max, mask_cross_entropy
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.schedule import predict_x0, q_sample
 
-LEVELS = (100, 400)  # timesteps that localisation may look from
-THETA = 2.5  # of the mask that is learned
-LOWER = 1.0  # what a whole region hides under; its highest latent hides under theta
-STRIDES = (0.15, 0.5)  # of a step that hides, in standard deviations of latents
+LEVELS = (100, 400)  # range of timesteps, without the upper end
+THETA = 2.5  # threshold of the mask that is learned, in standard deviations
+LOWER = 1.0  # threshold under which hiding brings a region on average; it brings the highest latent under THETA
+STRIDES = (0.15, 0.5)  # range of the step size of `hide`, in standard deviations of latents
 
 
 class Asked(NamedTuple):
-    """What the UNet is asked with, twice."""
+    """The conditions of the two predictions that Eq. 2 compares."""
 
     contexts: Tensor  # (2, L, D): of the prompt, and of the empty one
     blank: Tensor  # (1, 5, h, w): everything is masked

@@ -210,7 +210,7 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
             context = model.text(model.text.embed(tokens))
             eps = model.predict_noise(model.unet, z_t, t, context[:, None], conditioning)[:, 0].float()
         error = (eps - noise).square().mean(dim=(1, 2, 3), keepdim=True)
-        # The error of v. At high noise, where inpainting takes its colours from around the hole or never, it is x0's.
+        # This is the squared error of v. At high noise v is about -x0, and there inpainting settles its colours.
         loss, terms = (error / a_t).mean(), {"mse": error.mean()}
         if recipe.locate:
             half = len(z0) // 2

@@ -25,9 +25,9 @@ class Step(NamedTuple):
 def ddim_grid(steps: int) -> list[Step]:
     """t_k = k (1000 // N) + 1 for k = N-1 .. 0: "leading" spacing with offset 1, as the official pipelines run.
 
-    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Restoration
-    starts from pure noise, but one step is at t = 1, two start at t = 501, three at 667, and 501 to 999 at t = N: the
-    model does not expect pure noise there.
+    The last step ends at alphas_cumprod[0], not at 1 (`set_alpha_to_one` is false in the published models). Some N
+    begin well below t = 999: N = 1 at t = 1, N = 2 at 501, N = 3 at 667, and N from 501 to 998 at t = N. Restoration
+    starts from pure noise, which the model does not expect there. Raises InputError unless N is from 1 to 999.
     """
     check_steps(steps)
     stride = TRAIN_STEPS // steps

@@ -33,7 +33,7 @@ class UNetConfig:
 
     @property
     def multiple(self) -> int:
-        """The sides of latents are multiples of this: of a square's side, doubled by each level but the first."""
+        """Both sides of the latents are multiples of this: `patch`, doubled for each level after the first."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in (q, k, v))
-        if x.device.type == "cpu":  # every block of queries reads them again: a head's lie side by side then
+        if x.device.type == "cpu":  # every block of queries reads k and v again, faster if they are contiguous
             k, v = k.contiguous(), v.contiguous()
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
 
@@ -133,7 +133,7 @@ class SpatialTransformer(nn.Module):
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """All rows of x again and again until there are so many."""
+    """x repeated along the batch dimension until it has `rows` rows."""
     return x if len(x) == rows else x.repeat(rows // len(x), *(1,) * (x.ndim - 1))
 
 
@@ -169,7 +169,7 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """out = unet(x, t, context): what `cfg.prediction` says, of the first `out_channels` channels of x."""
+    """out = unet(x, t, context): predicts noise or v, as `cfg.prediction` says, in the first `out_channels` of x."""
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
@@ -216,9 +216,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t (B,) in 0..999, context (B, L, context_dim) -> out (B, out_channels, h, w).
 
-        h and w must be multiples of `cfg.multiple`. With n contexts for each image, context (n B, L, context_dim)
-        -> out (n B, ...), row k B + b of both belongs to image b, and what comes before the first text is computed
-        once.
+        With n contexts for each image, context is (n B, L, context_dim) and out has n B rows: row k B + b belongs to
+        image b. The layers before the first text are then computed once for each image. Raises ValueError unless h and
+        w are multiples of `cfg.multiple`.
         """
         multiple = self.cfg.multiple
         if x.shape[-2] % multiple or x.shape[-1] % multiple:

@@ -18,7 +18,7 @@ from diffender.stable_diffusion.layers import GroupNorm, Upsample
 class VAEConfig:
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
     z_channels: int = 4
     scale_factor: float = 0.18215
     norm_groups: int = 32  # narrow networks want fewer: with one channel a group the colour of an image is normed away
@@ -26,7 +26,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels of the image to one latent, on a side."""
+        """Side in pixels of the square that one latent stands for."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
@@ -159,7 +159,10 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def posterior(self, x: Tensor) -> Posterior:
-        """Image (B, 3, H, W) in [0, 1], H and W multiples of the factor, to the posterior of its latents."""
+        """The posterior of the unscaled latents of images (B, 3, H, W) in [0, 1].
+
+        Raises ValueError unless H and W are multiples of `cfg.factor`.
+        """
         if x.shape[-2] % self.cfg.factor or x.shape[-1] % self.cfg.factor:
             raise ValueError(f"image of {tuple(x.shape[-2:])}: both sides must be multiples of {self.cfg.factor}")
         mean, logvar = self.quant_conv(self.encoder(2 * x - 1)).chunk(2, dim=1)

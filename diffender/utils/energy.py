@@ -9,7 +9,7 @@ POWERCAP = Path("/sys/class/powercap")  # Intel's and AMD's processors; readable
 
 class Counter(NamedTuple):
     joules: float
-    top: float  # where it begins anew
+    top: float  # value at which the counter starts again from 0
 
 
 def counters(powercap: Path = POWERCAP) -> dict[str, Counter]:
@@ -26,7 +26,7 @@ def counters(powercap: Path = POWERCAP) -> dict[str, Counter]:
 
 
 def of_gpus() -> dict[str, Counter]:
-    """Those of NVIDIA's GPUs; empty without any, or without the package nvidia-ml-py."""
+    """The energy counters of NVIDIA's GPUs; empty without any, or without the package nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:

@@ -113,8 +113,7 @@ def change(opts: Options, **values: Any) -> Options:
 
 
 def check_range(what: str, value: float, low: float | None, high: float | None) -> None:
-    """Raises InputError for a number outside of a range, both ends included, None for an open one; so do NaN and
-    infinity."""
+    """Raises InputError unless `value` is finite and from low to high, both included. None: no limit on that side."""
     if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InputError(f"{what} is {value}; allowed is {allowed}")
@@ -161,7 +160,7 @@ parsed: list[str] = []  # the flags of the command at hand, by name
 
 
 def parse(cls: type[Options], description: str, argv: list[str] | None = None) -> Options:
-    """Options from the command line; hyphens and underscores mean the same. A tuple takes what has no flag."""
+    """Options from the command line; hyphens and underscores mean the same. A tuple takes positional arguments."""
     start = cls()
     flags = list(leaves(start))
     parsed[:] = [f.name for f in flags]
