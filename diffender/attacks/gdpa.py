@@ -140,7 +140,7 @@ def load_generator(path: str, size: int, side: int) -> PatchGenerator:
 class Free(nn.Module):
     """Pattern and place as free variables, squashed into their ranges: no pixel is ever without gradient.
 
-    A pattern to start from is step_samples in to [0.05, 0.95]: nearer to the ends a few steps would not move a pixel.
+    A starting pattern is clamped to [0.05, 0.95]: nearer to the ends a few steps would not move a pixel.
     """
 
     def __init__(self, pattern: Tensor, theta: Tensor, limit: float):

@@ -160,8 +160,9 @@ def run_table(number: int, opts: Options) -> str:
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    where = " and ".join(made_in(records_of(every), "machine")) or machine(pick_device(opts.run.device))
-    took = f"{cost(every)} on {where}, {made_on(every)}"
+    made = [r for run in {line.run for line in every if line.run} for r in read_records(run).values()]
+    where = " and ".join(made_in(made, "machine")) or machine(pick_device(opts.run.device))
+    took = f"{cost(made)} on {where}, {made_on(made)}"
     text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
     folder = Path("runs") / f"table{number}-{opts.preset}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,23 +357,16 @@ def paired(number: int, lines: Sequence[Line]) -> str:
     return f"\n{table((head, *shown), rows)}\n{told}\n"
 
 
-def records_of(lines: Sequence[Line]) -> list[dict]:
-    """The records of the runs that these lines come from."""
-    return [r for run in {line.run for line in lines if line.run} for r in read_records(run).values()]
-
-
-def made_on(lines: Sequence[Line]) -> str:
-    """The days on which the images of these lines were attacked, and by what code; or that records do not say it."""
-    made = records_of(lines)
+def made_on(made: Sequence[dict]) -> str:
+    """The days on which the images of these records were attacked, and by what code; or that records do not say it."""
     if not all(r.get("date") for r in made):
         return f"finished on {time.strftime('%Y-%m-%d')}; not all records name their day and commit"
     code = " and ".join(commit[:7] for commit in made_in(made, "commit"))
     return f"{' and '.join(made_in(made, 'date'))}{f', commit {code}' * bool(code)}"
 
 
-def cost(lines: Sequence[Line]) -> str:
-    """What the runs of these lines took."""
-    made = records_of(lines)
+def cost(made: Sequence[dict]) -> str:
+    """What the runs of these records took."""
     hours, evaluations = sum(r["seconds"] for r in made) / 3600, sum(r["unet_evaluations"] for r in made)
     return f"{hours:.1f} h in all processes together and {evaluations:,.0f} UNet evaluations"
 

@@ -29,7 +29,7 @@ def load_prompts(path: Path, dim: int) -> PromptPair:
             "manual, or tune new ones (train.py)"
         )
     check_digest(path, state, header)
-    with preserved_rng(CPU):  # which the first values are drawn from
+    with preserved_rng(CPU):  # PromptPair draws initial values from torch's global generator
         prompts = PromptPair(n_ctx, dim)
     prompts.load_state_dict(state)
     return prompts
