@@ -964,17 +964,20 @@ def test_a_forecast_is_of_every_image_step_and_restart(monkeypatch):
     attempt = 5 * (2 * of["evade"] + 5 / 10 * of["pass"]) + 3 * 3 * of["pass"]
     for noise, verdicts in ((0, 4), (None, 1)):
         target = SimpleNamespace(sample_noise=lambda *_, noise=noise: noise)
-        two, one = forecasts.forecast(opts, target, None, [[0, 1], [2]]).parts
+        two, one = forecasts.forecast(opts, target, None, [[0, 1], [2]], [False, False]).parts
         assert one["clean"] == verdicts * of["pass"]
         assert one["gdpa/evade"] == pytest.approx(verdicts * of["pass"] + 3 * attempt)
         assert two == {variant: 2 * cost for variant, cost in one.items()}
+        (shared,) = forecasts.forecast(opts, target, None, [[2]], [True]).parts
+        own = opts.iters_undefended * (of["undefended"] + 5 / 10 * of["query"])
+        assert one["gdpa/transfer"] - shared["gdpa/transfer"] == pytest.approx(own), "another experiment makes them"
 
 
 def test_with_quiet_nothing_is_measured_before_the_start(monkeypatch):
     for name in ("measured", "memory_needed"):
         monkeypatch.setattr(forecasts, name, lambda *_: pytest.fail("nobody is told"))
     opts, target = with_preset(change(Options(), quiet=True)), SimpleNamespace(sample_noise=lambda *_: None)
-    assert forecasts.forecast(opts, target, None, [[0, 1]]).work > 0, "the shares of the bar"
+    assert forecasts.forecast(opts, target, None, [[0, 1]], [False]).work > 0, "the shares of the bar"
 
 
 def test_a_limit_of_memory_keeps_no_activations(model, monkeypatch):

@@ -34,7 +34,7 @@ def test_subset_is_seeded_correct_and_passes_over_what_was_tuned_on(classifier):
     assert len(rest.ids) == 14
     assert not set(rest.ids) & set(first.ids)
     tuned_on = [item for item in items if item.id in first.ids]
-    with pytest.raises(InputError, match="the prompts were tuned on all 4 of these images; give other --data"):
+    with pytest.raises(InputError, match="prompts or patches were made of all 4 of these images; give other --data"):
         correct_subset(tuned_on, classifier, 4, seed=0, exclude=frozenset(first.hashes))
 
 

@@ -157,6 +157,9 @@ def test_pairs_that_do_not_say_what_they_are_are_refused(tmp_path):
     (tmp_path / "pairs.txt").write_text("1\t1\nAnn\tone\t2\n")
     with pytest.raises(InputError, match="Ann one; after a name stands the number of its image"):
         read_pairs(tmp_path / "pairs.txt", tmp_path)
+    (tmp_path / "pairs.txt").write_bytes(b"1\t1\n\nAnn\xff 1\n")
+    with pytest.raises(InputError, match="Ann. 1' is no pair; give name i j, or name i name j"):
+        read_pairs(tmp_path / "pairs.txt", tmp_path)
 
 
 def test_verification_by_hand():

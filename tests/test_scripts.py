@@ -26,7 +26,7 @@ from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header
+from diffender.utils.files import read_header, save_atomic
 from diffender.utils.images import STAGES, save_png, stage_files
 from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT, SMALL
@@ -219,12 +219,13 @@ def test_files_that_no_flag_names_count(tmp_path, photos):
     assert digest_of_all(gallery) != before
 
 
-def test_photographs_that_prompts_were_tuned_on_are_not_evaluated(monkeypatch):
-    asked = []
+def test_photographs_that_prompts_or_patches_were_made_of_are_not_evaluated(tmp_path, monkeypatch):
+    asked, patch = [], tmp_path / "patch.safetensors"
+    save_atomic({"patches": torch.zeros(1, 3, 8, 8)}, patch, {"hashes": ["a"]})
     monkeypatch.setattr(running, "correct_subset", lambda *given: asked.append(given[-1]) or Batch([], None, None, []))
-    for prompt in ("tuned", "manual"):
-        running.load_images(with_preset(cli.change(Options(), prompt=prompt, quiet=True)), SimpleNamespace(bare=None))
-    assert asked == [frozenset(read_header(SHIPPED)["hashes"]), frozenset()]
+    for given in ({"prompt": "tuned"}, {"prompt": "manual"}, {"prompt": "manual", "patch_file": str(patch)}):
+        running.load_images(with_preset(cli.change(Options(), **given, quiet=True)), SimpleNamespace(bare=None))
+    assert asked == [frozenset(read_header(SHIPPED)["hashes"]), frozenset(), {"a"}]
     assert len(asked[0]) >= 8
 
 
@@ -290,7 +291,7 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, here):
 
 def test_a_dry_run_of_a_table_tells_the_cost_of_each_row(tmp_path, here):
     budget = ("--images", "2", "--iters", "1", "--steps", "2", "--draws", "1", "--verdicts", "1")
-    code, out, err = here(*budget, "--dry-run", "--table", "2", "--rows", "without mask,diffender")
+    code, out, err = here(*budget, "--dry-run", "--quiet", "--table", "2", "--rows", "without mask,diffender")
     assert code == 0, err
     assert re.search(r"2 experiments, about \d+", out)
     assert len(re.findall(r"^runs/tables/efficientnet_lite0-\S+: \d+ ", out, re.M)) == 2

@@ -452,7 +452,9 @@ def test_the_stronger_patch_is_made_over_poses(tmp_path, monkeypatch):
     target.classifier.mean = torch.zeros(1)
     opts = with_preset(change(Options(), eot=2, quiet=True))
     e = Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, [], {}, None)
-    filming.film(e, Batch(["a"], black, torch.zeros(1), []))
+    filming.film(e, Batch(["a"], black, torch.zeros(1), ["of a"]))
+    with pytest.raises(InputError, match="results of another file of the name a"):
+        filming.film(e, Batch(["a"], black, torch.zeros(1), ["of another"]))
     assert made == [(1, type(None))] * len(CONFIGURATIONS) + [(4, Filmed)] * len(CONFIGURATIONS)
 
 

@@ -291,8 +291,8 @@ def correct_subset(
 ) -> Batch:
     """The first `count` images of a seeded permutation that the undefended classifier gets right.
 
-    Images whose file hash is in `exclude` (those that prompts were tuned on) are left out. Raises InputError where
-    none is left.
+    Images whose file hash is in `exclude` (those that prompts or patches were made of) are left out. Raises InputError
+    where none is left.
     """
     order = torch.randperm(len(items), generator=generator(seed, "subset")).tolist()
     right: list[tuple[str, Tensor, int, str]] = []
@@ -306,11 +306,11 @@ def correct_subset(
         elif classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
             right.append((item.id, x, item.label, digest))
     if not right and excluded == len(items):
-        raise InputError(f"the prompts were tuned on all {excluded} of these images; give other --data, or --prompts")
+        raise InputError(f"the prompts or patches were made of all {excluded} of these images; give other --data")
     if not right:
         raise InputError(
-            f"{classifier.cfg.tag} gets none of these images right ({len(items)}, without {excluded} that prompts were "
-            "tuned on); check the labels and the classifier's weights"
+            f"{classifier.cfg.tag} gets none of these images right ({len(items)}, without {excluded} that prompts or "
+            "patches were made of); check the labels and the classifier's weights"
         )
     ids, images, labels, hashes = zip(*right, strict=True)
     return Batch(list(ids), torch.stack(images), torch.tensor(labels), list(hashes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,22 +46,22 @@ class Forecast(NamedTuple):
         return sum(sum(part.values()) for part in self.parts)
 
 
-def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]], made: bool = False) -> Forecast:
+def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]], made: Sequence[bool]) -> Forecast:
     """The forecast for the images of `parts`, from passes and gradients measured on x (1, 3, S, S).
 
-    `made`: the patches of the undefended classifier come from another experiment. With --quiet nothing is measured,
-    unless it is a dry run.
+    `made` says of each part whether its patches of the undefended classifier come from another experiment. With --quiet
+    nothing is measured, unless it is a dry run.
     """
-    seconds = COST if opts.run.quiet and not opts.dry_run else measured(opts, target, x)
+    silent = opts.run.quiet and not opts.dry_run
+    seconds = COST if silent else measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
-    of = seconds | {"query": 0.0, "undefended": 0.0} if made else seconds
-    each = costs(opts, of)
-    todo = [{variant: len(part) * cost for variant, cost in each.items()} for part in parts]
+    of = {False: costs(opts, seconds), True: costs(opts, seconds | {"query": 0.0, "undefended": 0.0})}
+    todo = [{v: len(part) * cost for v, cost in of[shared].items()} for part, shared in zip(parts, made, strict=True)]
     checks = {"off": 0, "quick": 70, "full": 70 + 100 * opts.eot * opts.iters}[opts.trust]
     after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
     after += sum(len(part) for part in parts) * curve_costs(opts, seconds)
-    return Forecast(todo, after, seconds, (0, "") if opts.run.quiet else memory_needed(opts, target, x, parts))
+    return Forecast(todo, after, seconds, (0, "") if silent else memory_needed(opts, target, x, parts))
 
 
 def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:

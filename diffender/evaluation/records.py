@@ -29,8 +29,11 @@ def read_records(folder: Path, files: str = "per_image*.jsonl") -> dict[str, dic
 
 
 def read_finished(folder: Path) -> tuple[dict, list[dict]]:
-    """The results of a run and the records of its images. A folder may hold more, of a run of the same name."""
-    results, records = json.loads((folder / "results.json").read_text("utf-8")), read_records(folder)
+    """The results of a run and the records of its images. A folder may hold more, of a run of the same name.
+
+    Raises InputError for files that are damaged.
+    """
+    results, records = read_object(folder / "results.json"), read_records(folder)
     ids = set(results.get("ids", records))
     return results, [r for image_id, r in records.items() if image_id in ids]
 
@@ -71,10 +74,15 @@ def one_by_one(config: dict) -> dict:
 
 def read_config(folder: Path) -> dict:
     """The configuration of a run. Raises InputError if the file is damaged."""
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict:
+    """The object of a JSON file. Raises InputError if the file is damaged."""
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
-        raise InputError(f"{folder / 'config.json'} is damaged ({one_line(e)}); choose another --name or --out") from e
+        raise InputError(f"{path} is damaged ({one_line(e)}); run it anew, or choose another --name or --out") from e
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:

@@ -87,10 +87,14 @@ def prepare(opts: Options, model: LatentDiffusion | None = None) -> Experiment:
 
 
 def load_images(opts: Options, target: Defended) -> Batch:
-    """Images that the undefended classifier gets right, without those that the prompts were tuned on."""
+    """Images that the undefended classifier gets right, without those that prompts, patches or a generator were made
+    of."""
     asked = opts.target.defense
-    tuned_on = read_header(Path(asked.prompts or SHIPPED)).get("hashes", []) if asked.prompt_kind == "tuned" else []
-    batch = correct_subset(open_items(opts.target), target.bare, opts.images, opts.run.seed, frozenset(tuned_on))
+    files = [opts.patch.patch_file, opts.patch.generator]
+    if asked.prompt_kind == "tuned":
+        files.append(asked.prompts or SHIPPED)
+    seen = frozenset(h for file in files if file for h in read_header(Path(file)).get("hashes", []))
+    batch = correct_subset(open_items(opts.target), target.bare, opts.images, opts.run.seed, seen)
     if len(batch.ids) < opts.images and not opts.run.quiet:
         print(f"images: {len(batch.ids)} instead of {opts.images}, all that the classifier reads right")
     return batch
@@ -121,9 +125,10 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     parts = [own[i : i + opts.batch_size] for i in range(0, len(own), opts.batch_size)]
     left = [[[i for i in part if batch.ids[i] not in records] for part in parts] for records in there]
     forecasts = []
-    for e, todo in zip(experiments, left, strict=True):
-        forecasts.append(forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made=bool(forecasts)))
-    if not opts.run.quiet:
+    for n, (e, todo) in enumerate(zip(experiments, left, strict=True)):
+        made = [any(earlier[k] for earlier in left[:n]) for k in range(len(parts))]
+        forecasts.append(forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made))
+    if opts.dry_run or not opts.run.quiet:
         announce(opts, forecasts)
     if opts.dry_run:
         if len(experiments) > 1:
@@ -166,7 +171,7 @@ def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, di
         raise InputError(f"{folder} holds results of another file of the name {changed[0]}; choose another --name")
     made = {variant for plan in plans for variant in plan.variants}
     for image_id, record in records.items():
-        if differ := sorted(made ^ record["attacks"].keys()):
+        if differ := sorted(made ^ record.get("attacks", {}).keys()):
             raise InputError(
                 f"{folder} has other patches of {image_id} than are made today: {', '.join(differ)}; move the folder "
                 "away, or choose another --name"

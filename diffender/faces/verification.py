@@ -49,10 +49,12 @@ def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
         return root / name / f"{name}_{int(number):04d}.jpg"
 
     pairs = []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        parts = line.split()
-        if len(parts) == 3:
-            pairs.append((image(parts[0], parts[1]), image(parts[0], parts[2]), True))
-        elif len(parts) == 4:
-            pairs.append((image(parts[0], parts[1]), image(parts[2], parts[3]), False))
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+        match line.split():
+            case [name, i, j]:
+                pairs.append((image(name, i), image(name, j), True))
+            case [name, i, other, j]:
+                pairs.append((image(name, i), image(other, j), False))
+            case [_, *_]:
+                raise InputError(f"{path}: {line!r} is no pair; give name i j, or name i name j, as in LFW's pairs")
     return pairs

@@ -25,7 +25,7 @@ from diffender.defenses.jpeg import JPEG
 from diffender.evaluation.metrics import counted, discordant, mcnemar, wilson
 from diffender.evaluation.plan import of_this_shard
 from diffender.evaluation.records import append_records, read_records
-from diffender.evaluation.run import Experiment
+from diffender.evaluation.run import Experiment, refuse_changed
 from diffender.evaluation.verdicts import file_names
 from diffender.evaluation.workers import is_first, wait
 from diffender.noise import generator
@@ -68,13 +68,14 @@ def film(e: Experiment, batch: Batch) -> None:
     digital = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     over_poses = replace(digital, eot=max(opts.eot, 4))
     done = read_records(e.folder)
+    refuse_changed(e.folder, e.plans, done, batch)
     for i in bar(of_this_shard(opts, len(batch.ids)), "filming", opts.run.quiet):
         image_id = batch.ids[i]
         if image_id in done:
             continue
         x, y = batch.x[i : i + 1].to(e.device), batch.y[i : i + 1].to(e.device)
         task = Task(e.target.undefended(), x, y, [image_id], opts.run.seed)
-        record = {"id": image_id, "label": int(y), "frames": {}}
+        record = {"id": image_id, "hash": batch.hashes[i], "label": int(y), "frames": {}}
         made_by = {"digital": digital(task), "eot": over_poses(task._replace(victim=Filmed(classifier, x)))}
         for patch, made in made_by.items():
             for name, poses in CONFIGURATIONS.items():

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from diffender.evaluation.metrics import counted, discordant, mcnemar, proportion
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
-from diffender.evaluation.records import open_run, read_records
+from diffender.evaluation.records import open_run, read_finished, read_records
 from diffender.evaluation.run import Experiment, finish, load_images, made_in, prepare, resolved, work
 from diffender.evaluation.verdicts import Verdict, by_kind, by_variant, strongest_of, verdict
 from diffender.evaluation.workers import is_first, wait
@@ -160,7 +160,7 @@ def run_table(number: int, opts: Options) -> str:
         return ""
     every = [line for block in blocks for line in block]
     lines = pool(every)
-    made = [r for run in {line.run for line in every if line.run} for r in read_records(run).values()]
+    made = [r for run in {line.run for line in every if line.run} for r in read_finished(run)[1]]
     where = " and ".join(made_in(made, "machine")) or machine(pick_device(opts.run.device))
     took = f"{cost(made)} on {where}, {made_on(made)}"
     text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
