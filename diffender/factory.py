@@ -107,14 +107,10 @@ def dtype_name(opts: ModelOptions, device: str) -> str:
     return str(pick_dtype(opts, pick_device(device))).removeprefix("torch.")
 
 
-def model_hashes(opts: ModelOptions) -> list[str]:
-    """sha256 of every file that the model is made of."""
+def hashes_of(opts: ModelOptions, **others: str | Path | None) -> dict[str, Any]:
+    """sha256 of every file that the model is made of, and of those of the other files that are given, by name."""
     given = (opts.weights or WEIGHTS / "tiny.safetensors", opts.vae, opts.locate_unet)
     paths = [Path(p).expanduser() for p in given if p and str(p) != RANDOM]
     files = [[f for part in folder_files(p).values() for f in part] if p.is_dir() else [p] for p in paths]
-    return [sha256(file) for parts in files for file in parts]
-
-
-def hashes_of(opts: ModelOptions, **files: str | Path | None) -> dict[str, Any]:
-    """sha256 of the model's files, and of those of the other files that are given, by name."""
-    return {"model": model_hashes(opts)} | {what: sha256(Path(path)) for what, path in files.items() if path}
+    model = [sha256(file) for parts in files for file in parts]
+    return {"model": model} | {what: sha256(Path(path)) for what, path in others.items() if path}

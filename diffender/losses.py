@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TuningLoss(NamedTuple):
-    """The terms of Eq. 7 and their sum, scalars."""
+    """The terms of Eq. 7 and their plain sum, scalars."""
 
     mask: Tensor
     l1: Tensor
@@ -46,11 +46,6 @@ def feature_distance(features_r: Sequence[Tensor], features_c: Sequence[Tensor])
         for r, c in zip(features_r, features_c, strict=True)
     ]
     return sum(layers[1:], layers[0]) / len(layers)
-
-
-def tuning_loss(mask: Tensor, l1: Tensor, feature: Tensor) -> TuningLoss:
-    """Eq. 7: the plain sum."""
-    return TuningLoss(mask, l1, feature, mask + l1 + feature)
 
 
 def evasion(z_score: Tensor, patch: Tensor, theta: float) -> Tensor:

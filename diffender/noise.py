@@ -85,13 +85,11 @@ def seeds(image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tens
     return torch.tensor([generator(seed, i, purpose, k).initial_seed() for i in image_ids])
 
 
-def seeded(module: Callable[[Tensor], Made], x: Tensor, seeds: Tensor) -> Made:
+def seeded(module: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
     """module(x) for x (B, 3, H, W), each image alone with torch's global generator seeded; it is put back afterwards.
 
-    So results of random modules do not depend on batch or order either. They are a tensor or a tuple of tensors.
+    So results of random modules do not depend on batch or order either. They are tuples of tensors.
     """
     pairs = zip(seeds.tolist(), x.split(1), strict=True)
     rows = [from_seed(one, partial(module, row), x.device) for one, row in pairs]
-    if isinstance(rows[0], tuple):
-        return tuple(map(torch.cat, zip(*rows, strict=True)))  # type: ignore[return-value]  # a tuple, as each row is
-    return torch.cat(rows)  # type: ignore[return-value, arg-type]  # a tensor, as each row is
+    return tuple(map(torch.cat, zip(*rows, strict=True)))

@@ -21,12 +21,11 @@ def binarize(x: Tensor, threshold: float, ste: str = "identity", k: float = 5.0)
     none       no gradient
     soft       returns that sigmoid itself instead of 0 and 1, so that finite differences can check gradients
     """
-    if ste == "identity":
-        return straight_through((x > threshold).to(x.dtype), x)
+    hard = (x > threshold).to(x.dtype)
     if ste == "none":
-        return (x > threshold).to(x.dtype)
-    soft = (k * (x - threshold)).sigmoid()
-    return soft if ste == "soft" else straight_through((x > threshold).to(x.dtype), soft)
+        return hard
+    soft = x if ste == "identity" else (k * (x - threshold)).sigmoid()
+    return soft if ste == "soft" else straight_through(hard, soft)
 
 
 def gaussian_blur(x: Tensor, kernel: int = 3, sigma: float = 1.0) -> Tensor:

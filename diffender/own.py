@@ -65,7 +65,7 @@ class AnyModel(Defended):
 
     def forward(self, x: Tensor, noise: Any = None) -> Tensor:
         x = x.clone()  # the model may change it in place
-        return self.model(x) if noise is None else seeded(self.model, x, noise)
+        return self.model(x) if noise is None else seeded(lambda row: (self.model(row),), x, noise)[0]
 
     def looks(self, x: Tensor, noises: Sequence[Any], batch: int = 1) -> Iterator[tuple[Purified, Tensor]]:
         for noise in noises:

@@ -247,13 +247,6 @@ def readable(path: Path) -> bool:
     return True
 
 
-def refuse_unread(opts: Options) -> None:
-    """Raises InputError for a flag that nothing in this command reads."""
-    tuned = ("--prompt tuned", opts.defense.prompt_kind == "tuned")
-    looked = ("--classifier", opts.classifier != "none")
-    check_read(opts, {"prompts": tuned, "classifier_weights": looked, "classes": looked})
-
-
 def resolved(opts: Options) -> dict:
     """The settings in effect, given or not, that all images in one --out share."""
     from diffender.factory import config_of, dtype_name, hashes_of
@@ -272,7 +265,9 @@ def resolved(opts: Options) -> dict:
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    refuse_unread(opts)
+    tuned = ("--prompt tuned", opts.defense.prompt_kind == "tuned")
+    looked = ("--classifier", opts.classifier != "none")
+    check_read(opts, {"prompts": tuned, "classifier_weights": looked, "classes": looked})
     if not opts.out:
         raise InputError("--out is empty; name a folder for the results, . for this one")
     images = find_images(opts.paths, Path(opts.out))

@@ -268,6 +268,12 @@ class Defended(nn.Module):
         return self.classifier(out.image), b.evasion * hide + b.decoy * decoy(out.heatmap)
 
 
+def ours(target: Defended) -> DIFFender:
+    """The defence of a target that is DIFFender: no other has a diffusion model and prompts."""
+    assert isinstance(target.defense, DIFFender)
+    return target.defense
+
+
 class WithFreshNoise(nn.Module):
     """A victim as an ordinary module, x -> logits with new noise in every call: for foolbox, torchattacks, AutoAttack.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffender.config import TuningConfig
 from diffender.evaluation.metrics import mask_scores
-from diffender.losses import TuningLoss, feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
-from diffender.pipeline import Defended, DIFFender
-from diffender.prompts import PromptPair
+from diffender.losses import TuningLoss, feature_distance, mask_cross_entropy, restoration_l1
+from diffender.pipeline import Defended, ours
+from diffender.prompts import Contexts, PromptPair
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import named_images
 
@@ -35,13 +35,6 @@ class Shots(NamedTuple):
         posterior = Posterior(*(moment[rows] for moment in self.posterior))
         features = [feature[rows] for feature in self.features]
         return Shots([self.ids[int(i)] for i in rows], clean, attacked, mask, posterior, features)
-
-
-class Share(NamedTuple):
-    """What one process does of one batch."""
-
-    shots: Shots
-    share: float  # of the batch's images
 
 
 class Work(NamedTuple):
@@ -84,20 +77,20 @@ def tune(target: Defended, tuning: Tuning, work: Work, cfg: TuningConfig) -> Ite
     cfg.adaptive all images are attacked anew after some rounds, and only these rounds are compared, each under the
     attack that knows its prompts.
     """
-    empty, every, held_out = ours(target).contexts.empty, work.every, work.held_out
+    every, held_out = work.every, work.held_out
     versions = [every, *(attacked_anew(target, every, images) for images in tuning.attacked)]
     while tuning.rounds < cfg.rounds:
-        batches = [Share(mixed(versions, rows, tuning.rounds), share) for rows, share in work.batches]
-        steps = [step(target, tuning, batch, empty, cfg, work.all_reduce) for batch in batches]
+        batches = [(mixed(versions, rows, tuning.rounds), share) for rows, share in work.batches]
+        steps = [step(target, tuning, shots, share, cfg, work.all_reduce) for shots, share in batches]
         terms = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
         anew = cfg.adaptive > 0 and (tuning.rounds + 1) % cfg.adaptive == 0
         if anew:
-            ours(target).contexts = tuning.prompts(ours(target).model, empty).detach()
+            ours(target).contexts = contexts_of(target, tuning.prompts).detach()
             tuning.attacked.append((work.attack() * 255).round().byte())
             versions.append(attacked_anew(target, every, tuning.attacked[-1]))
         if len(held_out) and (anew or cfg.adaptive == 0):
             found = versions[-1].part(held_out)
-            terms["held_out_iou"] = mask_fit(target, tuning.prompts, found, empty, cfg.seed)
+            terms["held_out_iou"] = mask_fit(target, tuning.prompts, found, cfg.seed)
         compared = "held_out_iou" in terms or not len(held_out)
         if compared and terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", -1):
             tuning.best = terms
@@ -125,23 +118,21 @@ def mixed(versions: Sequence[Shots], rows: Tensor, rounds: int) -> Shots:
     return Shots([i for part in ids for i in part], *images, posterior, maps)
 
 
-def ours(target: Defended) -> DIFFender:
-    """The defence of a target: no other than DIFFender has prompts."""
-    assert isinstance(target.defense, DIFFender)
-    return target.defense
+def contexts_of(target: Defended, prompts: PromptPair) -> Contexts:
+    """The contexts of these prompts for this target, whose empty prompt stays."""
+    return prompts(ours(target).model, ours(target).contexts.empty)
 
 
 def step(
-    target: Defended, tuning: Tuning, batch: Share, empty: Tensor, cfg: TuningConfig, all_reduce: Callable[..., None]
+    target: Defended, tuning: Tuning, shots: Shots, share: float, cfg: TuningConfig, all_reduce: Callable[..., None]
 ) -> dict[str, float]:
-    """One optimizer step on one batch; returns its terms. `empty` (1, 77, D) is the context of the empty prompt."""
-    prompts, shots = tuning.prompts, batch.shots
-    defense = ours(target)
-    defense.contexts = prompts(defense.model, empty)
+    """One optimizer step on one batch, of whose images `shots` are this share; returns its terms."""
+    prompts = tuning.prompts
+    ours(target).contexts = contexts_of(target, prompts)
     loss, iou = eq_7(target, shots, cfg, f"tuning {tuning.rounds}")
     tuning.optimizer.zero_grad()
-    (batch.share * loss.total).backward()
-    terms = batch.share * torch.stack([*loss, iou]).detach()
+    (share * loss.total).backward()
+    terms = share * torch.stack([*loss, iou]).detach()
     ctxs = {"grad_L": prompts.ctx_locate, "grad_R": prompts.ctx_restore}
     gradients = {name: ctx.grad for name, ctx in ctxs.items() if ctx.grad is not None}
     all_reduce(terms, *gradients.values())
@@ -160,20 +151,21 @@ def eq_7(target: Defended, shots: Shots, cfg: TuningConfig, purpose: str) -> tup
         noise = defense.sample_noise(shots.ids, cfg.seed, purpose)
         out = defense(shots.attacked, noise, posterior=shots.posterior)
     assert out.z_score is not None and out.mask is not None  # DIFFender has both
-    loss = tuning_loss(
+    terms = (
         mask_cross_entropy(out.z_score - defense.cfg.theta, shots.mask, cfg.printed_eq4),
         restoration_l1(out.image, shots.clean),
         feature_distance(target.classifier.features(out.image), shots.features),
     )
+    loss = TuningLoss(*terms, terms[0] + terms[1] + terms[2])
     if cfg.without != "none":
         loss = loss._replace(total=loss.total - getattr(loss, cfg.without))
     return loss, mask_scores(out.mask, shots.mask).iou.mean()
 
 
-def mask_fit(target: Defended, prompts: PromptPair, held_out: Shots, empty: Tensor, seed: int) -> float:
+def mask_fit(target: Defended, prompts: PromptPair, held_out: Shots, seed: int) -> float:
     """Mean IoU of the masks on images that the prompts are not tuned on."""
     defense = ours(target)
-    defense.contexts = prompts(defense.model, empty).detach()
+    defense.contexts = contexts_of(target, prompts).detach()
     noise = defense.sample_noise(held_out.ids, seed, "held out")
     found = defense.localize(held_out.attacked, noise, posterior=held_out.posterior)
     return mask_scores(found.mask, held_out.mask).iou.mean().item()

@@ -1,7 +1,6 @@
 """Adaptive attacks: gradient modes, expectation over noise, verdicts, the trust report, other people's attacks."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -139,17 +138,6 @@ def test_eot_is_the_mean_of_its_samples_side_by_side_or_not():
     mean = sum(s.gradient for s in one) / 5
     assert torch.allclose(torch.autograd.grad(total, leaf)[0], mean, atol=1e-6)
     assert not torch.allclose(one[0].gradient, one[1].gradient)  # the noise is used
-
-
-def test_eot_of_the_real_defence(target, attacked):
-    y, out = attacked[0], attacked[1].image
-    task = Task(target, out, y, ["a"], 0, lambda z: margin(z, y))
-    found = list(samples(task, lambda k: (out, out[:, :1], task.noise("eot", k)), 2))
-    x = out.clone().requires_grad_()
-    total = sum(margin(target(x, task.noise("eot", k)), y).sum() for k in range(2)) / 2
-    mean = sum(s.gradient for s in found) / 2
-    assert (torch.autograd.grad(total, x)[0] - mean).norm() / mean.norm() < 1e-6
-    assert not torch.equal(found[0].gradient, found[1].gradient)
 
 
 def test_eot_batch_and_batch_size_change_no_attack():
@@ -298,11 +286,10 @@ def test_localisation_losses_by_hand():
     assert torch.allclose(decoy(peaked), decoy(3 * peaked))  # no reward for scale
 
 
-@pytest.mark.parametrize("mode", ["full+loc", "evade"])
-def test_hiding_loss_hides(target, attacked, mode):
+def test_hiding_loss_hides(target, attacked):
     """With most of the weight on hiding, a few steps lower it."""
     y, out = attacked
-    victim = Defended(target.defense, target.classifier, Backward(mode, evasion=100.0, hide="mean"))
+    victim = Defended(target.defense, target.classifier, Backward("evade", evasion=100.0, hide="mean"))
     made = ATTACKS["advp"](iters=3, eot=1)(Task(victim, out.image, y, ["a"], 0), init=out.state)
     assert made.trace[0, -1] < made.trace[0, 0]
 
@@ -505,7 +492,7 @@ def test_certificates_of_hardened_go_into_the_records(target, photos, tmp_path):
     assert found["certified"] == hardened.defense.cleanser.certified(to_8bit(x)[0], int(y), mask)
 
 
-def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
+def test_a_batch_judged_from_its_files(target, photos, tmp_path):
     """Records, files and verdicts belong together: the saved image under the recorded noise gives the record."""
     ids = ["n01/a"]
     x, classifier = photos[:1], target.classifier
@@ -539,14 +526,6 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path, monkeypatch):
         "defense": "DIFFender",
     }
     assert "| advp | full |" in markdown(results) and markdown(results).endswith(" m, d, commit 0123456 and fedcba9.\n")
-
-    monkeypatch.setattr(trust, "DRAWS", 1)
-    few = Task(target, x, y, ids, 0)
-    checks = {c["name"]: c for c in trust.trust_report(Options(), few, [plan], records, results, tmp_path)}
-    assert checks["the defence is random"]["passed"]
-    assert checks["patch gradient exactly zero"]["passed"]
-    assert checks["exact gradient against finite differences, soft mask"]["passed"]
-    assert len(trust_table(list(checks.values())).splitlines()) == 2 + len(checks)
 
 
 def test_names_that_would_share_files_are_refused(small):
@@ -795,10 +774,13 @@ def test_every_check_runs(target, photos, tmp_path):
     through_files(tmp_path / "adv/advp/transfer", ["a"], plan.base(Task(Undefended(target.classifier), x, y, ["a"], 0)))
     few = Task(target, x, y, ["a"], 0)
     checks = trust.trust_report(change(Options(), trust="full"), few, [plan], records, {"rows": rows}, tmp_path)
-    names = Counter(c["name"] for c in checks)
-    assert len(names) == len(checks) >= 18
-    for name in ("patch size", "one fixed noise, attacked and judged", "patches from other prompts", "step size"):
-        assert names[name] == 1
+    passed = {c["name"]: c["passed"] for c in checks}
+    assert len(passed) == len(checks) >= 18
+    assert {"patch size", "one fixed noise, attacked and judged", "patches from other prompts"} < set(passed)
+    assert passed["the defence is random"]
+    assert passed["patch gradient exactly zero"]
+    assert passed["exact gradient against finite differences, soft mask"]
+    assert len(trust_table(checks).splitlines()) == 2 + len(checks)
 
 
 # Memory

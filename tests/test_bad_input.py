@@ -260,7 +260,7 @@ NAMES = [
     ("train --without colour", "invalid choice: 'colour'"),
     ("train --optimizer sgd", "unrecognized arguments: --optimizer sgd"),
     ("ablate --study colours", "unknown study colours; choose from"),
-    ("ablate --study parts --iters-anew 5", "--iters-anew and --eot are read by --study defender, attacker and"),
+    ("ablate --study parts --iters-anew 5", "--iters-anew is read by --study defender, attacker and schedule alone"),
     ("pretrain pgd", "unknown stage pgd; choose one of pack, all, join"),
     ("pretrain vae", "--data is missing; give a folder with captions.csv"),
     ("pretrain text --data x", "unknown stage text"),
@@ -453,7 +453,7 @@ def test_one_line_and_exit_code_2(bad, tmp_path, call, line, says):
 
 def test_a_place_in_the_way_of_runs(tmp_path, here):
     (tmp_path / "runs").write_text("a file")
-    code, _, error = here("--attack", "none", "--images", "1")
+    code, _, error = here("--attack", "none", "--images", "1", "--quiet")
     assert code == 2
     assert "choose another place" in error
 

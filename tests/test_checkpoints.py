@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffender.config import EMBEDDED, PAPER, ModelOptions
 from diffender.evaluation import plan as plans
 from diffender.evaluation.options import Options
-from diffender.factory import model_hashes
+from diffender.factory import hashes_of
 from diffender.stable_diffusion.model import MODELS, LatentDiffusion
 from diffender.stable_diffusion.text import TextConfig, TextTransformer
 from diffender.stable_diffusion.unet import UNet
@@ -349,7 +349,7 @@ def test_a_run_is_known_by_every_file_of_its_model(tmp_path):
     for file in files:
         file.write_text(file.name)
     opts = ModelOptions(weights=str(files[0]), vae=str(files[1]), locate_unet=str(files[2]))
-    assert model_hashes(opts) == [sha256(file) for file in files]
+    assert hashes_of(opts)["model"] == [sha256(file) for file in files]
 
 
 def test_two_tensors_for_one_place(models, tmp_path):

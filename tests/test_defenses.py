@@ -45,7 +45,8 @@ from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, q_sample
 from diffender.utils.errors import InputError
 from diffender.weights.prompts import contexts_for
 
-BASELINES = [name if name != "diffpure" else "diffpure:steps=2" for name in DEFENSES if name != "diffender"]
+FASTER = {"diffpure": "diffpure:steps=2", "hardened": "hardened:masks=2"}
+BASELINES = [FASTER.get(name, name) for name in DEFENSES if name != "diffender"]
 
 
 def through_pillow(x, quality):

@@ -17,6 +17,7 @@ from torch import nn
 import diffender
 import train
 from diffender import tuning
+from diffender.evaluation.options import Options
 from diffender.utils import options as cli
 from diffender.utils.interruption import Interrupted, patient
 from tests.conftest import ROOT, SMALL
@@ -152,15 +153,24 @@ def test_a_second_ctrl_c_does_not_wait():
         may_stop()
 
 
-@pytest.mark.parametrize("given", [[], ["--adaptive", "1", "--adaptive-iters", "1"]], ids=["paper", "adaptive"])
+ADAPTIVE = ["--adaptive", "1", "--adaptive-iters", "1"]
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param([], id="paper"), pytest.param(ADAPTIVE, marks=pytest.mark.slow, id="adaptive")]
+)
 def test_a_tuning_goes_on_to_the_same_prompts(tmp_path, monkeypatch, call, given):
     small = "--shots 1 --held-out 1 --rounds 2 --iters 2 --steps 2 --draws 1 --no-keep"
 
     def tune(name, *more):
-        code, _, error = call(train.main, "train.py", *small.split(), *given, "--out", f"{name}.safetensors", *more)
+        code, out, error = call(train.main, "train.py", *small.split(), *given, "--out", f"{name}.safetensors", *more)
+        said.append(out)
         return code, error
 
+    said = []
     assert tune("whole")[0] == 0
+    for term in ("mask", "l1", "feature", "total", "grad_L", "grad_R", "held_out_iou"):
+        assert f"{term} " in said[0]
     code, error = tune("whole")
     assert code == 2
     assert error.endswith("whole.safetensors is there already; delete it, or choose another with --out\n")
@@ -212,11 +222,8 @@ def no_memory(e):
     [lambda: no_memory(MemoryError()), lambda: no_memory(torch.OutOfMemoryError("a\nb")), lambda: torch.empty(1 << 50)],
     ids=["python", "gpu", "cpu"],
 )
-def test_out_of_memory_is_one_line_with_the_flags_that_help(monkeypatch, fail, here):
-    from diffender.evaluation import run as experiment
-
-    monkeypatch.setattr(experiment, "evaluate_batch", lambda *args: fail())
-    code, _, error = here(*SMALL, "--attack", "none", "--quiet", "--name", "m")
+def test_out_of_memory_is_one_line_with_the_flags_that_help(fail, call):
+    code, _, error = call(lambda: cli.parse(Options, "") and fail(), "evaluate.py")
     assert code == 2
     flags = "--max-memory or --micro-batch or --batch-size or --eot-batch"
     assert f"out of memory; give a lower {flags}: what is written stays; start the same command again" in error

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffender.evaluation.metrics import auc, map_auc, mask_scores, wilson
-from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1, tuning_loss
+from diffender.losses import feature_distance, mask_cross_entropy
 
 
 def test_mask_cross_entropy_by_hand():
@@ -57,11 +57,6 @@ def test_a_patch_moves_features_more_than_a_little_noise(classifier, photos):
         (320, 7, 7),
     ]
     assert feature_distance(classifier.features(patched), clean) > feature_distance(classifier.features(noisy), clean)
-
-
-def test_eq_7_is_the_sum():
-    loss = tuning_loss(torch.tensor(1.0), restoration_l1(torch.zeros(2), torch.tensor([1.0, 3.0])), torch.tensor(4.0))
-    assert (loss.l1.item(), loss.total.item()) == (2, 7)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
 from diffender.report.page import chart, charts, page, states, table_page
-from diffender.report.tables import csv_table, latex_table, markdown
+from diffender.report.tables import accuracies, csv_table, markdown
 from diffender.utils.errors import InputError
+from diffender.utils.formats import as_latex
 from diffender.utils.images import save_stages
 
 HOSTILE = "p<img src=x onerror=alert(1)>"  # a file's name, and a part of each class's
@@ -79,7 +80,7 @@ def test_accuracies_as_csv_and_latex():
     }
     assert len(rows) == 9
     told = results() | {"defense": "fnc_a"}
-    lines = latex_table(told).splitlines()
+    lines = as_latex(*accuracies(told)).splitlines()
     assert lines[0] == r"\begin{tabular}{llrrrrrr}"
     assert lines[2].startswith(r"attack & gradient & undefended & fnc\_a, single & average")
     assert lines[-3].startswith(r"strongest on each image &  & 75.0 \% (3/4; 30-95)")

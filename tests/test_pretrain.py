@@ -37,7 +37,7 @@ from diffender.pretrain.stages import early, early_layers
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.stable_diffusion.text import TextTransformer, tokenizer
-from diffender.stable_diffusion.vae import AutoencoderKL, Posterior
+from diffender.stable_diffusion.vae import AutoencoderKL, Posterior, VAEConfig
 from diffender.utils.errors import InputError
 from diffender.utils.files import read_header
 from diffender.weights.loading import WEIGHTS, load_model
@@ -345,13 +345,21 @@ def test_the_folder_beside_the_place_that_is_here(monkeypatch, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out-work").iterdir()) == ["decoder.done", "unet.done", "vae.done"]
 
 
-def test_samples_of_another_encoder_are_refused(folder, monkeypatch, tmp_path):
-    common = ["--data", str(folder), "--out", str(tmp_path), "--batch", "2"]
-    stage(monkeypatch, "vae", *common, "--steps", "1", "--crop", "32")
-    stage(monkeypatch, "unet", *common, "--steps", "1", "--samples", "4")
-    stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
+def test_samples_of_another_encoder_are_refused(monkeypatch, tmp_path):
+    """Another decoder changes no sample."""
+    vae = AutoencoderKL(VAEConfig(ch=4, ch_mult=(1, 1), num_res_blocks=1, norm_groups=4))
+    recipe = Recipe(stage="unet", device=torch.device("cpu"), out=tmp_path, samples=4)
+    monkeypatch.setattr(latents, "fresh_batches", lambda *_: [{"mask": torch.zeros(4, 1)}])
+
+    def batches():
+        return list(latents.stored_batches(recipe, SimpleNamespace(vae=vae), range(2)))
+
+    batches()
+    vae.decoder.conv_out.weight.data += 1
+    batches()
+    vae.quant_conv.weight.data += 1
     with pytest.raises(InputError, match=r"samples of another kind \(encoder\); delete it"):
-        stage(monkeypatch, "unet", *common, "--steps", "2", "--samples", "4")
+        batches()
 
 
 def stage(monkeypatch, *args: str) -> None:
@@ -359,10 +367,17 @@ def stage(monkeypatch, *args: str) -> None:
     pretrain.main()
 
 
-def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, capsys):
-    """pack, vae, unet with new and with stored samples; a second call goes on where the first ended."""
-    packed, out = tmp_path / "photos.safetensors", tmp_path / "out"
-    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "photos.safetensors"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stage(monkeypatch, "pack", "--data", str(folder), "--out", str(path))
+    return path
+
+
+def test_both_stages_from_a_packed_file(packed, photos, monkeypatch, tmp_path, capsys):
+    """vae, unet with new and with stored samples; a second call goes on where the first ended."""
+    out = tmp_path / "out"
     again = load_photos(packed, 256)
     assert again.captions == photos.captions
     assert [i.shape for i in again.images] == [i.shape for i in photos.images]
@@ -396,9 +411,7 @@ def test_both_stages_from_a_packed_file(folder, photos, monkeypatch, tmp_path, c
         assert (out / name).stat().st_size > 1000
 
 
-def test_a_packed_file_needs_no_tokenizer_and_no_classifier(folder, model, tmp_path, monkeypatch):
-    packed = tmp_path / "photos.safetensors"
-    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+def test_a_packed_file_needs_no_tokenizer_and_no_classifier(folder, packed):
     tokens = PackedTokens(read_header(packed)["tokens"])
     captions = sorted({c for c in read_header(packed)["captions"] if c})
     for text in [*STATES, *captions, *(f"{c}, {s}" for c in captions for s in STATES), ""]:
@@ -410,13 +423,12 @@ def test_a_packed_file_needs_no_tokenizer_and_no_classifier(folder, model, tmp_p
 
 
 @pytest.mark.slow
-def test_the_whole_model_in_one_go(folder, monkeypatch, tmp_path):
+def test_the_whole_model_in_one_go(packed, monkeypatch, tmp_path):
     """Within its time; started again, nothing is done twice; the parts make one file, which loads and runs."""
     seconds = count()  # a clock that goes on when it is looked at
     for module in (trainer, whole):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    packed, out = tmp_path / "photos.safetensors", tmp_path / "out"
-    stage(monkeypatch, "pack", "--data", str(folder), "--out", str(packed))
+    out = tmp_path / "out"
     run = ["all", "--data", str(packed), "--out", str(out), "--minutes", "0.8", "--parts", "10"]
     stage(monkeypatch, *run)
     assert next(seconds) <= 0.8 * 60

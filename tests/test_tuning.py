@@ -15,7 +15,7 @@ from diffender.noise import generator
 from diffender.pipeline import Defended, DIFFender, Localized, Purified
 from diffender.prompts import PromptPair
 from diffender.stable_diffusion.vae import Posterior
-from diffender.tuning import Share, Shots, Tuning, Work, eq_7, tune
+from diffender.tuning import Shots, Tuning, Work, eq_7, tune
 from diffender.utils.files import sha256
 from diffender.utils.options import change
 from diffender.weights.prompts import SHIPPED
@@ -89,8 +89,7 @@ def test_a_step_of_adam_is_its_rate_and_a_share_of_a_batch_gives_its_share(tuned
     for share in (1.0, 0.25):
         prompts = PromptPair(16, 64, generator("prompts"))
         start, tuning = prompts.ctx_locate.detach().clone(), Tuning(prompts, cfg, 1)
-        empty = tuned.defense.contexts.empty
-        told.append(tunings.step(tuned, tuning, Share(nowhere(), share), empty, cfg, lambda *tensors: None))
+        told.append(tunings.step(tuned, tuning, nowhere(), share, cfg, lambda *tensors: None))
         assert (prompts.ctx_locate - start).abs().median().item() == pytest.approx(0.05, rel=0.01)
         assert tuning.optimizer.param_groups[0]["lr"] < 0.05, "the next one is smaller"
     for name in ("total", "grad_L", "grad_R"):
@@ -145,7 +144,8 @@ def test_masks_are_fitted_through_the_present_prompts(monkeypatch):
     mask = torch.ones(1, 1, 8, 8)
     stand = Stand(Localized(mask, mask, mask))
     present = lambda model, empty: SimpleNamespace(detach=lambda: (model, empty))  # noqa: E731
-    assert tunings.mask_fit(stand, present, nowhere()._replace(mask=mask), "empty", 0) == 1
+    stand.contexts = SimpleNamespace(empty="empty")
+    assert tunings.mask_fit(stand, present, nowhere()._replace(mask=mask), 0) == 1
     assert stand.contexts == ("model", "empty")
 
 

@@ -172,12 +172,8 @@ def judge(task: Task, shown: Shown, purpose: str, eot: int, batch: int = 1, leas
 
 def judgements(task: Task, eot: int, least: int = 3, moving: bool = False) -> int:
     """How many passes `judge` takes; `moving`: each is shown something else."""
-    return max(least, eot) if moving or is_random(task) else 1
-
-
-def is_random(task: Task) -> bool:
-    """Whether the victim takes noise. It is asked for the noise of one image."""
-    return task.victim.sample_noise(task.image_ids[:1], task.seed, "judge") is not None
+    random = task.victim.sample_noise(task.image_ids[:1], task.seed, "judge") is not None  # asked for that of one image
+    return max(least, eot) if moving or random else 1
 
 
 def kept_back(task: Task, candidates: int, queries: int) -> int:

@@ -21,7 +21,7 @@ from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.defenses.purifier import Purifier
 from diffender.defenses.smoothing import Smoothing
 from diffender.ops import resize
-from diffender.pipeline import Defended, DIFFender
+from diffender.pipeline import Defended, ours
 from diffender.utils.errors import InputError, nearest
 
 
@@ -60,8 +60,7 @@ def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Def
 
 
 def build_diffpure(target: Defended, **settings: Any) -> Defended:
-    d = target.defense
-    assert isinstance(d, DIFFender)  # as `build` asks
+    d = ours(target)
     purify = DiffPure(d.model, d.contexts.empty, d.blank, **settings)
     return Defended(Purifier(purify, d.model), target.classifier)
 
@@ -69,16 +68,13 @@ def build_diffpure(target: Defended, **settings: Any) -> Defended:
 def build_hardened(target: Defended, area: float = 0.05, masks: int = 4, otherwise: str = "diffender") -> Defended:
     """`area` is the share of the largest square patch to withstand, `masks` the number of windows along an axis.
     `otherwise` answers where no windows agree: diffender, or, as in PatchCleanser, the majority."""
-    d = target.defense
-    assert isinstance(d, DIFFender)  # as `build` asks
-    return Defended(Hardened(d, PatchCleanser(target.classifier, area, masks), otherwise), target.classifier)
+    return Defended(Hardened(ours(target), PatchCleanser(target.classifier, area, masks), otherwise), target.classifier)
 
 
 def build_round_trip(target: Defended) -> Defended:
     """Control: to the size that DIFFender works at and back, nothing else."""
-    d = target.defense
-    assert isinstance(d, DIFFender)  # as `build` asks
-    return Defended(Purifier(lambda x: resize(resize(x, d.size), x.shape[-2:])), target.classifier)
+    size = ours(target).size
+    return Defended(Purifier(lambda x: resize(resize(x, size), x.shape[-2:])), target.classifier)
 
 
 DEFENSES = {

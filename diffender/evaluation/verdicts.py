@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from diffender.pipeline import Defended, Purified
 from diffender.utils.files import short
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
-Value = TypeVar("Value")
-
 
 class Plan(NamedTuple):
     """One attack in all its variants."""
@@ -28,11 +26,6 @@ class Plan(NamedTuple):
     name: str
     base: Attack  # on the classifier alone: the patches of `transfer`
     adaptive: dict[str, tuple[Attack, Victim]]  # on the defence, starting from the base's state, by kind of gradient
-
-    @property
-    def variants(self) -> list[str]:
-        """The names of all that is made."""
-        return [f"{self.name}/{kind}" for kind in ("transfer", *self.adaptive)]
 
 
 class Reading(NamedTuple):
@@ -219,7 +212,7 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
     return found
 
 
-def by_kind(found: Mapping[str, Value], attack: str) -> dict[str, Value]:
+def by_kind(found: Mapping[str, Any], attack: str) -> dict[str, Any]:
     """What is found by attack/gradient, of one attack: by gradient."""
     return {v.removeprefix(f"{attack}/"): of for v, of in found.items() if v.startswith(f"{attack}/")}
 

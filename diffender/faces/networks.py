@@ -81,7 +81,7 @@ class Mixed7a(nn.Module):
 class InceptionResnetV1(nn.Module):
     """FaceNet: images (B, 3, 160, 160), normalised, to unit embeddings (B, 512)."""
 
-    def __init__(self, classes: int | None = None):
+    def __init__(self) -> None:
         super().__init__()
         self.conv2d_1a, self.conv2d_2a = BasicConv(3, 32, 3, 2), BasicConv(32, 32, 3)
         self.conv2d_2b = BasicConv(32, 64, 3, padding=1)
@@ -96,8 +96,6 @@ class InceptionResnetV1(nn.Module):
         self.block8 = block8(1.0, relu=False)
         self.last_linear = nn.Linear(1792, 512, bias=False)
         self.last_bn = nn.BatchNorm1d(512, eps=0.001)
-        if classes is not None:
-            self.logits = nn.Linear(512, classes)  # of the published file; not used for embeddings
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from diffender.config import RunOptions, TargetOptions
 from diffender.utils.errors import InputError
-from diffender.utils.options import option, parse, part, run
+from diffender.utils.options import check_read, option, parse, part, run
 
 STUDIES = ("choices", "parts", "noise", "restoring", "defender", "attacker", "schedule", "examples")
 ANEW = {"defender", "attacker", "schedule"}  # of these, each setting is attacked anew, by an attacker who knows it
@@ -53,13 +53,10 @@ class Options:
 
 def main() -> None:
     opts = parse(Options, __doc__)
-    studies, anew = set(opts.study.split(",")), (opts.iters_anew, opts.eot)
+    studies = set(opts.study.split(","))
     if unknown := studies - {*STUDIES}:
         raise InputError(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
-    if anew != (Options.iters_anew, Options.eot) and not studies & ANEW:
-        raise InputError(
-            "--iters-anew and --eot are read by --study defender, attacker and schedule alone; leave them out"
-        )
+    check_read(opts, dict.fromkeys(("iters_anew", "eot"), ("--study defender, attacker and schedule", studies & ANEW)))
     from diffender.paper.studies import ablate  # after the options are known to be good: torch takes seconds
 
     ablate(opts)

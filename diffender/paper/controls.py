@@ -54,10 +54,10 @@ def look(
     scenes = {name: load_attacked(folder / "adv" / name / "transfer", file_names([image_id])) for name in attacks}
     scenes = {name: (image.to(x), mask.to(x)) for name, (image, mask) in scenes.items()}
     first = next(iter(scenes.values()))[1]
-    moved_away = {name: (image, elsewhere(mask, [image_id], seed)) for name, (image, mask) in scenes.items()}
+    moved_away = {name: (image, elsewhere(mask, image_id, seed)) for name, (image, mask) in scenes.items()}
     holes = {
         "true": {"clean": (x, torch.zeros_like(first)), **scenes},
-        "random": {"clean": (x, elsewhere(first, [image_id], seed)), **moved_away},
+        "random": {"clean": (x, elsewhere(first, image_id, seed)), **moved_away},
     }
     return {
         f"{whose} {fill}": {name: seen(target, fill, *scene, image_id, seed) for name, scene in masked.items()}
@@ -66,22 +66,18 @@ def look(
     }
 
 
-def elsewhere(mask: Tensor, ids: Sequence[str], seed: int) -> Tensor:
-    """Each mask (1, S, S) moved within the image to a random place where it does not cover what it covered before; of
-    a large one, to the place where it does least."""
-    return torch.stack([moved(m, generator(seed, i, "random mask")) for m, i in zip(mask, ids, strict=True)])
-
-
-def moved(mask: Tensor, g: torch.Generator, tries: int = 100) -> Tensor:
-    """One mask (1, S, S) in another place, as `elsewhere` says."""
-    rows, columns = (mask[0].any(dim=d).nonzero().flatten().tolist() for d in (1, 0))
+def elsewhere(mask: Tensor, image_id: str, seed: int) -> Tensor:
+    """A mask (1, 1, S, S) moved within the image to a random place where it does not cover what it covered before; a
+    large one, of a hundred places to that where it does least."""
+    g = generator(seed, image_id, "random mask")
+    rows, columns = (mask[0, 0].any(dim=d).nonzero().flatten().tolist() for d in (1, 0))
     if not rows:
         return mask
     (top, low), (left, right), size = (rows[0], rows[-1]), (columns[0], columns[-1]), mask.shape[-1]
     best, least = mask, mask.sum()
-    for _ in range(tries):
+    for _ in range(100):
         y, x = (int(torch.randint(size - (end - start), (), generator=g)) for start, end in ((top, low), (left, right)))
-        there = mask.roll((y - top, x - left), dims=(1, 2))
+        there = mask.roll((y - top, x - left), dims=(2, 3))
         if (both := (there * mask).sum()) < least:
             best, least = there, both
         if least == 0:

@@ -30,7 +30,7 @@ from diffender.localize import predict_pair
 from diffender.noise import Noise
 from diffender.paper.quoted import FIGURE_8
 from diffender.paper.studies import map_columns
-from diffender.paper.tables import BESIDE, NAMES, Row, run_rows
+from diffender.paper.tables import BESIDE, NAMES, run_rows
 from diffender.pipeline import Defended
 from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
@@ -215,7 +215,7 @@ def figure_9(opts: Options, folder: Path) -> str:
 
 def figure_8(opts: Options, folder: Path) -> str:
     """Clean and robust accuracy over theta, under the adaptive attacks of this budget, and under bpda alone."""
-    rows = [Row("diffender", {"theta": theta}) for theta in THETAS]
+    rows = [("diffender", {"theta": theta}) for theta in THETAS]
     lines = run_rows(rows, change(opts, trust="off", curves="off"))[1:]
     if not lines:
         return ""

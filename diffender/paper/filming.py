@@ -22,7 +22,7 @@ from diffender.attacks.expectation import Attacked, Task
 from diffender.classifiers.dataset import Batch, csv_items, digest_of, load_image, read_csv
 from diffender.classifiers.imagenet import Classifier
 from diffender.defenses.jpeg import JPEG
-from diffender.evaluation.metrics import counted, discordant, mcnemar, wilson
+from diffender.evaluation.metrics import counted, discordant, mcnemar, proportion
 from diffender.evaluation.plan import of_this_shard
 from diffender.evaluation.records import append_records, read_records
 from diffender.evaluation.run import Experiment, refuse_changed
@@ -62,8 +62,8 @@ def shots(task: Task, made: Attacked, poses: tuple[Pose, ...], jitters: int) -> 
             yield Shot(*(jpeg(photograph(scene, x, frame)) for scene in scenes))
 
 
-def film(e: Experiment, batch: Batch) -> None:
-    """Attack and film each image that is not done; a record each."""
+def film(e: Experiment, batch: Batch) -> str:
+    """Attack and film each image that is not done, a record each. Returns `write_table`'s text."""
     opts, classifier = e.opts, e.target.classifier
     digital = AdvP.from_flags(vars(opts.patch) | {"iters": opts.iters_undefended, "eot": 1, "restarts": 1})
     over_poses = replace(digital, eot=max(opts.eot, 4))
@@ -89,10 +89,17 @@ def film(e: Experiment, batch: Batch) -> None:
                         save_example(shot, out, e.folder / "frames" / f"{file}.png")
                 record["frames"][f"{patch}/{name}"] = graded
         append_records(e.own, [record])
+    return write_table(
+        e,
+        batch.ids,
+        f"images, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.target.data} with "
+        f"{opts.target.classifier}, AdvP of {opts.iters_undefended} steps on the classifier alone; the paper printed "
+        "its patches.",
+    )
 
 
-def judge_photographs(e: Experiment) -> list[str]:
-    """A record for each photograph of the csv that is not done; returns their names."""
+def judge_photographs(e: Experiment) -> str:
+    """The same from photographs: a record for each of the csv that is not done; the table has its configurations."""
     path = Path(e.opts.target.data).expanduser()
     items = csv_items(path, e.opts.target.classes)
     rows = read_csv(path, "file", "label", "configuration")
@@ -114,7 +121,7 @@ def judge_photographs(e: Experiment) -> list[str]:
         frame = grade(e.target.classifier, shot, out.image, item.label) | ({} if row.get("clean") else {"clean": True})
         save_example(shot, out, e.folder / "frames" / f"{file_names([item.id])[0]}.png")
         append_records(e.own, [{"id": item.id, **told, "frames": {f"photographed/{row['configuration']}": [frame]}}])
-    return [item.id for item in items]
+    return write_table(e, [i.id for i in items], f"photographs of {e.opts.target.data}, {e.opts.target.classifier}.")
 
 
 def grade(classifier: Classifier, shot: Shot, purified: Tensor, label: int) -> dict:
@@ -128,39 +135,10 @@ def save_example(shot: Shot, out: Purified, path: Path) -> None:
     save_png(torch.cat([shot.attacked[0], out.mask[0].expand(3, -1, -1), out.image[0]], dim=2), path)
 
 
-def run_film(e: Experiment, batch: Batch) -> str:
-    """Film what is missing. Returns the table as Markdown and writes it beside results.json."""
-    film(e, batch)
-    opts = e.opts
-    return write_table(
-        e,
-        batch.ids,
-        (
-            f"images, {JITTERS[opts.preset]} frames of each pose. A simulation on {opts.target.data} with "
-            f"{opts.target.classifier}, AdvP of {opts.iters_undefended} steps on the classifier alone; the paper "
-            "printed its patches."
-        ),
-    )
-
-
-def run_photographs(e: Experiment) -> str:
-    """The same from photographs: the table has the csv's configurations."""
-    ids = judge_photographs(e)
-    return write_table(e, ids, f"photographs of {e.opts.target.data}, {e.opts.target.classifier}.")
-
-
-def pooled(counts: Sequence[int], n: int) -> dict | None:
-    """The share of n frames that are right, from their counts in each image, with the interval of so many images."""
-    if not counts:
-        return None
-    accuracy = sum(counts) / n
-    low, high = wilson(accuracy * len(counts), len(counts))
-    return {"right": sum(counts), "n": n, "accuracy": accuracy, "low": low, "high": high}
-
-
 def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
     """Rows by patch, columns by configuration: of the frames that are read right when clean, how many still are. What
-    is uncertain is so over images, since the frames of one are alike. Nothing while other shards are at work."""
+    is uncertain is so over images, since the frames of one are alike. Returns Markdown and writes it beside
+    results.json; nothing while other shards are at work."""
     wait()
     records = [r for image_id, r in read_records(e.folder).items() if image_id in ids]
     if len(records) < len(ids) or not is_first():
@@ -175,7 +153,8 @@ def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
             frames = [of_image for of_image in frames if of_image]
             right = [[sum(f[who] for f in of_image) for of_image in frames] for who in ("undefended", "defended")]
             for who, line, counts in zip(("undefended", "defended"), lines, right, strict=False):
-                cell = pooled(counts, sum(map(len, frames)))
+                told = {"right": sum(counts), "n": sum(map(len, frames))}  # the interval is of as many trials as images
+                cell = proportion([told["right"] / told["n"]] * len(counts)) | told if counts else None
                 results["cells"][f"{patch}/{who}/{configuration}"] = cell
                 line.append(counted(cell, unit="") if cell else "")
             pairs = list(zip(*right, strict=True))

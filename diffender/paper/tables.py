@@ -7,8 +7,6 @@ the patches made for each image, first purification; the csv has all verdicts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -28,13 +26,13 @@ from diffender.evaluation.workers import is_first, wait
 from diffender.faces.identification import RECOGNIZERS
 from diffender.factory import hashes_of, open_model, pick_device
 from diffender.paper.controls import controls
-from diffender.paper.filming import run_film, run_photographs
+from diffender.paper.filming import film, judge_photographs
 from diffender.paper.quoted import COLUMNS, QUOTED
 from diffender.report.chart import WITHIN, draw_knowledge
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.files import write_text
+from diffender.utils.files import digest, write_text
 from diffender.utils.formats import as_csv, as_latex, table
 from diffender.utils.options import change, flagged
 from diffender.utils.provenance import command, machine
@@ -74,9 +72,7 @@ ROWS = {  # of each table
 TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")  # prompts are tuned on the first
 
 
-class Row(NamedTuple):
-    key: str  # of NAMES and QUOTED
-    changes: dict  # of the options
+Row = tuple[str, dict]  # a key of NAMES and QUOTED, and how the options change
 
 
 def chosen_rows(number: int, opts: Options) -> list[Row]:
@@ -85,7 +81,7 @@ def chosen_rows(number: int, opts: Options) -> list[Row]:
     wanted = keys if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
     if unknown := [name for name in wanted if name not in keys]:
         raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
-    return [Row(key, changes(number, key, opts)) for key in keys if key in wanted]
+    return [(key, changes(number, key, opts)) for key in keys if key in wanted]
 
 
 def changes(number: int, key: str, opts: Options) -> dict:
@@ -104,8 +100,8 @@ def retuned(opts: Options, without: str) -> str:
     given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
     given |= {k: v for k, v in method_of(opts).items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
     flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING.get(opts.preset, "").split()
-    told = json.dumps([flags, hashes_of(target.defense.model, classifier=target.classifier_weights)])
-    key = f"{target.classifier}-without-{without}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    told = [flags, hashes_of(target.defense.model, classifier=target.classifier_weights)]
+    key = f"{target.classifier}-without-{without}-{digest({}, told)[:8]}"
     path = Path("runs") / "tables" / f"{key}.safetensors"
     if not path.is_file() and is_first():
         train = Path(sys.argv[0]).with_name("train.py")
@@ -186,7 +182,7 @@ def run_table_7(opts: Options) -> str:
     experiment = prepare(named(own, "photographed" if opts.frames else "filmed"))
     batch = None if opts.frames else load_images(own, experiment.target)
     open_run(experiment.folder, experiment.config, experiment.own)
-    return run_film(experiment, batch) if batch else run_photographs(experiment)
+    return film(experiment, batch) if batch else judge_photographs(experiment)
 
 
 def run_block(number: int, opts: Options, classifier: str, fold: int) -> list[Line]:
@@ -202,9 +198,9 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     none while other shards are at work."""
     model = open_model(opts.target.defense.model, pick_device(opts.run.device))  # once for all
     experiments = [
-        prepare(named(with_preset(change(opts, **row.changes, name="tables")), row.key), model) for row in rows
+        prepare(named(with_preset(change(opts, **changed, name="tables")), key), model) for key, changed in rows
     ]
-    last = rows[-1].key
+    last = rows[-1][0]
     ours = experiments[-1] if last == "diffender" or last.startswith("without") else prepare(with_preset(opts), model)
     batch = load_images(ours.opts, ours.target)
     work(experiments, batch)
@@ -216,10 +212,9 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     for e in experiments:
         write_report(e.folder)
     classifier = opts.target.classifier
-    lines = [
-        Line(classifier, row.key, by_column(e, batch.ids), e.folder) for row, e in zip(rows, experiments, strict=True)
-    ]
-    found = [readings(row.key, e, batch.ids) for row, e in zip(rows, experiments, strict=True)]
+    made = [(key, e) for (key, _), e in zip(rows, experiments, strict=True)]
+    lines = [Line(classifier, key, by_column(e, batch.ids), e.folder) for key, e in made]
+    found = [readings(key, e, batch.ids) for key, e in made]
     shown = in_common(lines, found)
     for line, mine in zip(tuple(lines), found, strict=True):
         lines += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
@@ -235,8 +230,7 @@ def named(opts: Options, key: str) -> Options:
     """The options with the name of the folder in runs/tables/ that belongs to these settings. What is not given counts
     for nothing, so that a new flag renames no folder."""
     given = {name: value for name, value in resolved(opts).items() if value is not None}
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-    return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest[:8]}")
+    return change(opts, name=f"tables/{opts.target.classifier}-{key.replace(' ', '-')}-{digest({}, given)[:8]}")
 
 
 def readings(key: str, experiment: Experiment, ids: Sequence[str]) -> dict[str, dict[str, list[Verdict]]]:

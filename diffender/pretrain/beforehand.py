@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffender.attacks.expectation import Task, Victim, samples
-from diffender.attacks.gdpa import PatchGenerator, place
+from diffender.attacks.expectation import Task, Victim, expect
+from diffender.attacks.gdpa import PatchGenerator, place, step_samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side
 from diffender.classifiers.dataset import Batch, correct_subset
 from diffender.factory import open_items, open_target, pick_device
@@ -36,13 +36,11 @@ def descend(
 
     The attacked images (B, 3, S, S), patched where `covered` (B, 1, S, S) is 1, depend on what is optimised.
     """
-    gradient, value = torch.zeros_like(attacked), 0.0
-    for s in samples(task, lambda k: (attacked.detach(), covered.detach(), task.noise(f"attack {step}", k)), eot):
-        gradient, value = (gradient + s.gradient / eot, value + s.value.mean().item() / eot)
+    seen = expect(task, step_samples(task, attacked.detach(), covered.detach(), f"attack {step}"), eot)
     optimizer.zero_grad()
-    attacked.backward(gradient)
+    attacked.backward(seen.gradient)
     optimizer.step()
-    return value
+    return seen.value.mean().item()
 
 
 def batches(data: Batch, size: int, seed: int, updates: int):  # noqa: ANN201
@@ -66,12 +64,10 @@ def universal_patch(
     for step, rows in enumerate(batches(data, opts.batch_size, opts.run.seed, opts.updates)):
         x, ids = data.x[rows], [data.ids[i] for i in rows]
         aim = torch.full((len(rows),), opts.target, device=x.device)
-        mask = masks_for(Task(victim, x, aim, ids, opts.run.seed), f"universal {step}", opts.area)
-        patch = torch.zeros_like(x)
-        patch = patch.masked_scatter(mask.expand_as(x) == 1, (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1))
-        attacked = apply_patch(x, patch, mask)
-        towards = partial(F.cross_entropy, target=aim, reduction="none")
-        task = Task(victim, x, aim, ids, opts.run.seed, towards)
+        task = Task(victim, x, aim, ids, opts.run.seed, partial(F.cross_entropy, target=aim, reduction="none"))
+        mask = masks_for(task, f"universal {step}", opts.area)
+        pixels = (w.tanh() / 2 + 0.5).repeat(len(rows), 1, 1, 1)
+        attacked = apply_patch(x, torch.zeros_like(x).masked_scatter(mask.expand_as(x) == 1, pixels), mask)
         report(descend(task, attacked, mask, step, optimizer, opts.eot))
     return (w.tanh() / 2 + 0.5).detach()
 

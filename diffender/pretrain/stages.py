@@ -219,7 +219,6 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
             terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), recipe.hiding, g)
             loss = loss + recipe.locate * terms["mask"]
         trainer.update(loss, **terms)
-    save_tiny(trainer, vae_card)
     plot_losses(trainer.log, ("loss", "mse"))
     show_inpainting(recipe, averaged.requires_grad_(False))
     print(f"saved {recipe.out / 'tiny.safetensors'} after {trainer.step} steps")

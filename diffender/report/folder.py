@@ -5,9 +5,10 @@ from pathlib import Path
 from diffender.classifiers.imagenet import short_class_names
 from diffender.evaluation.records import read_config, read_finished
 from diffender.report.page import page
-from diffender.report.tables import csv_table, latex_table, markdown
+from diffender.report.tables import accuracies, csv_table, markdown
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, write_text
+from diffender.utils.formats import as_latex
 
 # What reading a damaged results.json or record may raise.
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
@@ -28,7 +29,7 @@ def write_report(folder: Path) -> dict:
         texts = {
             "table.md": markdown(results),
             "table.csv": csv_table(results),
-            "table.tex": latex_table(results),
+            "table.tex": as_latex(*accuracies(results)),
             "report.html": page(results, records, folder / "images", names, read_config(folder)),
         }
     except InputError:

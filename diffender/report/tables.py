@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffender.evaluation.metrics import bounded, counted, percent
-from diffender.utils.formats import as_csv, as_latex, table
+from diffender.utils.formats import as_csv, table
 
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -89,8 +89,3 @@ def csv_table(results: dict) -> str:
         if isinstance(p, dict)
     ]
     return as_csv(("attack", "gradient", "verdict", *numbers), rows)
-
-
-def latex_table(results: dict) -> str:
-    """The main table."""
-    return as_latex(*accuracies(results))

@@ -131,8 +131,8 @@ def check_digest(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
         raise InputError(f"{path} is damaged: its checksum is not the one it states; fetch or copy it again")
 
 
-def digest(tensors: dict[str, Tensor], header: dict) -> str:
-    """A checksum of a file's tensors and header."""
+def digest(tensors: dict[str, Tensor], header: dict | list) -> str:
+    """A checksum of a file's tensors and header, or of other things that JSON can hold."""
     import torch
 
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
