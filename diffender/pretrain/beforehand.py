@@ -21,8 +21,9 @@ from diffender.attacks.expectation import Task, Victim, expect
 from diffender.attacks.gdpa import PatchGenerator, place, step_samples
 from diffender.attacks.patch import apply_patch, margin, masks_for, patch_side
 from diffender.classifiers.dataset import Batch, correct_subset
-from diffender.factory import open_items, open_target, pick_device
+from diffender.factory import open_classifier, open_items, pick_device
 from diffender.noise import generator
+from diffender.pipeline import Undefended
 from diffender.pretrain.options import Beforehand
 from diffender.utils.errors import InputError
 from diffender.utils.files import new_file, save_atomic
@@ -92,20 +93,13 @@ def train_generator(
 def make(kind: str, opts: Beforehand) -> None:
     """`kind`, universal or gdpa, to the file opts.out."""
     path = new_file(Path(opts.out))
-    target = open_target(opts.attacked, pick_device(opts.run.device))
-    data = correct_subset(open_items(opts.attacked), target.classifier, opts.images, opts.run.seed)
-    data = data.to(target.classifier.mean.device)
-    classes = target.classifier(data.x[:1]).shape[1]
+    classifier = open_classifier(opts.attacked, pick_device(opts.run.device))
+    data = correct_subset(open_items(opts.attacked), classifier, opts.images, opts.run.seed)
+    victim, data = Undefended(classifier), data.to(classifier.mean.device)
+    classes = classifier(data.x[:1]).shape[1]
     if kind == "universal" and opts.target >= classes:
         raise InputError(f"--target is {opts.target}; {opts.attacked.classifier} knows 0 to {classes - 1}")
-    victim = target.undefended() if opts.through == "classifier" else target
-    header = {
-        "kind": kind,
-        "data": opts.attacked.data,
-        "hashes": data.hashes,
-        "through": opts.through,
-        "updates": opts.updates,
-    }
+    header = {"kind": kind, "data": opts.attacked.data, "hashes": data.hashes, "updates": opts.updates}
     with bar(opts.updates, kind, opts.run.quiet) as progress:
 
         def report(loss: float) -> None:

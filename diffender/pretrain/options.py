@@ -38,15 +38,8 @@ class Training:
     steps: int = option(4000, "Optimiser steps in all, those done before included.", low=1)
     minutes: float | None = option(None, "Stop after so many minutes in all; --lr falls towards that end.", low=0.01)
     workers: int = option(0, "Processes that make samples beside the training.", low=0)
-    decay: bool = option(True, "Lower --lr at the end.")
     save_minutes: float = option(1.0, "Minutes between two checkpoints.", low=0)
     parts: float = option(15.0, "For the stage all: size in MB of each part that the model is split into.", low=0.1)
-    focus: float = option(
-        0.35,
-        "Share of a unet batch with everything masked and noise ratios of 0.1 to 0.5, as in localisation.",
-        low=0,
-        high=1,
-    )
     samples: int = option(0, "Encode this many images once and train on them. 0: a new image each time.", low=0)
     seed: int = option(0, "Seed of weights and samples.", low=0)
     device: str = option("auto", "Torch device. auto: the GPU where there is one.")
@@ -75,12 +68,9 @@ class Jedi:
 
 @dataclass(frozen=True)
 class Beforehand:
-    attacked: TargetOptions = part(TargetOptions())
+    attacked: TargetOptions = part(TargetOptions(), "data", "classifier", "fold", "classifier_weights", "classes")
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch.", low=1, group="what is made")
-    through: str = option(
-        "classifier", "What is attacked: the classifier alone, or the defence.", choices=("classifier", "defence")
-    )
     images: int = option(500, "Number of images. None of them may be attacked later.", low=1)
     area: float = option(0.05, "Share of the image that the patch covers.", low=0.0005, high=0.9)
     target: int = option(859, "Class that the universal patch aims at (the original's toaster).", low=0, high=999)

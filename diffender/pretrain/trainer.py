@@ -80,8 +80,7 @@ class Trainer:
     def update(self, loss: Tensor, **terms: Tensor) -> None:
         """One optimiser step on `loss`; `terms` go to the log. A step whose gradient is not finite is left out."""
         lr = self.recipe.lr * min(1.0, (self.step + 1) / 100)
-        if self.recipe.decay:
-            lr *= 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.share_done()))) / 2
+        lr *= 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, self.share_done()))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
