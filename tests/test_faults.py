@@ -16,6 +16,7 @@ import torch
 
 from diffender.utils.files import load_tensors, read_header
 from diffender.utils.images import save_png
+from diffender.weights.loading import WEIGHTS
 from tests.conftest import ROOT
 
 # Imports all, then forks a child for each line that it reads: the fault, which call, folder, command line. Answers
@@ -186,14 +187,17 @@ def outcome(folder):
 def content(path):
     """What a file says, without what a clock says; of texts for people the words, and of a checkpoint nothing."""
     if path.suffix == ".safetensors":
-        header = {k: v for k, v in read_header(path).items() if k != "seconds"}
-        return header, {k: v.numpy().tobytes() for k, v in load_tensors(path).items()}
+        return timeless(json.dumps(read_header(path))), {k: v.numpy().tobytes() for k, v in load_tensors(path).items()}
     if path.suffix == ".jsonl":
-        lines = path.read_text("utf-8").splitlines()
-        return [json.loads(line, object_hook=lambda r: {k: r[k] for k in r if k != "seconds"}) for line in lines]
+        return [timeless(line) for line in path.read_text("utf-8").splitlines()]
     if path.suffix == ".ckpt":
         return None
     return path.read_bytes() if path.suffix == ".png" else re.sub(r"[\d.e+-]", "", path.read_text("utf-8"))
+
+
+def timeless(text):
+    """The JSON in a text, without its seconds and the checksum over them."""
+    return json.loads(text, object_hook=lambda r: {k: r[k] for k in r if k not in ("seconds", "digest")})
 
 
 @pytest.mark.slow
@@ -221,12 +225,33 @@ def test_a_tuning(tried):
     assert calls == WHOLE | {"save", "unlink"}
 
 
-@pytest.mark.slow
-def test_a_pretraining(tried, root, photos):
+@pytest.fixture
+def captioned(root, photos):
     save_png(photos[0], root / "captioned/photo.png")
     (root / "captioned/captions.csv").write_text("file,caption\nphoto.png,dog\n")
-    budget = ("--steps", "2", "--batch", "1", "--crop", "32", "--save-minutes", "0")  # a checkpoint after each step
-    calls = tried("diffender", "pretrain", "vae", "--data", str(root / "captioned"), *budget, "--out", "out")
+    return str(root / "captioned")
+
+
+CHECKPOINTS = ("--batch", "1", "--save-minutes", "0", "--out", "out")  # one after each step
+
+
+@pytest.mark.slow
+def test_a_pretraining(tried, captioned):
+    calls = tried("diffender", "pretrain", "vae", "--data", captioned, "--steps", "2", "--crop", "32", *CHECKPOINTS)
+    assert calls == WHOLE | {"save"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["decoder", "unet"])
+def test_a_pretraining_that_goes_on_from_a_whole_model(tried, captioned, stage):
+    init = ("--init", str(WEIGHTS / "tiny.safetensors"), "--steps", "1", "--crop", "32")
+    calls = tried("diffender", "pretrain", stage, "--data", captioned, *init, *CHECKPOINTS, sparing=True)
+    assert calls == WHOLE | {"save"}
+
+
+@pytest.mark.slow
+def test_a_pack_of_photographs(tried, captioned):
+    calls = tried("diffender", "pretrain", "pack", "--data", captioned, "--out", "out/photos.safetensors")
     assert calls == WHOLE | {"save"}
 
 

@@ -19,7 +19,7 @@ from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
 from diffender.utils.options import change
-from diffender.utils.progress import TRACKERS
+from diffender.utils.progress import TRACKERS, bar
 from tests.conftest import SMALL
 
 
@@ -90,6 +90,13 @@ def test_a_forecast_counts_the_gradients_that_are_taken(capsys):
     assert f"that is {2 * 6 * 0.5:.1f} s an image and step" in capsys.readouterr().out
     announce(opts, [one, one])
     assert capsys.readouterr().out == "2 experiments, about 2 seconds\n"
+
+
+def test_a_bar_within_another_moves_no_cursor_in_a_file(capsys):
+    for _ in bar([1], "outer"):
+        list(bar([1], "inner"))
+    said = capsys.readouterr().err
+    assert "outer" in said and "inner" in said and "\x1b" not in said
 
 
 def test_a_container_has_less_than_its_machine(tmp_path):

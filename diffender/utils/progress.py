@@ -50,7 +50,7 @@ def bar(what: Collection | float, description: str, quiet: bool = False, unit: s
     if sys.stderr.isatty():
         return tqdm(**given, mininterval=1, dynamic_ncols=True, bar_format=terminal)
     seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 0}
-    return tqdm(**given, **seconds, bar_format=file, file=Lines())
+    return tqdm(**given, **seconds, position=0, bar_format=file, file=Lines())  # no cursor moves up in a file
 
 
 class Progress:
