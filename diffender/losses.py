@@ -1,4 +1,4 @@
-"""Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6), sum (Eq. 7).
+"""Losses of prompt tuning, Sec. 3.3: mask (Eq. 4), restoration (Eq. 5), classifier features (Eq. 6).
 
 And those of the attacker against localisation: evasion and decoy.
 """

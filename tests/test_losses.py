@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffender.evaluation.metrics import auc, map_auc, mask_scores, wilson
-from diffender.losses import feature_distance, mask_cross_entropy
+from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1
 
 
 def test_mask_cross_entropy_by_hand():
@@ -57,6 +57,10 @@ def test_a_patch_moves_features_more_than_a_little_noise(classifier, photos):
         (320, 7, 7),
     ]
     assert feature_distance(classifier.features(patched), clean) > feature_distance(classifier.features(noisy), clean)
+
+
+def test_restoration_l1_is_a_mean():
+    assert restoration_l1(torch.zeros(2), torch.tensor([1.0, 3.0])) == 2
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_atomic
+from diffender.utils.files import read_header, save_atomic, sha256
 from diffender.utils.images import STAGES, save_png, stage_files
-from diffender.weights.prompts import SHIPPED
+from diffender.weights.prompts import SHIPPED, load_prompts, save_prompts
 from tests.conftest import ROOT, SMALL
 
 
@@ -38,7 +38,9 @@ def script(name, *args, cwd):
 
 def test_an_evaluation(tmp_path, here):
     """Files, counts, images, resumption, with prompts from a file."""
-    args = [*SMALL, "--prompts", str(SHIPPED), "--name", "a"]
+    prompts = tmp_path / "prompts.safetensors"
+    save_prompts(load_prompts(SHIPPED, 64), prompts, {"hashes": []})
+    args = [*SMALL, "--prompts", str(prompts), "--name", "a"]
     code, out, err = here(*args)
     assert code == 0, err
     folder = tmp_path / "runs" / "a"
@@ -49,6 +51,7 @@ def test_an_evaluation(tmp_path, here):
     assert env["torch"] == torch.__version__ and env["machine"] == results["machine"]
     assert {(r["date"], r["commit"]) for r in records} == {(env["date"], env["commit"])}
     assert results["date"] == env["date"] and results["commits"] == [env["commit"]][: env["commit"] is not None]
+    assert json.loads((folder / "config.json").read_text())["sha256"]["prompts"] == sha256(prompts) != sha256(SHIPPED)
     (folder / "env.json").write_text("{}")
     clean, transfer, adaptive, strongest = results["rows"]
     assert clean["undefended"]["right"] == 2  # the subset is correct by construction

@@ -306,7 +306,10 @@ def correct_subset(
         elif classifier(x[None].to(classifier.mean)).argmax().item() == item.label:
             right.append((item.id, x, item.label, digest))
     if not right and excluded == len(items):
-        raise InputError(f"the prompts or patches were made of all {excluded} of these images; give other --data")
+        raise InputError(
+            f"the prompts or patches were made of all {excluded} of these images; give other --data, --prompts, "
+            "--patch-file or --generator"
+        )
     if not right:
         raise InputError(
             f"{classifier.cfg.tag} gets none of these images right ({len(items)}, without {excluded} that prompts or "

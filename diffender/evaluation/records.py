@@ -82,7 +82,7 @@ def read_object(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
-        raise InputError(f"{path} is damaged ({one_line(e)}); run it anew, or choose another --name or --out") from e
+        raise InputError(f"{path} is damaged ({one_line(e)}); move its folder away, or choose another --name") from e
 
 
 def append_records(path: Path, records: Sequence[dict]) -> None:

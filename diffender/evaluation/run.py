@@ -168,7 +168,10 @@ def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, di
     are not those that these settings make today."""
     now = dict(zip(batch.ids, batch.hashes, strict=False))  # from Python there are none: the settings hash all images
     if changed := [i for i, r in records.items() if "hash" in r and now.get(i, r["hash"]) != r["hash"]]:
-        raise InputError(f"{folder} holds results of another file of the name {changed[0]}; choose another --name")
+        raise InputError(
+            f"{folder} holds results of another file of the name {changed[0]}; move the folder away, or choose another "
+            "--name"
+        )
     made = {f"{plan.name}/{kind}" for plan in plans for kind in ("transfer", *plan.adaptive)}
     for image_id, record in records.items():
         if differ := sorted(made ^ record.get("attacks", {}).keys()):

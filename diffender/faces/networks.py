@@ -1,7 +1,8 @@
 """Face recognisers, images to embeddings, and the head that makes a classifier of one: cosine to a gallery.
 
 InceptionResnetV1 (FaceNet, Szegedy et al. 2017 and Schroff et al. 2015) has the key names of the published
-`20180402-114759-vggface2.pt`; MobileFaceNet (Chen et al. 2018) those of its common PyTorch files.
+`20180402-114759-vggface2.pt`, but for its class head; MobileFaceNet (Chen et al. 2018) those of its common PyTorch
+files.
 """
 
 import torch

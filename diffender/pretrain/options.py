@@ -71,7 +71,7 @@ class Beforehand:
     attacked: TargetOptions = part(TargetOptions(), "data", "classifier", "fold", "classifier_weights", "classes")
     run: RunOptions = part(RunOptions())
     batch_size: int = option(8, "Images per batch.", low=1, group="what is made")
-    images: int = option(500, "Number of images. None of them may be attacked later.", low=1)
+    images: int = option(500, "Number of images. evaluate.py leaves them out.", low=1)
     area: float = option(0.05, "Share of the image that the patch covers.", low=0.0005, high=0.9)
     target: int = option(859, "Class that the universal patch aims at (the original's toaster).", low=0, high=999)
     updates: int = option(1000, "Steps of Adam.", low=1)
