@@ -132,8 +132,10 @@ def main() -> None:
     target = Defended(defense, classifier)
     attack_anew = partial(attack_through, opts, task._replace(victim=target.under(HIDING)), attacked.state)
     shots, held_out = torch.arange(len(batch.ids)).tensor_split([opts.shots])
-    mine = [(rows[rank::workers], len(rows)) for rows in shots.split(opts.tuning.batch_size)]
-    batches = [(rows, len(rows) / whole) for rows, whole in mine]
+    batches = []
+    for rows in shots.split(opts.tuning.batch_size):
+        mine = rows[rank::workers]  # of this process
+        batches.append((mine, len(mine) / len(rows)))
     work = Work(every, batches, held_out, attack_anew, add_up)
     tune_and_save(opts, target, tuning, work, batch.hashes, rank == 0)
     if rank > 0:

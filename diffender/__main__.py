@@ -23,7 +23,7 @@ def main() -> None:
         print(__doc__ + "\n\n" + "\n".join(f"    {name:10}{help}" for name, (_, help) in COMMANDS.items()))
         return
     if name in ("evaluate", "train"):
-        more = "; from Python there is diffender.benchmark" * (name == "evaluate")
+        more = "; from Python there is diffender.benchmark" if name == "evaluate" else ""
         raise InputError(f"{name} is a script in the repository: python {name}.py{more}")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")

@@ -37,7 +37,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        found += ["mps"] * torch.backends.mps.is_available()
+        if torch.backends.mps.is_available():
+            found.append("mps")
         raise InputError(f"--device {name} is not here; there is {', '.join(found)}; auto takes cuda, or cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -111,6 +112,8 @@ def hashes_of(opts: ModelOptions, **others: str | Path | None) -> dict[str, Any]
     """sha256 of every file that the model is made of, and of those of the other files that are given, by name."""
     given = (opts.weights or WEIGHTS / "tiny.safetensors", opts.vae, opts.locate_unet)
     paths = [Path(p).expanduser() for p in given if p and str(p) != RANDOM]
-    files = [[f for part in folder_files(p).values() for f in part] if p.is_dir() else [p] for p in paths]
-    model = [sha256(file) for parts in files for file in parts]
+    files: list[Path] = []
+    for path in paths:
+        files += [f for part in folder_files(path).values() for f in part] if path.is_dir() else [path]
+    model = [sha256(file) for file in files]
     return {"model": model} | {what: sha256(Path(path)) for what, path in others.items() if path}

@@ -41,8 +41,8 @@ def predict_pair(
     else:
         z_t_empty = q_sample(z0, rearrange(noise.draws_empty, "b m c h w -> (b m) c h w"), a_t)
         eps, eps_empty = model.eps_from_text(torch.cat([z_t, z_t_empty]), t, contexts.empty, blank).chunk(2)
-    x0 = predict_x0(z_t, eps, a_t), predict_x0(z_t_empty, eps_empty, a_t)
-    x0_prompt, x0_empty = (rearrange(x, "(b m) c h w -> b m c h w", b=b) for x in x0)
+    x0_prompt = rearrange(predict_x0(z_t, eps, a_t), "(b m) c h w -> b m c h w", b=b)
+    x0_empty = rearrange(predict_x0(z_t_empty, eps_empty, a_t), "(b m) c h w -> b m c h w", b=b)
     return x0_prompt, x0_empty
 
 

@@ -74,7 +74,7 @@ def sample_noise(
 
     def one(image_id: str) -> list[Tensor]:
         g = generator(seed, image_id, purpose, k)
-        sizes = ((), (draws,), (draws,), (), (), (steps,))
+        sizes = ((), (draws,), (draws,), (), (), (steps,))  # of the fields of Noise, in order
         return [torch.randn(*size, *shape, generator=g) for size in sizes]
 
     return Noise(*map(torch.stack, zip(*(one(i) for i in image_ids), strict=True)))
@@ -91,5 +91,5 @@ def seeded(module: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, seeds: Ten
     So results of random modules do not depend on batch or order either. They are tuples of tensors.
     """
     pairs = zip(seeds.tolist(), x.split(1), strict=True)
-    rows = [from_seed(one, partial(module, row), x.device) for one, row in pairs]
+    rows = [from_seed(seed, partial(module, row), x.device) for seed, row in pairs]
     return tuple(map(torch.cat, zip(*rows, strict=True)))

@@ -48,10 +48,12 @@ def connected(seeds: Tensor, region: Tensor) -> Tensor:
     The fixed point of dilating the seeds within the region, for each image on its own. Seeds may be other numbers above
     0: each connected part then has the largest in it.
     """
-    found, before = seeds * region, None
-    while before is None or not torch.equal(found, before):
-        found, before = dilate(found) * region, found
-    return found
+    found = seeds * region
+    while True:
+        larger = dilate(found) * region
+        if torch.equal(larger, found):
+            return found
+        found = larger
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -143,16 +143,19 @@ class DIFFender(nn.Module):
         """
         if not self.cfg.restore:
             return torch.full_like(x, 0.5)
-        small = mask if mask.shape[-2:] == self.size else binarize(resize(mask, self.size), TOUCHED)
+        if mask.shape[-2:] != self.size:
+            mask = binarize(resize(mask, self.size), TOUCHED)
         cfg = self.cfg if steps is None else replace(self.cfg, steps=steps)
-        return resize(inpaint(self.model, resize(x, self.size), small, self.contexts, noise, cfg), x.shape[-2:])
+        restored = inpaint(self.model, resize(x, self.size), mask, self.contexts, noise, cfg)
+        return resize(restored, x.shape[-2:])
 
     def restore_masked(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
         """`restore` for compositing: images of which nothing is masked stay as they are and cost nothing."""
         rows = mask.flatten(1).any(dim=1).nonzero().flatten()
         if len(rows) == 0:
             return x
-        return x.index_copy(0, rows, self.restore(x[rows], mask[rows], Noise(*(n[rows] for n in noise))))
+        noise = Noise(*(n[rows] for n in noise))
+        return x.index_copy(0, rows, self.restore(x[rows], mask[rows], noise))
 
     def repaint(self, x: Tensor, mask: Tensor, noise: Noise) -> Tensor:
         """x (B, 3, H, W) with what a mask (B, 1, H, W) covers restored, whatever the map says."""
@@ -171,16 +174,16 @@ class DIFFender(nn.Module):
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
         found = self.localize(x, noise, backward, posterior)
-        needed = found.mask.requires_grad or not self.cfg.composite  # of all images: an empty mask has a gradient too
-        restore = self.restore if needed else self.restore_masked
-        if backward.mode in ("bpda-mask", "surrogate", "evade"):
-            x_hat = restore(x.detach(), found.mask.detach(), noise)
-        if backward.mode == "surrogate" and needed:
-            steps = min(backward.surrogate_steps, self.cfg.steps)
-            x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, steps))
-        elif backward.mode in ("full", "full+loc", "auto"):
+        restore_all = found.mask.requires_grad or not self.cfg.composite  # an empty mask has a gradient, too
+        restore = self.restore if restore_all else self.restore_masked
+        if backward.mode in ("full", "full+loc", "auto"):
             mask = resize(found.mask, self.size) if backward.ste == "soft" else found.mask  # `restore` makes it binary
             x_hat = restore(x, mask, noise)
+        else:  # bpda-mask, surrogate, evade: what restoration paints is a constant
+            x_hat = restore(x.detach(), found.mask.detach(), noise)
+        if backward.mode == "surrogate" and restore_all:
+            steps = min(backward.surrogate_steps, self.cfg.steps)
+            x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, steps))
         check_finite("restored image", x_hat)
         image = composite(x, x_hat, found.mask) if self.cfg.composite else x_hat.clamp(0, 1)
         return Purified(image, *found)
@@ -208,7 +211,8 @@ class Defended(nn.Module):
             raise InputError(
                 f"the defence is a {type(defense).__name__}, without sample_noise; wrap it: diffender.Purifier(purify)"
             )
-        if getattr(getattr(defense, "cleanser", None), "classifier", classifier) is not classifier:
+        cleanser = getattr(defense, "cleanser", None)  # PatchCleanser, where the defence has one
+        if getattr(cleanser, "classifier", classifier) is not classifier:
             raise InputError("the defence's PatchCleanser holds another classifier than Defended; give both the same")
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
@@ -231,13 +235,13 @@ class Defended(nn.Module):
         posterior = self.defense.posterior(x) if isinstance(self.defense, DIFFender) else None
         for start in range(0, len(noises), batch):
             part = noises[start : start + batch]
-            n = (len(part), 1, 1, 1)
+            times = (len(part), 1, 1, 1)
             known: dict[str, Any] = {}
             if posterior is not None:
-                known["posterior"] = Posterior(*(moment.repeat(n) for moment in posterior))
-            purified = self.defense(x.repeat(n), stack(part), **known)
-            split = ([None] * len(part) if field is None else field.split(len(x)) for field in purified)
-            for out in map(Purified, *split):
+                known["posterior"] = Posterior(*(moment.repeat(times) for moment in posterior))
+            purified = self.defense(x.repeat(times), stack(part), **known)
+            fields = [[None] * len(part) if field is None else field.split(len(x)) for field in purified]
+            for out in map(Purified, *fields):  # one for each noise
                 yield out, self.classifier(out.image)
 
     def under(self, backward: Backward) -> "Defended":
@@ -254,18 +258,18 @@ class Defended(nn.Module):
         The penalty is 0 except in modes full+loc and evade. In evade the classifier sees `defense.unnoticed(x, noise)`,
         as if nothing were masked. patch (B, 1, H, W) in {0, 1} is 1 at the attacker's pixels.
         """
-        b = self.backward
-        if b.mode not in WITH_PENALTY:
+        backward = self.backward
+        if backward.mode not in WITH_PENALTY:
             logits = self(x, noise)
             return logits, logits.new_zeros(len(x))
         assert isinstance(self.defense, DIFFender) and isinstance(noise, Noise)  # no other defence has these modes
-        if b.mode == "evade":
-            out = Purified(self.defense.unnoticed(x, noise), *self.defense.localize(x, noise, b))
+        if backward.mode == "evade":
+            out = Purified(self.defense.unnoticed(x, noise), *self.defense.localize(x, noise, backward))
         else:
-            out = self.defense(x, noise, b)
+            out = self.defense(x, noise, backward)
         assert out.z_score is not None and out.heatmap is not None
-        hide = EVASIONS[b.hide](out.z_score, patch, self.defense.cfg.theta)
-        return self.classifier(out.image), b.evasion * hide + b.decoy * decoy(out.heatmap)
+        evasion = EVASIONS[backward.hide](out.z_score, patch, self.defense.cfg.theta)
+        return self.classifier(out.image), backward.evasion * evasion + backward.decoy * decoy(out.heatmap)
 
 
 def ours(target: Defended) -> DIFFender:
@@ -329,11 +333,12 @@ def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Se
         raise InputError(
             f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
         )
-    counts, wanted = (noise.draws.shape[1], noise.steps.shape[1]), (cfg.draws, cfg.steps if cfg.eta > 0 else 0)
-    if counts[0] != wanted[0] or counts[1] < wanted[1]:
+    draws, steps = noise.draws.shape[1], noise.steps.shape[1]
+    steps_taken = cfg.steps if cfg.eta > 0 else 0
+    if draws != cfg.draws or steps < steps_taken:
         raise InputError(
-            f"noise of {counts[0]} draws and {counts[1]} steps; with its settings this defence takes {wanted[0]} and "
-            f"{wanted[1]}: draw it by its own sample_noise"
+            f"noise of {draws} draws and {steps} steps; with its settings this defence takes {cfg.draws} and "
+            f"{steps_taken}: draw it by its own sample_noise"
         )
 
 

@@ -80,19 +80,21 @@ def tune(target: Defended, tuning: Tuning, work: Work, cfg: TuningConfig) -> Ite
     every, held_out = work.every, work.held_out
     versions = [every, *(attacked_anew(target, every, images) for images in tuning.attacked)]
     while tuning.rounds < cfg.rounds:
-        batches = [(mixed(versions, rows, tuning.rounds), share) for rows, share in work.batches]
-        steps = [step(target, tuning, shots, share, cfg, work.all_reduce) for shots, share in batches]
+        steps = []
+        for rows, share in work.batches:
+            shots = mixed(versions, rows, tuning.rounds)
+            steps.append(step(target, tuning, shots, share, cfg, work.all_reduce))
         terms = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
         anew = cfg.adaptive > 0 and (tuning.rounds + 1) % cfg.adaptive == 0
         if anew:
             ours(target).contexts = contexts_of(target, tuning.prompts).detach()
             tuning.attacked.append((work.attack() * 255).round().byte())
             versions.append(attacked_anew(target, every, tuning.attacked[-1]))
+        better = not len(held_out)  # then the last round is kept
         if len(held_out) and (anew or cfg.adaptive == 0):
-            found = versions[-1].part(held_out)
-            terms["held_out_iou"] = mask_fit(target, tuning.prompts, found, cfg.seed)
-        compared = "held_out_iou" in terms or not len(held_out)
-        if compared and terms.get("held_out_iou", torch.inf) > tuning.best.get("held_out_iou", -1):
+            terms["held_out_iou"] = mask_fit(target, tuning.prompts, versions[-1].part(held_out), cfg.seed)
+            better = terms["held_out_iou"] > tuning.best.get("held_out_iou", -1)
+        if better:
             tuning.best = terms
             tuning.kept = {name: value.clone() for name, value in tuning.prompts.state_dict().items()}
         tuning.rounds += 1
@@ -110,12 +112,14 @@ def mixed(versions: Sequence[Shots], rows: Tensor, rounds: int) -> Shots:
     """The shots with these indices. Where they were attacked several times, the versions take turns over the rounds."""
     if len(versions) == 1:
         return versions[0].part(rows)
-    parts = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]
-    ids, clean, attacked, mask, posteriors, features = zip(*parts, strict=True)
-    posterior = Posterior(*map(torch.cat, zip(*posteriors, strict=True)))
-    maps = [torch.cat(layer) for layer in zip(*features, strict=True)]
-    images = torch.cat(clean), torch.cat(attacked), torch.cat(mask)
-    return Shots([i for part in ids for i in part], *images, posterior, maps)
+    ones = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]  # of one image each
+    ids = [one.ids[0] for one in ones]
+    clean = torch.cat([one.clean for one in ones])
+    attacked = torch.cat([one.attacked for one in ones])
+    mask = torch.cat([one.mask for one in ones])
+    posterior = Posterior(*map(torch.cat, zip(*(one.posterior for one in ones), strict=True)))
+    features = [torch.cat(layer) for layer in zip(*(one.features for one in ones), strict=True)]
+    return Shots(ids, clean, attacked, mask, posterior, features)
 
 
 def contexts_of(target: Defended, prompts: PromptPair) -> Contexts:
@@ -140,8 +144,8 @@ def step(
     norms = [gradient.norm() for gradient in gradients.values()]
     tuning.optimizer.step()
     tuning.schedule.step()
-    told = torch.cat([terms, torch.stack(norms)]).tolist()  # one transfer from a GPU, after all work is queued
-    return dict(zip((*TuningLoss._fields, "iou", *gradients), told, strict=True))
+    values = torch.cat([terms, torch.stack(norms)]).tolist()  # one transfer from a GPU, after all work is queued
+    return dict(zip((*TuningLoss._fields, "iou", *gradients), values, strict=True))
 
 
 def eq_7(target: Defended, shots: Shots, cfg: TuningConfig, purpose: str) -> tuple[TuningLoss, Tensor]:

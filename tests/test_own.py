@@ -196,7 +196,7 @@ def test_runs_on_other_files_of_the_same_names_are_not_compared(tmp_path):
         compare(tmp_path / "a", tmp_path / "b")
     batch = Batch(["0"], torch.zeros(1, 3, 8, 8), torch.zeros(1), ["1"])
     refuse_changed(tmp_path / "a", [], read_records(tmp_path / "a"), batch)
-    with pytest.raises(InputError, match="another file of the name 0; choose another --name"):
+    with pytest.raises(InputError, match="another file of the name 0; move the folder away"):
         refuse_changed(tmp_path / "b", [], read_records(tmp_path / "b"), batch)
 
 

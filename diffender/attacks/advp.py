@@ -77,9 +77,11 @@ class AdvP(GradientAttack):
 
     def attempt(self, task: Task, r: int, init: Tensor | None, callback: Callback) -> Attacked:
         """The r-th run, from its own place and first pixels."""
-        x, key = task.x, f" {r}" if r else ""
+        x = task.x
+        key = f" {r}" if r else ""  # of its place, pixels and noise: none for the first attempt
         if init is None:
-            patch, home, candidates = self.first_pixels(task, task.x.shape[-1], key), self.home(task, key), []
+            patch = self.first_pixels(task, x.shape[-1], key)
+            home, candidates = self.home(task, key), []
         else:
             patch, home = init.split((3, 1), dim=1)
             candidates = [patch]
@@ -111,7 +113,8 @@ class AdvP(GradientAttack):
     def step_size(self, step: int) -> float:
         if self.decay == "linear":
             return self.lr * (1 - 0.9 * step / max(1, self.iters - 1))
-        return self.lr * 0.5 ** sum(step >= self.iters * part for part in (0.5, 0.75))
+        halvings = sum(step >= self.iters * share for share in (0.5, 0.75))
+        return self.lr * 0.5**halvings
 
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""
@@ -149,11 +152,11 @@ class AdvP(GradientAttack):
     def draw(self, task: Task, patch: Tensor, home: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
         purpose = f"attack {0 if self.fixed_noise else step}{key}"
-        seen = patch if self.levels == 256 else self.rounded(patch)  # the steps ignore rounding to 8 bits
+        pixels = patch if self.levels == 256 else self.rounded(patch)  # the steps ignore rounding to 8 bits
 
         def sample(k: int):  # noqa: ANN202
             mask = self.place(task, purpose, k, home)
-            return apply_patch(task.x, self.carried(seen, home, mask), mask), mask, task.noise(purpose, k)
+            return apply_patch(task.x, self.carried(pixels, home, mask), mask), mask, task.noise(purpose, k)
 
         return sample
 
@@ -162,9 +165,10 @@ class AdvP(GradientAttack):
             return partial(margin, y=task.y)
 
         def aim(logits: Tensor) -> Tensor:
-            k, y = logits.shape[1], task.y
-            drawn = [torch.randint(1, k, (), generator=generator(task.seed, i, "target")) for i in task.image_ids]
-            return self.towards(logits, y, (y + torch.tensor([int(d) for d in drawn], device=y.device)) % k)
+            classes, y = logits.shape[1], task.y
+            generators = [generator(task.seed, i, "target") for i in task.image_ids]
+            offsets = [int(torch.randint(1, classes, (), generator=g)) for g in generators]
+            return self.towards(logits, y, (y + torch.tensor(offsets, device=y.device)) % classes)
 
         return aim
 

@@ -99,7 +99,9 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         for part in gradient.split(b):
             check_finite("attack's gradient", part)
         fooled = logits.argmax(dim=1).ne(task.y.repeat(len(drawn))).float()
-        yield from map(Sample, *(t.detach().split(b) for t in (value, fooled, gradient)), patches)
+        values, misread, gradients = (t.detach().split(b) for t in (value, fooled, gradient))
+        for k in range(len(drawn)):
+            yield Sample(values[k], misread[k], gradients[k], patches[k])
 
 
 class Expectation(NamedTuple):
@@ -196,7 +198,8 @@ def rank(values: Tensor, fooled: Tensor) -> Tensor:
 
 def pick_rows(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Rows of `new` where `better` (B,), else of `old`."""
-    return torch.where(better.view(-1, *(1,) * (new.ndim - 1)), new, old)
+    ones = (1,) * (new.ndim - 1)
+    return torch.where(better.view(-1, *ones), new, old)
 
 
 def best_attempt(

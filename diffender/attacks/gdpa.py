@@ -41,10 +41,10 @@ def place(pattern: Tensor, theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     b, _, side, _ = pattern.shape
     before = (size - side) // 2
     padding = (before, size - side - before) * 2
-    odd = 0.5 * ((size - side) % 2) * 2 / (size - 1)  # half a pixel, where the centre lies between two
+    half = 1 / (size - 1) if (size - side) % 2 else 0.0  # a pixel, where the centre lies between two
     canvas = F.pad(torch.cat([pattern, torch.ones_like(pattern[:, :1])], dim=1), padding)
     eye = torch.eye(2).to(pattern).expand(b, 2, 2)
-    grid = F.affine_grid(torch.cat([eye, theta[:, :, None] - odd], dim=2), list(canvas.shape), align_corners=True)
+    grid = F.affine_grid(torch.cat([eye, theta[:, :, None] - half], dim=2), list(canvas.shape), align_corners=True)
     warped = F.grid_sample(canvas, grid, align_corners=True)
     return warped[:, :3], warped[:, 3:]
 
@@ -207,7 +207,8 @@ class GDPA(GradientAttack):
             yield self.finish(task, [*known, join(*(t.detach() for t in net(x)))], Course(), "")
         elif self.mode == "generator":
             for r in range(self.restarts):
-                key, heard = f" {r}" if r else "", within(callback, r, self.restarts)
+                key = f" {r}" if r else ""
+                heard = within(callback, r, self.restarts)
                 draws = [generator(task.seed, i, f"net{key}") for i in task.image_ids]
                 nets = [PatchGenerator(size, side, g, self.width, lr=self.lr_net) for g in draws]
                 for b, net in enumerate(nets):
@@ -218,7 +219,8 @@ class GDPA(GradientAttack):
             searched = 0 if init is not None and len(starts) == 1 else 2 * GRID**2  # queries
             for r, start in enumerate(starts):
                 first = [] if r else known
-                key, heard = f" {r}" if r else "", within(callback, r, len(starts))
+                key = f" {r}" if r else ""
+                heard = within(callback, r, len(starts))
                 made = self.attempt(task, Free(*start, bound(size, side)), first, key, heard)
                 yield made if r else made._replace(queries=made.queries + searched)
 
@@ -241,8 +243,9 @@ class GDPA(GradientAttack):
         corners = [torch.tensor([[top, left]] * len(pattern)) for top in line for left in line]
         noise, losses = task.noise("search"), []
         for corner in corners:
-            worse = [paste(task.x, p, corner)[0] for p in (torch.full_like(pattern, 0.5), pattern)]
-            losses.append(torch.minimum(*(task.loss(task.victim(image, noise)).detach() for image in worse)))
+            images = [paste(task.x, p, corner)[0] for p in (torch.full_like(pattern, 0.5), pattern)]
+            with_grey, with_pattern = (task.loss(task.victim(image, noise)).detach() for image in images)
+            losses.append(torch.minimum(with_grey, with_pattern))
         order = torch.stack(losses).argsort(dim=0, stable=True)
         table = torch.stack(corners).to(pattern.device)
         return list(table[order, torch.arange(len(pattern), device=order.device)])
@@ -292,14 +295,16 @@ class GDPA(GradientAttack):
     def finish(self, task: Task, states: list[Tensor], course: Course, key: str) -> Attacked:
         """The best state of each image on fresh noise, at whole pixels and in 8 bits."""
         steps = len(course.value)
-        x, side = task.x, patch_side(task.x.shape[-1], self.area)
-        pasted = [paste(x, to_8bit(p), to_corner(t, x.shape[-1], side)) for p, t in (split(s, side) for s in states)]
+        x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        parts = [split(state, side) for state in states]
+        pasted = [paste(x, to_8bit(pattern), to_corner(theta, size, side)) for pattern, theta in parts]
         scores = [judge(task, image, "choice" + key, self.eot, self.eot_batch) for image, _ in pasted]
-        chosen, rows = (torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device))
-        image, mask, state = (torch.stack(list(t))[chosen, rows] for t in (*zip(*pasted, strict=True), states))
+        chosen, rows = torch.stack(scores).argmax(dim=0), torch.arange(len(x), device=x.device)
+        images, masks = zip(*pasted, strict=True)
+        image, mask, state = (torch.stack(list(field))[chosen, rows] for field in (images, masks, states))
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
-        seen = self.eot * steps + judgements(task, self.eot) * len(states) + moves
-        queries = torch.full((len(x),), seen, device=x.device)
+        passes = self.eot * steps + judgements(task, self.eot) * len(states) + moves
+        queries = torch.full((len(x),), passes, device=x.device)
         return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *course.curves(x))
 
 

@@ -23,9 +23,10 @@ def random_mask(size: int, area: float, shape: str, g: Generator, corner: bool =
     if shape == "circle":
         side = min(size, round(side * math.sqrt(4 / math.pi)))
     free = size - side
-    top, left = (int(torch.randint(0, free + 1, (), generator=g)) for _ in "yx")
-    if corner:
-        top, left = (min(n % 9, free) if n % 2 else free - min(n % 9, free) for n in (top, left))
+    top, left = (int(torch.randint(0, free + 1, (), generator=g)) for _ in range(2))
+    if corner:  # the drawn place says how far from the border, and (if odd) that it is the upper or left one
+        away = [min(n % 9, free) for n in (top, left)]
+        top, left = (a if n % 2 else free - a for n, a in zip((top, left), away, strict=True))
     mask = torch.zeros(1, size, size)
     inside = torch.ones(side, side)
     if shape == "circle":

@@ -159,11 +159,10 @@ class Search:
                 others[self.y] = -1
                 self.locked = int(others.argmax())  # energies follow: they are computed from the probabilities
             callback(self.seen / self.cfg.queries)
-            if done or self.seen >= self.limit:
-                done = True
-                continue
-            crowd = self.generation(crowd, f"attack {step}")
-            done = self.certain(crowd, step)
+            done = done or self.seen >= self.limit
+            if not done:  # else the curves go on, so that those of all images are equally long
+                crowd = self.generation(crowd, f"attack {step}")
+                done = self.certain(crowd, step)
         crowd = crowd.take(self.energies(crowd).argsort(stable=True))
         state = torch.cat([crowd.genes, crowd.sticker[:, None].float()], dim=1)
         if self.limit < self.cfg.queries:

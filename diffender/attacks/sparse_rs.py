@@ -44,7 +44,8 @@ class SparseRS(Attack):
         else:
             pattern, corner = init[:, :-2].view(-1, 3, side, side).cpu(), init[:, -2:].cpu().long()
         random = task.noise("attack 0") is not None
-        start, finals = (pattern, corner), kept_back(task, 2, self.queries) if init is not None else 0
+        start = pattern, corner
+        finals = 0 if init is None else kept_back(task, 2, self.queries)
         steps = (self.queries - finals - (not random)) // (2 if random else 1)
 
         def look(pattern: Tensor, corner: Tensor, step: int) -> Tensor:
@@ -54,7 +55,8 @@ class SparseRS(Attack):
             value = task.loss(logits) + penalty
             return torch.stack([value, logits.argmax(dim=1).ne(task.y).to(value)]).detach().cpu()
 
-        now, trace = (torch.empty(0) if random else look(pattern, corner, 0), [])  # if random, anew in every step
+        now = torch.empty(0) if random else look(pattern, corner, 0)  # if random, anew in every step
+        trace = []
         for step in range(steps):
             if random:
                 now = look(pattern, corner, step)
@@ -69,9 +71,9 @@ class SparseRS(Attack):
             trace.append(now)
             callback((step + 1) / steps)
         if finals:
-            made = [paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start)]
-            better = torch.sub(*(judge(task, image, "choice", 1) for image in made)).cpu() >= 0
-            pattern, corner = (pick_rows(better, *pair) for pair in zip((pattern, corner), start, strict=True))
+            last, first = (paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start))
+            better = (judge(task, last, "choice", 1) - judge(task, first, "choice", 1)).cpu() >= 0
+            pattern, corner = pick_rows(better, pattern, start[0]), pick_rows(better, corner, start[1])
         image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), finals + (2 * steps if random else steps + 1))
@@ -87,7 +89,8 @@ class SparseRS(Attack):
             reach = max(1, round(0.75 * size * (1 - progress)))
             shift = torch.randint(-reach, reach + 1, (2,), generator=g)
             return pattern, (corner + shift).clamp(0, size - side)
-        p = self.p_init / 2 ** sum(progress * 10_000 > at for at in HALVINGS)
+        halvings = sum(progress * 10_000 > at for at in HALVINGS)
+        p = self.p_init / 2**halvings
         square = max(1, min(side, round(p**0.5 * side)))
         top, left = torch.randint(0, side - square + 1, (2,), generator=g).tolist()
         pattern = pattern.clone()

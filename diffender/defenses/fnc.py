@@ -18,7 +18,8 @@ def clip_norm(f: Tensor, alpha: float, dim: int = 1) -> Tensor:
     The direction stays. The cap follows the features, gradient included.
     """
     norm = ((f**2).sum(dim=dim, keepdim=True) + 1e-12).sqrt()  # the plain norm has no gradient at 0, a dead ReLU's
-    cap = alpha * norm.flatten(1).mean(dim=1).view(-1, *(1,) * (f.ndim - 1))
+    ones = (1,) * (f.ndim - 1)
+    cap = alpha * norm.flatten(1).mean(dim=1).view(-1, *ones)
     return f * (cap / norm).clamp_max(1)
 
 

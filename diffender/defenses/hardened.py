@@ -45,16 +45,17 @@ class Hardened(DIFFender):
         check_images(x)
         check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
-        found = [self.window(image) for image in images]
-        known = torch.tensor([mask is not None for mask in found], device=x.device)[place].view(-1, 1, 1, 1)
-        mask = torch.stack([x.new_zeros(1, *x.shape[2:]) if mask is None else mask for mask in found])[place]
-        if known.all():
+        windows = [self.window(image) for image in images]  # None where they do not agree
+        agreed = torch.tensor([window is not None for window in windows], device=x.device)[place].view(-1, 1, 1, 1)
+        nothing = x.new_zeros(1, *x.shape[2:])
+        mask = torch.stack([nothing if window is None else window for window in windows])[place]
+        if agreed.all():
             out = Purified(x, *self.localize(x, noise, backward, posterior))
         else:
             out = super().forward(x, noise, backward, posterior)
         covered = composite(x, self.cleanser.classifier.mean, mask)
         assert out.mask is not None
-        return out._replace(image=torch.where(known, covered, out.image), mask=torch.where(known, mask, out.mask))
+        return out._replace(image=torch.where(agreed, covered, out.image), mask=torch.where(agreed, mask, out.mask))
 
     def at(self, size: tuple[int, int]) -> "Hardened":
         """Itself: raises InputError for another size, which an image that is not square would need."""
@@ -72,10 +73,11 @@ class Hardened(DIFFender):
         label, i = agreed
         # The classifier reads it once more, in another batch, where a near tie may end otherwise. If the place of the
         # patch is certified, there is a window under which it is no near tie.
-        every = range(len(self.cleanser.windows(x.shape[-1])))
-        ways = ((), (i, i), *((k, k) for k in every))  # () covers nothing
-        sure = next((way for way in ways if self.cleanser.surely(x, [way], label)[0]), (i, i))
-        return self.cleanser.hidden(x, [sure])[0]
+        singles = [(k, k) for k in range(len(self.cleanser.windows(x.shape[-1])))]
+        for way in ((), (i, i), *singles):  # () covers nothing
+            if self.cleanser.surely(x, [way], label)[0]:
+                return self.cleanser.hidden(x, [way])[0]
+        return self.cleanser.hidden(x, [(i, i)])[0]
 
     def unnoticed(self, x: Tensor, noise: Noise) -> Tensor:
         """Where the map shows nothing, the classifier sees x under one window. The noise decides which."""

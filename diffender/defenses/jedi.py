@@ -113,11 +113,11 @@ def suspicious(x: Tensor, clean_mean: tuple[float, ...], clean_std: tuple[float,
 def without_small(mask: Tensor, min_area: float) -> Tensor:
     """Mask (B, 1, H, W) in {0, 1} without its 8-connected regions below a share of the image."""
     pixels = mask[0].numel()
-    own = torch.arange(1.0, pixels + 1, device=mask.device).view(1, *mask.shape[1:])  # exact up to 2^24 pixels
-    flat = connected(own, mask).flatten(1).long()  # each region has the largest number in it
-    sizes = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=torch.long)
-    sizes = sizes.scatter_add_(1, flat, torch.ones_like(flat)).gather(1, flat).view_as(mask)
-    return mask * (sizes >= min_area * pixels)
+    numbers = torch.arange(1.0, pixels + 1, device=mask.device).view(1, *mask.shape[1:])  # exact up to 2^24 pixels
+    regions = connected(numbers, mask).flatten(1).long()  # each pixel's region, by the largest number in it
+    counts = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=torch.long)
+    counts.scatter_add_(1, regions, torch.ones_like(regions))
+    return mask * (counts.gather(1, regions).view_as(mask) >= min_area * pixels)
 
 
 @cache

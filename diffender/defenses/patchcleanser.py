@@ -103,7 +103,8 @@ class PatchCleanser:
         order = sorted(range(len(first)), key=lambda i: first[i] == majority)
         possible, known = set(order), {(i, i) for i in order}
         for i in order:
-            row = [pair for j in order if (pair := (min(i, j), max(i, j))) not in known]
+            pairs = [(min(i, j), max(i, j)) for j in order]
+            row = [pair for pair in pairs if pair not in known]
             while row and i in possible:
                 part, row = row[:AT_ONCE], row[AT_ONCE:]
                 for pair, seen in zip(part, self.predict(x, part), strict=True):
@@ -128,7 +129,8 @@ class PatchCleanser:
         """Of each window, whether all pairs with it give the label, beyond rounding."""
         n = len(self.windows(x.shape[-1]))
         pairs = list(combinations_with_replacement(range(n), 2))
-        wrong = {i for pair, sure in zip(pairs, self.surely(x, pairs, label), strict=True) if not sure for i in pair}
+        sure = self.surely(x, pairs, label)
+        wrong = {i for pair, right in zip(pairs, sure, strict=True) if not right for i in pair}
         return [i not in wrong for i in range(n)]
 
     def certified_places(self, x: Tensor, label: int) -> float:

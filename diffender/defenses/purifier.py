@@ -58,7 +58,8 @@ def checked(out: Any, x: Tensor) -> tuple[Tensor, ...]:
     for part in parts.values():
         if not isinstance(part, Tensor):
             told = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
-            told += f" that holds a {type(part).__name__}" * (part is not out)
+            if part is not out:
+                told += f" that holds a {type(part).__name__}"
             raise InputError(
                 f"the purifier returns {told}; it returns a tensor of images (B, 3, H, W), or a tuple of that and a "
                 "tensor of masks (B, 1, H, W)"

@@ -56,10 +56,12 @@ def forecast(opts: Options, target: Defended, x: Tensor, parts: list[list[int]],
     seconds = COST if silent else measured(opts, target, x)
     if target.sample_noise(["estimate"], opts.run.seed, "estimate") is None:
         opts = replace(opts, verdicts=1)  # a deterministic defence needs one alone
-    of = {False: costs(opts, seconds), True: costs(opts, seconds | {"query": 0.0, "undefended": 0.0})}
-    todo = [{v: len(part) * cost for v, cost in of[shared].items()} for part, shared in zip(parts, made, strict=True)]
+    alone = costs(opts, seconds)
+    shared = costs(opts, seconds | {"query": 0.0, "undefended": 0.0})  # the patches of the classifier are there
+    of_parts = [shared if is_made else alone for is_made in made]
+    todo = [{v: len(part) * cost for v, cost in each.items()} for part, each in zip(parts, of_parts, strict=True)]
     checks = {"off": 0, "quick": 70, "full": 70 + 100 * opts.eot * opts.iters}[opts.trust]
-    after = opts.trust_images * checks * (opts.attack != "none") * seconds["pass"]
+    after = opts.trust_images * checks * seconds["pass"] if opts.attack != "none" else 0.0
     after += sum(len(part) for part in parts) * curve_costs(opts, seconds)
     return Forecast(todo, after, seconds, (0, "") if silent else memory_needed(opts, target, x, parts))
 

@@ -93,8 +93,8 @@ def peak_bytes(one: Footprint, images: int, draws: int, micro_batch: int | None)
 
 def kept_bytes(one: Footprint, images: int, draws: int, steps: int) -> int:
     """`peak_bytes` if nothing is recomputed: every evaluation of localisation and of `steps` of restoration is kept."""
-    unets, encoders = 2 * draws + steps, 1 + (steps > 0)
-    decoders = int(steps > 0)
+    unets = 2 * draws + steps
+    encoders, decoders = (2, 1) if steps > 0 else (1, 0)  # restoration encodes and decodes, too
     total = one.unet * unets + one.encoder * encoders + one.decoder * decoders + one.classifier
     return round(WORKING * images * total)
 

@@ -124,8 +124,9 @@ def build_plans(opts: Options, target: Defended) -> list[Plan]:
 def describe(opts: Options) -> str:
     """The budget in a few words."""
     access = {cls.access for cls in attacks(opts).values()}
+    plural = "s" if opts.restarts > 1 else ""
     steps = (
-        f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{'s' * (opts.restarts > 1)} "
+        f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{plural} "
         f"(classifier alone: {opts.iters_undefended} steps)"
     )
     queries = f"{opts.queries} queries (classifier alone: {opts.queries_undefended})"

@@ -141,16 +141,15 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
             write_json(e.folder / "env.json", environment(e.device))
     model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
     total = sum(f.work for f in forecasts)
-    costs = [f.parts for f in forecasts]
     with (
         patient(how_to_go_on(experiments[0])) as may_stop,
         Progress(model, total, opts.attack, opts.run.quiet) as progress,
     ):
-        for turn, seconds in zip(zip(*left, strict=True), zip(*costs, strict=True), strict=True):
+        for k in range(len(parts)):
             bases = {}  # the patches on the undefended classifier, for this batch
-            for e, part, cost, log in zip(experiments, turn, seconds, follow, strict=True):
-                if part:
-                    judge_part(e, batch, part, cost, progress, bases)
+            for e, todo, cost, log in zip(experiments, left, forecasts, follow, strict=True):
+                if todo[k]:
+                    judge_part(e, batch, todo[k], cost.parts[k], progress, bases)
                     if opts.track != "none":
                         log_accuracies(e, log)
                     may_stop()

@@ -122,8 +122,10 @@ def trust_report(
         bench = bench._replace(state=bench.attack_alone().state)
     found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
+    if ours and not isinstance(target.defense, Hardened):
+        found += noise_is_used(bench)
     if ours:
-        found += [*(() if isinstance(target.defense, Hardened) else noise_is_used(bench)), *masks(bench)]
+        found += masks(bench)
     if bench.kind is not None:
         found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
         if opts.trust == "full":
@@ -209,13 +211,13 @@ def ladder(bench: Bench) -> Iterator[Check]:
 def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
     """Gradients of the margin inside the patch under n noises, (n, B, 3 S S)."""
 
-    def of(rows: slice) -> Tensor:
+    def of_part(rows: slice) -> Tensor:
         part, image, mask = bench.task.part(rows), bench.image[rows], bench.mask[rows]
         task = part._replace(victim=victim, loss=partial(margin, y=part.y))
         drawn = samples(task, lambda k: (image, mask, task.noise(purpose, k)), n)
         return torch.stack([(sample.gradient * mask).flatten(1) for sample in drawn])
 
-    return torch.cat([of(rows) for rows in bench.parts], dim=1)
+    return torch.cat([of_part(rows) for rows in bench.parts], dim=1)
 
 
 def gradient_health(bench: Bench) -> Iterator[Check]:
@@ -302,7 +304,7 @@ def convergence(bench: Bench) -> Iterator[Check]:
         return  # made without steps, by a trained generator
     judged = by_variant(bench.records)[variant]
     curves = [curve for image_id, curve in made.items() if judged[image_id].average > 0]
-    name = f"the loss over {attack.iters} step{'s' * (attack.iters > 1)}"
+    name = f"the loss over {attack.iters} {'steps' if attack.iters > 1 else 'step'}"
     if not curves:
         yield Check(name, "no image is left right", "", True)
         return

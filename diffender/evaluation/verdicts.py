@@ -214,12 +214,14 @@ def by_variant(records: Sequence[dict]) -> dict[str, dict[str, Verdict]]:
 
 def by_kind(found: Mapping[str, Any], attack: str) -> dict[str, Any]:
     """What is found by attack/gradient, of one attack: by gradient."""
-    return {v.removeprefix(f"{attack}/"): of for v, of in found.items() if v.startswith(f"{attack}/")}
+    prefix = f"{attack}/"
+    return {variant.removeprefix(prefix): value for variant, value in found.items() if variant.startswith(prefix)}
 
 
 def strongest_of(judged: Collection[dict[str, Verdict]], ids: Sequence[str]) -> list[Verdict]:
     """The verdict on each image under the strongest of its patches: the least of those of all variants, one by one."""
-    return [Verdict(*map(min, zip(*(verdicts[i] for verdicts in judged), strict=True))) for i in ids]
+    each = [[verdicts[i] for verdicts in judged] for i in ids]  # of each image, under each of its patches
+    return [Verdict(*map(min, zip(*of_image, strict=True))) for of_image in each]
 
 
 def row(name: str, kind: str, undefended: Sequence[bool], verdicts: Collection[Verdict]) -> dict:
@@ -245,14 +247,15 @@ def summarize(records: Sequence[dict]) -> dict:
     if judged:
         groups["strongest on each image", ""] = list(judged)
     for (name, kind), variants in groups.items():
-        made = [[r["attacks"][variant] for variant in variants] for r in records]
-        alone = [all(a["undefended"] == r["label"] for a in mine) for r, mine in zip(records, made, strict=True)]
-        rows.append(row(name, kind, alone, strongest_of([judged[v] for v in variants], [r["id"] for r in records])))
+        patches = [[r["attacks"][variant] for variant in variants] for r in records]  # of each image
+        alone = [all(a["undefended"] == r["label"] for a in mine) for r, mine in zip(records, patches, strict=True)]
+        strongest = strongest_of([judged[v] for v in variants], [r["id"] for r in records])
+        rows.append(row(name, kind, alone, strongest))
         if kind not in ("", "transfer"):
             base, found = judged[f"{name}/transfer"], judged[f"{name}/{kind}"]
             rows[-1]["mcnemar"] = mcnemar([(base[i].single, v.single) for i, v in found.items()])
-        if all("certified" in a for mine in made for a in mine):
-            rows[-1]["certified"] = proportion([float(all(a["certified"] for a in mine)) for mine in made])
+        if all("certified" in a for mine in patches for a in mine):
+            rows[-1]["certified"] = proportion([float(all(a["certified"] for a in mine)) for mine in patches])
     masked = [r["masked"] for r in records if r["masked"] is not None]
     means = {variant: mask_means([r["attacks"][variant] for r in records]) for variant in judged}
     return {"rows": rows, "masks": means, "masked_clean": mean(masked) if masked else None}

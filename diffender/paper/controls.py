@@ -73,10 +73,11 @@ def elsewhere(mask: Tensor, image_id: str, seed: int) -> Tensor:
     rows, columns = (mask[0, 0].any(dim=d).nonzero().flatten().tolist() for d in (1, 0))
     if not rows:
         return mask
-    (top, low), (left, right), size = (rows[0], rows[-1]), (columns[0], columns[-1]), mask.shape[-1]
+    top, left, size = rows[0], columns[0], mask.shape[-1]
+    height, width = rows[-1] - top + 1, columns[-1] - left + 1
     best, least = mask, mask.sum()
     for _ in range(100):
-        y, x = (int(torch.randint(size - (end - start), (), generator=g)) for start, end in ((top, low), (left, right)))
+        y, x = (int(torch.randint(size - side + 1, (), generator=g)) for side in (height, width))
         there = mask.roll((y - top, x - left), dims=(2, 3))
         if (both := (there * mask).sum()) < least:
             best, least = there, both

@@ -219,7 +219,7 @@ def figure_8(opts: Options, folder: Path) -> str:
     lines = run_rows(rows, change(opts, trust="off", curves="off"))[1:]
     if not lines:
         return ""
-    right: dict[str, list[list[float]]] = {}  # by what they are attacked by: for each theta, those of the images
+    right: dict[str, list[list[float]]] = {}  # by attack: for each theta, whether each image is read right
     for line in lines:
         for name, verdicts in line.verdicts.items():
             if name != "clean" or not line.reading:
@@ -227,10 +227,11 @@ def figure_8(opts: Options, folder: Path) -> str:
     figure = Figure(figsize=(4, 3.2), layout="constrained")
     axis = figure.subplots()
     usual, shown = THETAS.index(2.0), []
-    for name, each in right.items():
-        cells = [proportion(one) for one in each]
-        p = [f", p = {mcnemar(list(zip(one, each[usual], strict=True))):.2g}" for one in each]
-        shown.append([counted(c, unit="") + p[i] * (i != usual) for i, c in enumerate(cells)])
+    for name, by_theta in right.items():
+        cells = [proportion(values) for values in by_theta]
+        p = [f", p = {mcnemar(list(zip(values, by_theta[usual], strict=True))):.2g}" for values in by_theta]
+        p[usual] = ""  # it is not compared with itself
+        shown.append([counted(cell, unit="") + beside for cell, beside in zip(cells, p, strict=True)])
         axis.errorbar(THETAS, *whiskers(cells), marker="o", label=name, capsize=2, elinewidth=0.7)
     axis.set(xlabel="theta", ylabel="accuracy, %", ylim=(0, 102), xticks=THETAS)
     axis.legend(fontsize=7)

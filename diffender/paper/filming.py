@@ -158,7 +158,8 @@ def write_table(e: Experiment, ids: Sequence[str], what: str) -> str:
                 results["cells"][f"{patch}/{who}/{configuration}"] = cell
                 line.append(counted(cell, unit="") if cell else "")
             pairs = list(zip(*right, strict=True))
-            lines[2].append("{} : {}".format(*discordant(pairs)) + f" (p = {mcnemar(pairs):.2g})" if pairs else "")
+            only, other = discordant(pairs)
+            lines[2].append(f"{only} : {other} (p = {mcnemar(pairs):.2g})" if pairs else "")
         rows += lines
     if configurations == list(CONFIGURATIONS):
         quoted = QUOTED[7]["Inception-V3"]

@@ -148,7 +148,8 @@ def ablate(opts: Options) -> None:
     task = Task(Undefended(classifier), batch.x, batch.y, batch.ids, opts.run.seed)
     attacked = attack_all(attack, task, opts.batch_size, quiet=opts.run.quiet)
     kind = f"targeted {opts.attack}" if attack.targeted else opts.attack
-    kinds = ["evade"] * bool({"defender", "attacker"} & set(names)) + ["full"] * ("schedule" in names)
+    kinds = ["evade"] if {"defender", "attacker"} & set(names) else []
+    kinds += ["full"] if "schedule" in names else []
     anew = f"; then {' and '.join(kinds)}, {opts.iters_anew} steps, EOT {opts.eot}" if kinds else ""
     results = {
         "command": command(),
@@ -206,7 +207,7 @@ def measure(
 ) -> dict[str, object]:
     """Means over the photographs: of map and mask; in PURIFYING, of what the classifier sees after purification. There
     `right` tells of each attacked photograph whether it is read right."""
-    defense, judge = target.defense, target.classifier
+    defense, classifier = target.defense, target.classifier
     columns: dict[str, list[Tensor]] = {}
     for rows in slices(opts.batch_size, batch.ids):
         x, y, image, mask = (batch.x[rows], batch.y[rows], attacked.image[rows], attacked.mask[rows])
@@ -221,8 +222,8 @@ def measure(
             covered = mask if setting.oracle else found.mask
             purified = defense.repaint(image, covered, noise)
             values |= {
-                "clean_right": is_right(judge, unharmed, y, opts.batch_size),
-                "right": is_right(judge, purified, y, opts.batch_size),
+                "clean_right": is_right(classifier, unharmed, y, opts.batch_size),
+                "right": is_right(classifier, purified, y, opts.batch_size),
                 "l1_patch": ((purified - x).abs() * mask).sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))),
             }
         for name, value in values.items():

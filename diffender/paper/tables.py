@@ -216,14 +216,15 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
     lines = [Line(classifier, key, by_column(e, batch.ids), e.folder) for key, e in made]
     found = [readings(key, e, batch.ids) for key, e in made]
     shown = in_common(lines, found)
-    for line, mine in zip(tuple(lines), found, strict=True):
-        lines += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
+    others: list[Line] = []  # of other readings of the same runs
+    for line, mine in zip(lines, found, strict=True):
+        others += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
         columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
         masked = controls(ours.target, folder, columns, batch, opts.run.seed, opts.run.quiet)
         beside += [Line(classifier, key, verdicts) for key, verdicts in masked.items()]
-    return [*beside, *lines]
+    return [*beside, *lines, *others]
 
 
 def named(opts: Options, key: str) -> Options:
@@ -356,7 +357,8 @@ def made_on(made: Sequence[dict]) -> str:
     if not all(r.get("date") for r in made):
         return f"finished on {time.strftime('%Y-%m-%d')}; not all records name their day and commit"
     code = " and ".join(commit[:7] for commit in made_in(made, "commit"))
-    return f"{' and '.join(made_in(made, 'date'))}{f', commit {code}' * bool(code)}"
+    commits = f", commit {code}" if code else ""
+    return f"{' and '.join(made_in(made, 'date'))}{commits}"
 
 
 def cost(made: Sequence[dict]) -> str:

@@ -18,8 +18,10 @@ from diffender.utils.files import new_file, save_atomic
 
 def draw_mask(g: Generator) -> Tensor:
     """A square, rectangle (1 : 0.7 to 1.4) or ellipse over 1 to 10 % of an image, somewhere, (64, 64) in {0, 1}."""
-    kind, (u, v, w, a) = (int(torch.randint(3, (), generator=g)), torch.rand(4, generator=g).tolist())
-    area, ratio = (0.01 + 0.09 * a) * SIDE**2, 1 if kind == 0 else 0.7 * 2**w
+    kind = int(torch.randint(3, (), generator=g))  # 0: square, 1: rectangle, 2: ellipse
+    u, v, w, a = torch.rand(4, generator=g).tolist()
+    area = (0.01 + 0.09 * a) * SIDE**2
+    ratio = 1 if kind == 0 else 0.7 * 2**w
     if kind == 2:
         area *= 4 / math.pi
     height, width = (min(round(n), SIDE) for n in (math.sqrt(area * ratio), math.sqrt(area / ratio)))

@@ -34,7 +34,7 @@ def score(model: LatentDiffusion, z_0: Tensor, noise: Tensor, t: Tensor, asked: 
     z_t = q_sample(z_0, noise, a_t)
     b = len(z_0)
     with torch.autocast(z_0.device.type, torch.bfloat16):
-        contexts, blank = (told.expand(b, -1, -1, -1) for told in asked)
+        contexts, blank = (tensor.expand(b, -1, -1, -1) for tensor in asked)
         eps = model.predict_noise(model.unet, z_t, t, contexts, blank).float()
     x_0 = [predict_x0(z_t, eps[:, i], a_t) for i in range(2)]
     return standardize((x_0[0] - x_0[1]).abs().mean(dim=1, keepdim=True))
@@ -49,8 +49,8 @@ def hide(
     z = z_0.detach()
     for _ in range(steps):
         z.requires_grad_()
-        seen = score(model, z, *at)
-        sticks_out = evasion(seen, region, LOWER) + evasion_max(seen, region, THETA)
+        z_score = score(model, z, *at)
+        sticks_out = evasion(z_score, region, LOWER) + evasion_max(z_score, region, THETA)
         (gradient,) = torch.autograd.grad(sticks_out.sum(), z)
         z = (z - stride * gradient.sign() * region).detach()
     return z

@@ -78,8 +78,10 @@ def compare(a: Path, b: Path) -> str:
         pairs = [(is_right(left[i], attacks), is_right(right[i], attacks)) for i in ids]
         shares = (counted(proportion(column)) for column in zip(*pairs, strict=True))
         rows.append((name, *shares, *map(str, discordant(pairs)), f"{mcnemar(pairs):.2g}"))
-    x, y = (OURS.get(name, name) for name in (config.get("defense", "") for config in configs))
-    x, y = (a.name, b.name) if x == y else (x, y)
+    defenses = [config.get("defense", "") for config in configs]
+    x, y = (OURS.get(name, name) for name in defenses)
+    if x == y:
+        x, y = a.name, b.name
     head = (f"{len(ids)} images", f"{x} right", f"{y} right", f"only {x}", f"only {y}", "p")
     attackers = ("classifier", "seed", *BUDGET, *(f.name for part in (PatchOptions, Backward) for f in fields(part)))
     told = [(name, *(config.get(name) for config in configs)) for name in attackers]

@@ -54,14 +54,13 @@ def draw_knowledge(folders: Sequence[Path], path: Path) -> None:
         defense = config.get("defense", "")
         name = defense.partition(":")[0]
         records = read_finished(folder)[1] if done else [*read_records(folder).values()]
-        if "iters" not in config:
-            raise InputError(f"{folder} holds no run of evaluate.py; the chart is of these alone")
         points = known(records, name in WITHIN) if all("attacks" in r for r in records) else {}
-        if not points:
+        if not points or "iters" not in config:
             raise InputError(f"{folder} holds no evaluation under advp; the chart is of that attack alone")
         budgets.append(f",\n{config['iters']} steps, EOT {config.get('eot')}, {len(records)} images")
-        title = OURS.get(defense, defense) + budgets[i] * (budgets[i] != budgets[0])
-        style = {"linewidth": 1} | STYLES.get(name, {}) | ({"linestyle": "-."} if budgets[i] != budgets[0] else {})
+        title, style = OURS.get(defense, defense), {"linewidth": 1} | STYLES.get(name, {})
+        if budgets[i] != budgets[0]:
+            title, style = title + budgets[i], style | {"linestyle": "-."}
         x = [stage + 0.02 * (i - len(folders) / 2) for stage in points]  # side by side, where they coincide
         axis.errorbar(x, *whiskers([*points.values()]), **style, marker="o", label=title, capsize=2, elinewidth=0.7)
     axis.set(ylabel="right under AdvP, %", ylim=(-3, 103), xlabel="what the attacker knows")

@@ -270,7 +270,9 @@ def photographs_page(records: Sequence[dict], folder: Path, config: dict, comman
 def photograph_states(record: dict) -> list[str]:
     """The filters of the page that show this photograph."""
     found = ["masked" if record["masked"] else "untouched"]
-    return found + ["changed"] * ("before" in record and record["before"]["class"] != record["after"]["class"])
+    if "before" in record and record["before"]["class"] != record["after"]["class"]:
+        found.append("changed")
+    return found
 
 
 def photograph(record: dict, folder: Path) -> dict:

@@ -69,7 +69,8 @@ def cost(results: dict) -> str:
     if "forecast" in results:
         took += f" (attacks and verdicts {results['seconds_attacked']:.0f} s, forecast {results['forecast']:.0f} s)"
     code = " and ".join(commit[:7] for commit in results.get("commits", []))
-    return f"{took} on {results['machine']}, {results['date']}{f', commit {code}' * bool(code)}"
+    commits = f", commit {code}" if code else ""
+    return f"{took} on {results['machine']}, {results['date']}{commits}"
 
 
 def trust_table(checks: Sequence[dict]) -> str:

@@ -99,12 +99,12 @@ class LatentDiffusion(nn.Module):
             return eps_from_v(z_t[:, None], out, self.alphas_cumprod[t].view(-1, 1, 1, 1, 1))
         return out
 
-    def run(self, network: Callable[..., Tensor], *args: Tensor, rows: int = 1) -> Tensor:
+    def run(self, network: Callable[..., Tensor], *args: Tensor, texts: int = 1) -> Tensor:
         """network(*args) in micro-batches. Activations are recomputed in the backward pass unless `keep` is set.
 
-        The network makes `rows` rows of each row of `args`: one for each text.
+        Of each row of `args` the network makes `texts` rows, one for each text.
         """
-        limit = None if self.micro_batch is None else max(1, self.micro_batch // rows)
+        limit = None if self.micro_batch is None else max(1, self.micro_batch // texts)
         return recompute(network, *args, limit=limit, keep=self.keep)
 
     def eps(
@@ -118,11 +118,10 @@ class LatentDiffusion(nn.Module):
         """
         b, several = len(z_t), context.ndim == 4
         contexts = (context if several else context[None]).expand(-1, b, -1, -1).transpose(0, 1)
-        given = [] if conditioning is None else [conditioning.expand(b, -1, -1, -1)]
-        times = torch.full((b,), t, device=z_t.device)
-        out = self.run(
-            partial(self.predict_noise, unet or self.unet), z_t, times, contexts, *given, rows=contexts.shape[1]
-        )
+        inputs = [z_t, torch.full((b,), t, device=z_t.device), contexts]
+        if conditioning is not None:
+            inputs.append(conditioning.expand(b, -1, -1, -1))
+        out = self.run(partial(self.predict_noise, unet or self.unet), *inputs, texts=contexts.shape[1])
         return out.transpose(0, 1) if several else out[:, 0]
 
     def eps_from_text(self, z_t: Tensor, t: int, context: Tensor, blank: Tensor) -> Tensor:

@@ -61,10 +61,11 @@ def ddim_step(z_t: Tensor, eps: Tensor, step: Step, eta: float = 0.0, noise: Ten
     return z_prev
 
 
-def ddim(eps: Eps, z_t: Tensor, grid: list[Step], eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+def ddim(predict_eps: Eps, z_t: Tensor, grid: list[Step], eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """Walk `grid` from z_t (B, 4, h, w). `noise` (B, len(grid), 4, h, w) is that of the steps, for eta > 0."""
     for i, step in enumerate(grid):
-        z_t = ddim_step(z_t, eps(z_t, step.t), step, eta, noise[:, i] if eta > 0 and noise is not None else None)
+        step_noise = noise[:, i] if eta > 0 and noise is not None else None
+        z_t = ddim_step(z_t, predict_eps(z_t, step.t), step, eta, step_noise)
     return z_t
 
 
@@ -87,13 +88,13 @@ def dpmpp_step(z_t: Tensor, x0: Tensor, step: Step, x0_before: Tensor | None, be
     return math.sqrt((1 - a_prev) / (1 - a_t)) * z_t - math.sqrt(a_prev) * math.expm1(-h) * d
 
 
-def dpmpp(eps: Eps, z_t: Tensor, grid: list[Step], eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+def dpmpp(predict_eps: Eps, z_t: Tensor, grid: list[Step], eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """Walk `grid` from z_t (B, 4, h, w); deterministic: eta must be 0, and `noise` is not used."""
     if eta > 0:
         raise InputError(f"eta is {eta}; DPM-Solver++(2M) is deterministic: use eta 0, or the ddim sampler")
     x0_before, before = None, None
     for step in grid:
-        x0 = predict_x0(z_t, eps(z_t, step.t), step.a_t)
+        x0 = predict_x0(z_t, predict_eps(z_t, step.t), step.a_t)
         z_t = dpmpp_step(z_t, x0, step, x0_before, before)
         x0_before, before = x0, step
     return z_t

@@ -50,4 +50,5 @@ def noise_timestep(noise_ratio: float) -> int:
     """
     if not 0.02 <= noise_ratio <= 1:
         raise ValueError(f"noise_ratio is {noise_ratio}; it lies between 0.02 and 1")
-    return 20 * (int(round(50 * noise_ratio, 6)) - 1) + 1
+    step = int(round(50 * noise_ratio, 6))  # rounded down; `round` first, since 50 * 0.58 is 28.999999999999996
+    return (step - 1) * (TRAIN_STEPS // 50) + 1

@@ -134,7 +134,8 @@ class SpatialTransformer(nn.Module):
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """x repeated along the batch dimension until it has `rows` rows."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *(1,) * (x.ndim - 1))
+    ones = (1,) * (x.ndim - 1)
+    return x if len(x) == rows else x.repeat(rows // len(x), *ones)
 
 
 def to_tokens(x: Tensor) -> Tensor:

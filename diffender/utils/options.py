@@ -125,7 +125,8 @@ def check_options(opts: Any) -> None:
         value, kind, (choices, low, high) = leaf.value, leaf.kind, map(leaf.metadata.get, ("choices", "low", "high"))
         if not leaf.metadata or (value is None and isinstance(leaf.hint, types.UnionType)):
             continue
-        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        accepted = int | float if kind is float else kind
+        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):  # a bool is an int, too
             raise InputError(f"{leaf.name} is {value!r}; it must be of type {kind.__name__}")
         if choices and value not in choices:
             raise InputError(
