@@ -146,7 +146,8 @@ def test_eq_4_in_pretraining_by_hand(monkeypatch):
     assert location_loss(None, z_0, region, asked, 0, g).item() == pytest.approx(wanted)
     assert 100 <= levels[0].min() < noise_timestep(EMBEDDED.noise_ratio) < levels[0].max() < 400
     monkeypatch.setattr(locating, "hide", lambda *given: pytest.fail("asked to hide"))
-    location_loss(None, z_0, 0 * region, asked, 3, g)
+    for covered in (0, 0.4):  # of no latent more than half
+        location_loss(None, z_0, covered * region, asked, 3, g)
 
 
 def test_samples_are_encoded_as_they_are_asked_for():

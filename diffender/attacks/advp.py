@@ -107,7 +107,7 @@ class AdvP(GradientAttack):
         mask = self.place(task, "verdict", 0, home)
         judged = judgements(task, self.eot, least, moving=self.location == "eot")
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
-        image = apply_patch(to_8bit(x), self.carried(self.rounded(patch), home, mask), mask)
+        image = apply_patch(x, self.carried(self.rounded(patch), home, mask), mask)
         return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
 
     def step_size(self, step: int) -> float:
@@ -119,7 +119,7 @@ class AdvP(GradientAttack):
     def choose(self, task: Task, attempts: list[Attacked]) -> Attacked:
         """Attempts whose patches lie anywhere are compared at places that are not the verdict's."""
         kept = [a.state.split((3, 1), dim=1) for a in attempts]
-        shown = [self.shown(to_8bit(task.x), task, self.rounded(patch), home, "restarts") for patch, home in kept]
+        shown = [self.shown(task.x, task, self.rounded(patch), home, "restarts") for patch, home in kept]
         return best_attempt(task, attempts, self.eot, self.eot_batch, shown)
 
     def rounded(self, patch: Tensor) -> Tensor:

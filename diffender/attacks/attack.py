@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffender.attacks.expectation import Attacked, Task, best_attempt
-from diffender.attacks.patch import margin
+from diffender.attacks.patch import margin, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.options import check_options, option
@@ -47,7 +47,8 @@ class Attack:
         return cls(**{field: values[flag] for flag, field in cls.reads().items() if values.get(flag) is not None})
 
     def __call__(self, task: Task, init: Tensor | None = None, callback: Callback = lambda done: None) -> Attacked:
-        """The best attempt for each image. Results depend on (seed, image id), not on the batch.
+        """The best attempt for each image, of images rounded to 8 bits. Results depend on (seed, image id), not on the
+        batch.
 
         `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback` hears after
         each step what share of the work is done.
@@ -69,7 +70,7 @@ class Attack:
             raise InputError(f"a task of {counts}; each image has a label and an id")
         if not len(y):
             raise InputError("a task of no images; give one or more")
-        task = task._replace(loss=self.loss(task))
+        task = task._replace(x=to_8bit(task.x), loss=self.loss(task))
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)
 

@@ -31,7 +31,7 @@ class Fixed(Attack):
         for b, image_id in enumerate(task.image_ids):
             content = self.content(x[b], int(task.y[b]), side, generator(task.seed, image_id, "content"))
             patch[b, mask[b].expand(3, -1, -1) == 1] = content.flatten().to(x)
-        image = apply_patch(to_8bit(x), to_8bit(patch), mask)
+        image = apply_patch(x, to_8bit(patch), mask)
         no_steps = x.new_zeros(len(x), 0)
         yield Attacked(image, mask, patch, torch.zeros(len(x)).long(), no_steps, no_steps)
 

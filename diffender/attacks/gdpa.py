@@ -305,7 +305,7 @@ class GDPA(GradientAttack):
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
         passes = self.eot * steps + judgements(task, self.eot) * len(states) + moves
         queries = torch.full((len(x),), passes, device=x.device)
-        return Attacked(apply_patch(to_8bit(x), image, mask), mask, state, queries, *course.curves(x))
+        return Attacked(apply_patch(x, image, mask), mask, state, queries, *course.curves(x))
 
 
 def step_samples(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:

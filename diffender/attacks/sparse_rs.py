@@ -74,7 +74,7 @@ class SparseRS(Attack):
             last, first = (paste(x, to_8bit(p).to(x), c)[0] for p, c in ((pattern, corner), start))
             better = (judge(task, last, "choice", 1) - judge(task, first, "choice", 1)).cpu() >= 0
             pattern, corner = pick_rows(better, pattern, start[0]), pick_rows(better, corner, start[1])
-        image, mask = paste(to_8bit(x), to_8bit(pattern).to(x), corner)
+        image, mask = paste(x, to_8bit(pattern).to(x), corner)
         state = torch.cat([pattern.flatten(1), corner.float()], dim=1)
         queries = torch.full((len(x),), finals + (2 * steps if random else steps + 1))
         losses, missed = torch.stack(trace, dim=2) if trace else x.new_zeros(2, len(x), 0)

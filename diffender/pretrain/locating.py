@@ -66,10 +66,11 @@ def location_loss(
     b = len(z_0)
     t = torch.randint(*LEVELS, (b,), generator=g, device=g.device)
     noise = torch.randn(z_0.shape, generator=g, device=g.device)
-    hides = (torch.rand(b, generator=g, device=g.device) < 0.5) & region.flatten(1).any(dim=1)
+    whole = region.round()  # of latents that are covered by more than half
+    hides = (torch.rand(b, generator=g, device=g.device) < 0.5) & whole.flatten(1).any(dim=1)
     if steps and hides.any():
         n = int(torch.randint(1, steps + 1, (), generator=g, device=g.device))
         at = noise[hides], t[hides], asked._replace(contexts=asked.contexts.detach())
         z_0 = z_0.clone()
-        z_0[hides] = hide(model, z_0[hides], region[hides].round(), at, n, g)
+        z_0[hides] = hide(model, z_0[hides], whole[hides], at, n, g)
     return mask_cross_entropy(score(model, z_0, noise, t, asked) - THETA, region)
