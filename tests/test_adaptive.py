@@ -241,6 +241,14 @@ def test_a_latent_counts_by_how_much_of_it_the_patch_covers():
     assert evasion_max(z, patch, 2.0).item() == pytest.approx(F.softplus(quarter).item())
 
 
+def test_the_mean_counts_latents_alike_each_image_by_itself():
+    """All of a latent and a quarter of the next; half of one."""
+    z, patch = torch.tensor([3.0, 0.0]).expand(2, 1, 1, 2), torch.zeros(2, 1, 8, 16)
+    patch[0, ..., :10], patch[1, ..., 12:] = (1, 1)
+    high, low = (F.softplus(torch.tensor(excess)).item() for excess in (1.0, -2.0))
+    assert evasion(z, patch, 2.0).tolist() == pytest.approx([(high + 0.25 * low) / 1.25, low])
+
+
 def test_straight_through_estimators(target, attacked):
     """Forward strictly binary; backward identity, sigmoid, or nothing, which cuts the covered patch off."""
     z = torch.tensor([-1.0, 2.4, 2.6, 7.0], requires_grad=True)
@@ -284,6 +292,7 @@ def test_localisation_losses_by_hand():
     peaked[..., 0, 0] = 20
     assert decoy(peaked) < decoy(flat) == 0
     assert torch.allclose(decoy(peaked), decoy(3 * peaked))  # no reward for scale
+    assert torch.equal(decoy(torch.cat([flat, peaked])), torch.cat([decoy(flat), decoy(peaked)]))
 
 
 def test_hiding_loss_hides(target, attacked):
@@ -359,13 +368,14 @@ def test_undefended_are_right_under_every_patch_and_pairs_are_first_purification
     records = [fake_record(str(i), 1, [1, 1], advp__transfer=[1, 0], advp__full=[0, 1]) for i in range(6)]
     for i, record in enumerate(records):
         record["attacks"]["advp/transfer"]["undefended"], record["masked"] = 1, 0.1 * i
-        record["attacks"]["advp/full"]["undefended"] = i % 2
+        record["attacks"]["advp/full"]["undefended"] = record["attacks"]["advp/full"]["masks"]["recall"] = i % 2
     results = summarize(records)
     rows = {r["gradient"] or r["attack"]: r for r in results["rows"]}
     told = [rows[name]["undefended"]["right"] for name in ("transfer", "full", "strongest on each image")]
     assert told == [6, 3, 3]
     assert rows["full"]["mcnemar"] == pytest.approx(2 / 64), "six of six get worse"
     assert results["masked_clean"] == pytest.approx(0.25)
+    assert results["masks"]["advp/full"]["recall"] == 0.5
 
 
 def test_what_is_certified_is_counted():
@@ -468,6 +478,20 @@ def test_a_record_is_what_its_files_give_under_the_noise_of_each_verdict(small, 
         assert torch.allclose(torch.tensor([t["confidence"] for t in told]), sure, atol=6e-5)
     assert len({str(t["defended"]) for t in [*records, *found]}) > 1, "not all alike"
     assert [(t["masks"]["recall"], t["masks"]["precision"]) for t in found] == [(1, 0.25)] * 2
+
+
+def test_columns_of_a_record_hold_what_they_are_called(small, tmp_path, monkeypatch):
+    """Shares of the image, curves, and seconds an image."""
+    lines = torch.arange(16)[:, None].expand(2, 1, 16, 16)
+    target = Defended(Purifier(lambda x: (x, (lines < 4).float())), Plain())
+    given = (small.x, torch.tensor([3, 5]), torch.tensor([[2.0, 1]] * 2), torch.tensor([[0.0, 1]] * 2))
+    made, clock = Attacked(small.x, (lines < 2).float(), *given), iter((10.0, 14.0))
+    monkeypatch.setattr("diffender.evaluation.verdicts.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    records = evaluate_batch(small, Judge(target, 1), [Plan("p", lambda task, callback: made, {})], tmp_path)
+    for record, queries in zip(records, (3, 5), strict=True):
+        told = record["attacks"]["p/transfer"]
+        assert (record["masked"], told["area"], told["queries"], told["seconds"]) == (0.25, 0.125, queries, 2)
+        assert (told["loss"], told["fooled"]) == ([2, 1], [0, 1])
 
 
 def test_patches_are_shared_by_attacks_of_the_same_settings_alone(small):
@@ -609,6 +633,62 @@ def test_checks_of_accuracies_can_fail(bench, monkeypatch, check, red, green):
         monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, mask=None, asked=asked: next(asked))
         assert next(iter(check(bench))).passed is passed
         assert not list(asked), "every one is asked for"
+
+
+def test_each_check_changes_what_it_is_about(bench, monkeypatch):
+    """Settings, estimators, prompts, starts: each patch is made with these, and what is judged is what is told."""
+    asked, judged = [], []
+
+    def attack(self, victim=None, init=None, **changed):
+        asked.append((victim, init, changed))
+        return bench
+
+    monkeypatch.setattr(trust.Bench, "attack", attack)
+    monkeypatch.setattr(trust.Bench, "attack_alone", lambda self, area: SimpleNamespace(state=area))
+    monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x, mask=None: judged.append((x, mask)) or 0.5)
+    list(trust.sweep("iters", bench))
+    list(trust.size_sweep(bench))
+    list(trust.ste_sweep(bench))
+    list(trust.transfer_matrix(bench))
+    list(trust.masks(bench := bench._replace(image=bench.image.flip(3))))
+    assert [changed for *_, changed in asked[:3]] == [{"iters": n} for n in (5, 10, 20)]
+    assert all(init == changed["area"] for _, init, changed in asked[3:10])
+    ways = [(victim.backward.ste, victim.backward.ste_k) for victim, *_ in asked[10:14]]
+    assert ways == [("none", 1), ("identity", 1), ("sigmoid", 1), ("sigmoid", 5)]
+    own, empty, manual = (victim for victim, *_ in asked[14:])
+    assert own is None and empty.defense.contexts.locate is None
+    assert torch.equal(manual.defense.contexts.locate, contexts_for("manual", manual.defense.model).locate)
+    assert judged[-2][0] is bench.image and judged[-2][1] is bench.mask and judged[-1][0] is bench.task.x
+
+
+def test_a_fixed_noise_is_that_of_the_attack(small, monkeypatch):
+    seen = []
+
+    class Told(Plain):
+        defense = None
+
+        def sample_noise(self, ids, seed, purpose, k=0):
+            return purpose
+
+        def forward(self, x, noise):
+            seen.append(noise)
+            return super().forward(x)
+
+    made = bench_of(Told(), small.x, small.y)
+    monkeypatch.setattr(trust.Bench, "attack", lambda self, **changed: made)
+    list(trust.fixed_noise(made))
+    assert set(seen) == {"attack 0"}
+
+
+def test_the_black_box_starts_on_the_undefended_classifier(bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trust, "attack_all", lambda attack, task, *given: asked.append((attack, task, given)) or made)
+    monkeypatch.setattr(trust.Bench, "attack", lambda self: bench)
+    monkeypatch.setattr(trust.Bench, "accuracy", lambda self, x: 0.5)
+    made = SimpleNamespace(state="state", image=None)
+    list(trust.black_box(bench, queries=7))
+    assert [(attack.queries, type(task.victim)) for attack, task, _ in asked] == [(35, Undefended), (7, Defended)]
+    assert asked[1][2] == (1, "state")
 
 
 def test_the_true_mask_cannot_help_where_no_patch_fools_the_classifier(bench, monkeypatch):

@@ -130,6 +130,14 @@ def test_queries_are_counted_to_the_last_one(name, batch):
             assert (out.queries <= SMALL[name]["queries"]).all()
 
 
+@pytest.mark.parametrize(("name", "given"), [("advp", {}), ("advp", {"location": "eot"}), ("gdpa", {})])
+def test_queries_of_every_restart_are_counted(name, given, batch):
+    attack = ATTACKS[name](area=0.2, iters=2, eot=2, restarts=3, **given)
+    for sigma in (0.0, 0.3):
+        victim = Counting(sigma)
+        assert attack(Task(victim, batch[0][:2], batch[1][:2], IDS[:2], 0)).queries.sum() == victim.images
+
+
 @pytest.mark.parametrize("name", [*SMALL, "noise", "grey", "crop"])
 def test_results_depend_neither_on_batch_nor_order_and_leave_global_randomness_alone(name, batch):
     x, y = (t[:3] for t in batch)
@@ -220,6 +228,19 @@ def test_every_step_has_noise_of_its_own_unless_it_is_fixed(name, given, draws, 
     ATTACKS[name](area=0.2, iters=3, eot=2, **given)(Task(victim, x, y, IDS[:1], 0))
     assert len(victim.noises) == 3 * 2
     assert len(torch.cat(victim.noises).unique(dim=0)) == draws
+
+
+def test_with_fixed_noise_patches_are_chosen_on_it_too(batch):
+    noises = []
+
+    class Watched(Linear):
+        def forward(self, x, noise=None):
+            noises.append(noise)
+            return super().forward(x, noise)
+
+    attack = ATTACKS["advp"](area=0.2, iters=3, eot=2, fixed_noise=True)
+    attack(Task(Watched(sigma=0.3), *(t[:1] for t in batch), IDS[:1], 0))
+    assert len(torch.cat(noises).unique(dim=0)) == 2
 
 
 def test_eot_on_a_deterministic_victim_changes_nothing(batch):
@@ -429,6 +450,19 @@ def test_a_patch_of_few_values_has_no_others_and_hurts(batch):
     assert len(three.unique()) == 3 and torch.equal(three, to_8bit(three)), "a file holds them as they were judged"
 
 
+def test_every_step_shows_the_few_values(batch):
+    shown = []
+
+    class Watched(Linear):
+        def forward(self, x, noise=None):
+            shown.append(x.detach())
+            return super().forward(x)
+
+    out = ATTACKS["advp"](area=0.2, iters=3, eot=1, levels=2)(Task(Watched(), *batch, IDS, 0))
+    inside = out.mask.expand_as(out.image) == 1
+    assert all(set(x[inside].tolist()) == {0.0, 1.0} for x in shown)
+
+
 def test_what_is_saved_was_judged(batch, monkeypatch):
     """With 64 values, rounding to 8 bits first would often end at another value than rounding once."""
     shown = []
@@ -565,6 +599,15 @@ def test_gdpa_moves_a_patch_to_where_the_loss_is_lower():
     theta = gdpa.to_theta(torch.tensor([[30, 30]]), 64, 9)
     moved = [ATTACKS["gdpa"](iters=30).moved(task, white, theta, step, "") for step in (0, 10, 20)]
     assert gdpa.to_corner(torch.cat(moved), 64, 9).tolist() == [[30, 30 - by] for by in (8, 4, 2)]
+
+
+def test_gdpa_stays_between_pixels_where_no_move_is_better_and_starts_where_pixels_can_move():
+    """The loss is the same everywhere of a patch that is black as its image."""
+    task, theta = task_of(torch.zeros(1, 3, 64, 64), Right()), torch.tensor([[0.123, -0.234]])
+    assert torch.equal(ATTACKS["gdpa"](iters=30).moved(task, torch.zeros(1, 3, 9, 9), theta, 0, ""), theta)
+    pattern, there = gdpa.Free(torch.tensor([0.0, 0.4, 1.0]), theta, gdpa.bound(64, 9))()
+    assert pattern.tolist() == pytest.approx([0.05, 0.4, 0.95])
+    assert torch.allclose(there, theta)
 
 
 def test_gdpa_starts_at_the_places_where_the_better_of_two_patches_does_best():
@@ -809,6 +852,29 @@ def test_rhde_steps_to_the_best_neighbour_and_breeds_around_the_best(batch):
     assert (children == genes[0]).all(dim=1).any(), "of two parents alike"
 
 
+def test_half_of_rhdes_children_take_the_sticker_of_the_best(batch):
+    search, asked = search_on(*batch, population=40, elite=0.05), []
+    search.ask = lambda genes, sticker, purpose: asked.append(sticker) or crowd(genes, sticker, genes[:, 1], search.y)
+    search.generation(search.ask(torch.rand(40, 4), torch.tensor([7, 7] + [1] * 38), ""), "attack 1")
+    assert 9 < (asked[-1] == 7).sum() < 29
+
+
+def test_rhde_begins_with_a_latin_hypercube(batch):
+    cells = (10 * search_on(*batch, sticker="cat", population=10).first(None).genes).long()
+    assert torch.equal(cells.sort(dim=0).values, torch.arange(10)[:, None].expand(10, 4))
+
+
+def test_where_rhde_has_been_it_goes_farther_out_or_changes_the_opacity(batch):
+    search, gene = search_on(*batch), torch.tensor([0.5, 0.5, 0.3, 0.6])
+    free = SIZE - stickers.side_for(stickers.NAMES[0], SIZE, 0.2)
+    first, again = (search.neighbours(gene, 0) for _ in range(2))
+    away = [((found[:, :2] * free).round() - round(0.5 * free)).abs().amax(dim=1).tolist() for found in (first, again)]
+    assert away[0] == [1] * 8 and len(first[:, :2].unique(dim=0)) == 8
+    assert (first[:, 2:] == gene[2:]).all()
+    assert set(away[1]) == {1, 2}
+    assert [opacity == gene[3] for opacity in again[:, 3]] == [distance == 2 for distance in away[1]]
+
+
 def test_rhde_energy_locks_on_the_runner_up_once(batch):
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1]])
     assert torch.allclose(rhde.energy(probs, 0, None), torch.tensor([0.2, -0.5]))
@@ -888,6 +954,8 @@ def test_of_patches_that_fool_alike_the_one_of_lower_loss_is_better():
     values = torch.tensor([-16.8, -16.9, -21.4, -40.0]).expand(3, 4)
     assert rank(values, fooled).argsort().tolist() == [0, 1, 2, 3]
     assert rank(torch.full((1, 2), -1e6), torch.tensor([[0.0, 1.0]])).argmax() == 1, "successes come first"
+    one_of_ten = torch.eye(10)[:, :2].flip(1) * torch.tensor([0.0, 1.0])
+    assert rank(torch.tensor([-9.0, 9.0]).expand(10, 2), one_of_ten).argmax() == 1, "one of ten, too"
 
 
 def test_proposals_of_sparse_rs_repaint_less_and_less_then_flip_a_channel_of_a_pixel():
@@ -904,6 +972,25 @@ def test_proposals_of_sparse_rs_repaint_less_and_less_then_flip_a_channel_of_a_p
     for progress, reach in ((0.0, 72), (0.99, 1)):
         moved = [attack.propose(pattern, corner, 96, progress, 3, g)[1] - corner for _ in range(60)]
         assert reach // 3 < torch.stack(moved).abs().max() <= reach
+
+
+def test_sparse_rs_repaints_half_as_much_after_each_of_its_halvings():
+    attack, grey, corner = ATTACKS["sparse-rs"](), torch.full((3, 100, 100), 0.5), torch.tensor([40, 40])
+    for k, at in enumerate((10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)):
+        for query, halvings in ((at - 1, k), (at + 1, k + 1)):
+            found, _ = attack.propose(grey, corner, 200, query / 10_000, 0, torch.Generator())
+            side = max(1, round((0.4 / 2**halvings) ** 0.5 * 100))
+            assert (found != grey).any(dim=0).sum() == side**2, query
+
+
+@pytest.mark.parametrize("name", ["sparse-rs", "rhde"])
+def test_curves_of_a_search_never_rise_and_tell_where_it_is_misread(name, batch):
+    out = ATTACKS[name](area=0.3, queries=80)(Task(Linear(), *batch, IDS, 0))
+    assert torch.equal(out.fooled, (out.trace < 0).float())
+    assert 0 < out.fooled.mean() < 1
+    if name == "sparse-rs":  # whose loss is the margin throughout
+        assert (out.trace.diff(dim=1) <= 0).all()
+        assert torch.allclose(out.trace[:, -1], margin(Linear()(out.image), batch[1]), atol=1e-5)
 
 
 def test_sparse_rs_compares_on_fresh_noise_that_both_share(batch):

@@ -114,6 +114,16 @@ def test_lgs_by_hand():
     assert torch.allclose(LGS()(line.expand(1, 3, 45, 45)), darkened.expand(1, 3, 45, 45), atol=1e-4)
 
 
+def test_lgs_sees_steps_of_luma_sideways_and_down():
+    """Of red, green and blue, scaled by the largest."""
+    x = torch.zeros(1, 3, 9, 9)
+    for channel, rows in enumerate((slice(0, 2), slice(3, 5), slice(6, 8))):
+        x[0, channel, rows, 4:] = 1
+    g, wanted = gradient_magnitude(x)[0, 0], pytest.approx([0.299 / 0.587, 1, 0.114 / 0.587], rel=1e-4)
+    assert g[[0, 3, 6], 3].tolist() == wanted
+    assert g[[1, 4, 7], 6].tolist() == wanted
+
+
 def test_lgs_takes_blocks_up_to_the_size_of_the_image(photos):
     x = photos[:1, :, :30, :20]
     assert LGS(block=20, overlap=0)(x).shape == x.shape
@@ -185,6 +195,16 @@ def test_fnc_caps_norms_and_keeps_directions():
     assert torch.equal(clip_tokens(tokens, 0.5)[:, 0], tokens[:, 0])
 
 
+def test_fnc_finds_the_channels_of_every_layout():
+    """Maps (B, C, h, w), Swin's (B, h, w, C) and ViT's tokens (B, 1 + N, C)."""
+    f, classifier = torch.randn(2, 8, 5, 5), torch.nn.Module()
+    classifier.cfg, classifier.net = SimpleNamespace(clips="0"), torch.nn.Sequential(torch.nn.Identity())
+    clipped = fnc(classifier, alpha=0.5).net
+    assert torch.equal(clipped(f), clip_norm(f, 0.5))
+    assert torch.allclose(clipped(f.permute(0, 2, 3, 1)), clip_norm(f, 0.5).permute(0, 2, 3, 1))
+    assert torch.allclose(clipped(f.flatten(2).mT)[:, 1:], clip_norm(f.flatten(2)[..., 1:], 0.5).mT)
+
+
 def test_fnc_caps_every_feature_map_that_it_clips(classifier, photos):
     twin, clipped, bounds = fnc(classifier, alpha=1.1), [], []
     for module in [m for m in twin.net.modules() if m._forward_hooks]:
@@ -228,7 +248,7 @@ def test_fnc_statistics_are_those_of_the_images(classifier, photos):
     twin = fnc(classifier, alpha=1e3)
     first = twin.net.bn1
     before = classifier.net.bn1.running_mean.clone()
-    reestimate_statistics(twin, [photos])
+    reestimate_statistics(twin, photos.split(2))
     stem = twin.net.conv_stem((photos - classifier.mean) / classifier.std)
     assert torch.allclose(first.running_mean, stem.mean(dim=(0, 2, 3)), atol=1e-5)
     assert not first.training
@@ -272,6 +292,18 @@ def test_dw_masks_the_one_place_that_the_network_looks_at(photos):
     assert 400 < mask.sum() < 900
     assert torch.equal(out, harmonic(x, mask))
     assert not torch.equal(out, x)
+
+
+class Coloured(torch.nn.Module):
+    """Two classes; the second, which leads, looks at colours differently."""
+
+    def forward(self, x):
+        weights = torch.tensor([[9.0, 9, 9], [1, -4, 2]])
+        return torch.einsum("bchw,kc->bk", x, weights) + torch.tensor([0.0, 1e6])
+
+
+def test_dw_follows_the_class_that_leads_in_its_strongest_colour():
+    assert torch.equal(DW(Coloured()).salience(torch.rand(2, 3, 8, 8)), torch.full((2, 1, 8, 8), 4.0))
 
 
 class Spots(torch.nn.Module):
@@ -350,6 +382,22 @@ def test_jedi_looks_in_every_scale(noisy, monkeypatch):
         alone.append(suspicious(noisy, *OFFICIAL))
     assert torch.equal(every, torch.stack(alone).amax(dim=0))
     assert not any(torch.equal(every, found) for found in alone)
+
+
+@pytest.mark.parametrize(("scale", "stride"), [(0, 4), (1, 6), (2, 8)])
+def test_jedi_masks_what_is_nearest_to_a_dense_window(monkeypatch, scale, stride):
+    def windows(x, window, _):
+        entropy = torch.zeros(1, 6, 6)
+        entropy[0, 2, 3] = window == jedi.WINDOWS[scale]
+        return entropy
+
+    monkeypatch.setattr(jedi, "entropy_windows", windows)
+    monkeypatch.setattr(jedi, "thresholds", lambda *_: torch.tensor([0.5]))
+    found = suspicious(torch.zeros(1, 3, 48, 48), *OFFICIAL)[0, 0]
+    for axis, centre in ((1, 2 * stride), (0, 3 * stride)):
+        line = found.any(dim=axis).nonzero().flatten()
+        assert len(line) >= stride - 1
+        assert (line - centre).abs().max() <= stride / 2
 
 
 def test_jedi_sees_red_better_than_blue():

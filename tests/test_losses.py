@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffender.evaluation.metrics import auc, map_auc, mask_scores, wilson
+from diffender.evaluation.metrics import auc, map_auc, mask_scores, whiskers, wilson
 from diffender.losses import feature_distance, mask_cross_entropy, restoration_l1
 
 
@@ -76,6 +76,11 @@ def test_a_proportion_lies_within_its_interval():
         for k in (0, n // 3, n):
             low, high = wilson(k, n)
             assert 0 <= low <= k / n <= high <= 1
+
+
+def test_whiskers_reach_below_and_above():
+    y, (below, above) = whiskers([{"accuracy": 0.5, "low": 0.4, "high": 0.8}])
+    assert [*y, *below, *above] == pytest.approx([50, 10, 30])
 
 
 def test_auc_of_a_patch_smaller_than_half_a_latent():

@@ -81,6 +81,8 @@ def test_passes_are_what_each_noise_gives_alone(defense, photos):
     for (out, logits), noise in zip(target.looks(photos[:2], noises), noises, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(out, defense(photos[:2], noise), strict=True))
         assert torch.equal(logits, out.image.flatten(1))
+    for (out, _), noise in zip(target.looks(photos[:2], noises, 2), noises, strict=True):
+        assert torch.allclose(out.heatmap, defense(photos[:2], noise).heatmap, rtol=1e-3, atol=1e-5), "side by side"
     seen: list[int] = []
     hook = defense.model.vae.encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     try:
@@ -101,6 +103,12 @@ def test_empty_prompt_needs_independent_noise(model, contexts, photos):
     )
     assert same.max() < 1e-3
     assert other.min() > 1e-3
+    a_t = model.alphas_cumprod[481].item()
+    noised = [q_sample(z0, draws[:, 0], a_t) for draws in (a, b)]
+    first, second = (predict_x0(z, model.eps(z, 481, contexts.empty, blank), a_t) for z in noised)
+    noise = Noise(z0, a[:, :1], b[:, :1], z0, z0, a)
+    found = difference_map(*predict_pair(model, z0, empty, noise, DIFFenderConfig(), blank))
+    assert torch.allclose(found, (first - second).abs().mean(dim=1, keepdim=True), rtol=1e-3, atol=1e-4)
 
 
 def test_standardize_uses_the_unbiased_deviation():
@@ -277,6 +285,15 @@ def test_restoration_has_a_prompt_and_noise_of_its_own(model, contexts):
         assert torch.equal(other, usual) == (name != "restore"), name
 
 
+def test_localisation_has_noise_of_its_own(model, contexts):
+    defense, x = DIFFender(model, contexts, FAST, (64, 64)), torch.rand(1, 3, 64, 64)
+    noise = noise_for(defense, 1)
+    usual = defense.localize(x, noise).heatmap
+    for name, value in noise._asdict().items():
+        other = defense.localize(x, noise._replace(**{name: -value})).heatmap
+        assert torch.equal(other, usual) == (name not in ("image", "draws")), name
+
+
 def test_restoration_does_not_see_what_the_mask_covers(defense, photos):
     mask = torch.zeros(1, 1, 224, 224)
     mask[..., 64:128, 64:128] = 1
@@ -442,6 +459,7 @@ def test_gradients_agree_with_finite_differences(model, contexts, photos):
 
 def test_both_prompts_get_gradients_and_words_initialise_them(model, photos):
     prompts = PromptPair(16, 64, generator(0, "ctx"))
+    assert [ctx.std().item() for ctx in prompts.parameters()] == pytest.approx([0.02] * 2, rel=0.1)
     defense = DIFFender(model, prompts(model), FAST)
     noise = noise_for(defense, 1)
     mask = torch.zeros(1, 1, 224, 224)

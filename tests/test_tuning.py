@@ -137,6 +137,8 @@ def test_eq_7_compares_like_with_like(monkeypatch):
         assert loss.l1 == restoration_l1(restored, clean)
         assert loss.feature == feature_distance([restored**2], [clean**2])
     assert all(x is attacked for x in target.defense.asked)
+    target.defense.found = Purified(restored, torch.ones_like(mask), z, z)
+    assert eq_7(target, shots, TuningConfig(), "test")[1] == mask.mean(), "the IoU of a mask of ones"
 
 
 def test_masks_are_fitted_through_the_present_prompts(monkeypatch):
@@ -145,7 +147,8 @@ def test_masks_are_fitted_through_the_present_prompts(monkeypatch):
     stand = Stand(Localized(mask, mask, mask))
     present = lambda model, empty: SimpleNamespace(detach=lambda: (model, empty))  # noqa: E731
     stand.contexts = SimpleNamespace(empty="empty")
-    assert tunings.mask_fit(stand, present, nowhere()._replace(mask=mask), 0) == 1
+    half = (torch.arange(8) < 4).float().expand_as(mask)
+    assert tunings.mask_fit(stand, present, nowhere()._replace(mask=half), 0) == 0.5, "their IoU"
     assert stand.contexts == ("model", "empty")
 
 
@@ -188,6 +191,16 @@ def test_the_round_that_fits_the_held_out_best_is_kept(tuned, prompts, monkeypat
     assert torch.allclose(prompts.ctx_locate, start + best)
 
 
+def test_terms_are_means_over_batches_and_versions_take_turns(tuned, prompts, monkeypatch):
+    told, rounds = iter((1.0, 2.0, 4.0, 8.0)), []
+    monkeypatch.setattr(tunings, "step", lambda *_: {"total": next(told)})
+    monkeypatch.setattr(tunings, "mixed", lambda versions, rows, number: rounds.append(number))
+    cfg, row = TuningConfig(rounds=2), torch.tensor([0])
+    work = Work(nowhere(), [(row, 0.5)] * 2, row[:0], attack=None)
+    assert list(tune(tuned, Tuning(prompts, cfg, 2), work, cfg)) == [{"total": 1.5}, {"total": 6.0}]
+    assert rounds == [0, 0, 1, 1]
+
+
 def test_only_compared_rounds_are_kept(tuned, prompts, monkeypatch):
     """With --adaptive 2 that is every second one, and of equals the first, even where no mask fits at all."""
     zero = torch.zeros(())
@@ -212,7 +225,7 @@ def test_only_compared_rounds_are_kept(tuned, prompts, monkeypatch):
 def test_new_attacks_know_the_present_prompts_and_are_what_masks_are_fitted_to(tuned, prompts, monkeypatch):
     monkeypatch.setattr(tunings, "eq_7", mean_context)
     monkeypatch.setattr(tunings, "attacked_anew", lambda target, every, images: every._replace(attacked=images / 255))
-    fitted, levels = [], iter((51, 102))
+    fitted, levels = [], iter((50.6, 101.6))
     monkeypatch.setattr(tunings, "mask_fit", lambda *given: fitted.append(given[2].attacked.mean().item()) or 0.0)
 
     def attack():

@@ -31,7 +31,7 @@ def ddim_grid(steps: int) -> list[Step]:
     """
     check_steps(steps)
     stride = TRAIN_STEPS // steps
-    timesteps = [min(k * stride + 1, TRAIN_STEPS - 1) for k in reversed(range(steps))]
+    timesteps = [k * stride + 1 for k in reversed(range(steps))]
     return [Step(t, ALPHAS_CUMPROD[t], ALPHAS_CUMPROD[max(t - stride, 0)]) for t in timesteps]
 
 
