@@ -41,7 +41,7 @@ def place(pattern: Tensor, theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     b, _, side, _ = pattern.shape
     before = (size - side) // 2
     padding = (before, size - side - before) * 2
-    half = 1 / (size - 1) if (size - side) % 2 else 0.0  # a pixel, where the centre lies between two
+    half = 1 / (size - 1) if (size - side) % 2 else 0.0  # half a pixel, where the centre lies between two
     canvas = F.pad(torch.cat([pattern, torch.ones_like(pattern[:, :1])], dim=1), padding)
     eye = torch.eye(2).to(pattern).expand(b, 2, 2)
     grid = F.affine_grid(torch.cat([eye, theta[:, :, None] - half], dim=2), list(canvas.shape), align_corners=True)

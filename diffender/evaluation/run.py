@@ -147,9 +147,9 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
     ):
         for k in range(len(parts)):
             bases = {}  # the patches on the undefended classifier, for this batch
-            for e, todo, cost, log in zip(experiments, left, forecasts, follow, strict=True):
+            for e, todo, expected, log in zip(experiments, left, forecasts, follow, strict=True):
                 if todo[k]:
-                    judge_part(e, batch, todo[k], cost.parts[k], progress, bases)
+                    judge_part(e, batch, todo[k], expected.parts[k], progress, bases)
                     if opts.track != "none":
                         log_accuracies(e, log)
                     may_stop()

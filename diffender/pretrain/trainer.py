@@ -48,8 +48,9 @@ class Trainer:
         return range(self.step * self.recipe.batch, self.recipe.steps * self.recipe.batch)
 
     def steps(self) -> Iterator[Generator]:
-        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn. The unet
-        stage without --samples is no exception in what it draws, but its store of samples begins empty again.
+        """Yield a generator for each step still to do, so that a resumed run draws what it would have drawn.
+
+        Only the samples of the unet stage without --samples differ: its store of them begins empty again.
 
         Ends early when --minutes are spent.
         """
