@@ -12,7 +12,6 @@ held-out photographs best. Ctrl-C stops after the round in hand; the same comman
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from diffender.config import (
     TuningConfig,
 )
 from diffender.utils.errors import InputError
-from diffender.utils.files import new_file, one_line, place_for, save_state
+from diffender.utils.files import new_file, place_for, refuse_damaged, save_state
 from diffender.utils.interruption import patient
 from diffender.utils.options import change, check_read, flat, given, option, parse, part, run, settings
 from diffender.utils.progress import TRACKERS, bar
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
 
 
 HIDING = Backward("evade")  # how --adaptive attacks
+ANEW = "delete it to begin anew, or choose another --out"
 WHILE_TUNING = {"draws": 2, "steps": 3}  # instead of EMBEDDED's 3 and 2, while prompts are tuned
 
 
@@ -220,7 +220,8 @@ def tune_and_save(
     from diffender.tuning import tune
 
     if unfinished(opts).is_file():
-        tuning.load_state_dict(read_unfinished(opts, hashes))
+        with refuse_damaged(unfinished(opts), ANEW):
+            tuning.load_state_dict(read_unfinished(opts, hashes))
     speaks = first and not opts.run.quiet
     log = TRACKERS[opts.track if first else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
@@ -261,17 +262,15 @@ def read_unfinished(opts: Options, hashes: Sequence[str] | None = None) -> dict:
     """Raises InputError for a file that is damaged, or a tuning with other settings or on other photographs."""
     import torch
 
-    path, advice = unfinished(opts), "delete it to begin anew, or choose another --out"
-    try:
+    path = unfinished(opts)
+    with refuse_damaged(path, ANEW):
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         theirs = dict(state["settings"])
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise InputError(f"{path} is damaged ({one_line(e)}); {advice}") from e
     mine = resolved(opts)
     if others := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
-        raise InputError(f"{path} holds a tuning with other settings ({', '.join(others)}); {advice}")
+        raise InputError(f"{path} holds a tuning with other settings ({', '.join(others)}); {ANEW}")
     if hashes is not None and list(hashes) != state.get("hashes"):
-        raise InputError(f"{path} holds a tuning on other photographs than --data {opts.target.data} has; {advice}")
+        raise InputError(f"{path} holds a tuning on other photographs than --data {opts.target.data} has; {ANEW}")
     return state
 
 

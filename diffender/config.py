@@ -58,8 +58,9 @@ class DIFFenderConfig:
 
     @property
     def evaluations(self) -> int:
-        """UNet evaluations to restore one image: two in each step with guidance, else one."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+        """UNet evaluations to restore one image: two in each step with guidance, else one; 0 without restoration."""
+        each = 1 if self.guidance == 1 else 2
+        return self.steps * each if self.restore else 0
 
 
 PAPER = DIFFenderConfig()

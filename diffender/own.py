@@ -102,8 +102,9 @@ def benchmark(
     """Attack every image, judge it, write the run's folder and report; returns what results.json holds.
 
     images (B, 3, S, S), float32 in [0, 1]; labels (B,), from 0 to the number of classes less one. `attack`, `gradient`
-    and `budget` are evaluate.py's --attack, --grad and --preset; `options` are others of its flags by name (iters, eot,
-    area, seed, name, ...), and `names`, the names of the classes. The same call with the same `name` goes on where it
+    and `budget` are evaluate.py's --attack, --grad and --preset; of what is not DIFFender `full` is the same as `auto`,
+    its own gradient. `options` are others of the flags by name (iters, eot, area, seed, name, ...), and `names`, the
+    names of the classes. The same call with the same `name` goes on where it
     stopped. Raises InputError for what does not fit.
     """
     named = options.pop("names", None)
@@ -143,9 +144,13 @@ def options_for(victim: Defended, asked: dict[str, Any], options: dict[str, Any]
         raise InputError(f"budget is {asked['preset']!r}; choose one of {', '.join(PRESETS)}{near}")
     refuse_foreign(options)
     if isinstance(victim, AnyModel):
-        if asked["grad"] not in (None, "auto"):
-            raise InputError(f"gradient is {asked['grad']!r}; a module has its own gradient alone: leave it out")
+        if asked["grad"] not in (None, "auto", "full"):
+            raise InputError(
+                f"gradient is {asked['grad']!r}; a module has its own gradient alone, auto or full: leave it out"
+            )
         asked = asked | {"grad": "auto", "trust": "off"}
+    elif asked["grad"] == "full" and not isinstance(victim.defense, DIFFender):
+        asked = asked | {"grad": "auto"}  # the gradient of the whole, under the name that other defences have for it
     opts = change(Options(), **asked | options, defense=title(victim))
     check_options(opts)
     refuse_conflicts(opts)

@@ -1020,6 +1020,7 @@ def test_an_attack_by_any_other_name_is_refused(monkeypatch):
 def test_evaluations_are_recorded_where_gradients_pass_through_restoration():
     """Guidance takes two of a step."""
     assert [replace(PAPER, guidance=g, steps=4).evaluations for g in (1.0, 7.5)] == [4, 8]
+    assert replace(PAPER, restore=False).evaluations == 0  # grey takes none
     opts = change(Options(), steps=4, guidance=1.0)
     assert [plans.recorded_steps(replace(opts, grad=grad)) for grad in ("bpda,evade", "bpda,full")] == [0, 4]
 

@@ -111,6 +111,7 @@ def bad(tmp_path_factory):
     (folder / "tuning.safetensors.unfinished").write_text("no tuning")
     torch.save(ones, folder / "tensor.safetensors.unfinished")
     torch.save({"settings": None}, folder / "none.safetensors.unfinished")
+    (folder / "empty.safetensors.unfinished").touch()
     (folder / "damaged").mkdir()
     (folder / "damaged/config.json").write_text("{}")
     (folder / "damaged/results.json").write_text("{}")
@@ -423,6 +424,7 @@ PLACES = [
     ("train --out {bad}/tuning.safetensors", "is damaged"),
     ("train --out {bad}/tensor.safetensors", "is damaged"),
     ("train --out {bad}/none.safetensors", "is damaged"),
+    ("train --out {bad}/empty.safetensors", "is damaged"),
     ("train --out /sys/prompts/a.safetensors", "choose another place"),
     ("defend {bad}/dot.png --out {bad}/file", "choose another place"),
     ("defend {bad}/dot.png --out /sys/images", "choose another place"),

@@ -15,7 +15,9 @@ from diffender.classifiers.dataset import list_items, open_image
 from diffender.evaluation.records import open_run
 from diffender.report.folder import write_report
 from diffender.utils.errors import InputError
+from diffender.utils.files import load_tensors
 from diffender.weights.loading import describe, load_model
+from diffender.weights.official import convert
 from diffender.weights.prompts import SHIPPED, load_prompts, save_prompts
 from diffender.weights.reading import scan
 from tests.cases import small_model_file
@@ -80,6 +82,22 @@ def read_prompts(path: Path) -> None:
     assert all(torch.equal(found[k], shipped[k]) for k in shipped), "another prompt, in silence"
 
 
+def pickled(folder: Path, zipped: bool) -> Path:
+    path = folder / "model.ckpt"
+    tensors = {f"layer{i}": torch.arange(i, i + 50.0) for i in range(4)}
+    torch.save({"state_dict": tensors, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def read_pickled(path: Path, zipped: bool) -> None:
+    out = path.with_suffix(".safetensors")
+    out.unlink(missing_ok=True)
+    found = load_tensors(convert(path, out))
+    if zipped:  # an older file has no checksum, so it may hold other numbers
+        for i in range(4):
+            assert torch.equal(found[f"layer{i}"], torch.arange(i, i + 50.0)), "other weights, in silence"
+
+
 def run_folder(folder: Path) -> Path:
     """Records of a finished run, small but whole."""
     attack = {"undefended": 2, "defended": [1, 1], "loss": [1.0], "fooled": [0.0], "confidence": [0.9, 0.2]}
@@ -120,6 +138,8 @@ def read_run(path: Path) -> None:
 KINDS = {
     "weights": (small_model_file, read_weights),
     "prompts": (prompts_file, read_prompts),
+    "ckpt": (lambda folder: pickled(folder, zipped=True), lambda path: read_pickled(path, zipped=True)),
+    "old ckpt": (lambda folder: pickled(folder, zipped=False), lambda path: read_pickled(path, zipped=False)),
     "csv": (csv_file, lambda path: list_items(str(path))),
     "records": (lambda folder: run_folder(folder / "run"), read_run),
     "results": (lambda folder: run_folder(folder / "run").with_name("results.json"), read_run),
@@ -171,7 +191,7 @@ def test_the_peak_is_of_what_comes_after():
 
 
 @pytest.mark.usefixtures("alarm")
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(tmp_path, kind, count):
     make, read = KINDS[kind]

@@ -90,6 +90,13 @@ def test_ten_classes(images, tmp_path):
         diffender.benchmark(model, 0.9 * images, y, name="ten", area=0.4, **FAST)
 
 
+def test_the_full_gradient_is_the_models_own(images, classifier):
+    """As one says it of any model; DIFFender alone has a `full` beside others."""
+    for victim in (AnyModel(Bright(), images), diffender.Defended(diffender.Purifier(nn.Identity()), classifier)):
+        full, auto = (options_for(victim, {"grad": grad, "preset": "smoke"}, {}) for grad in ("full", "auto"))
+        assert full == auto
+
+
 def test_a_model_on_the_cpu_asks_no_gpu(images, monkeypatch):
     for name, answer in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
@@ -340,7 +347,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (Bright(), {"name": ""}, "--name is ; it is a folder within runs/: give a name of 1 to 255 bytes"),
         (Bright(), {"name": "a\0b"}, "--name is a.0b; it is a folder within runs/"),
         (Bright(), {"name": "a/" + 86 * "\u20ac"}, "it is a folder within runs/: give a name of 1 to 255 bytes"),
-        (Bright(), {"gradient": "full"}, "has its own gradient alone"),
+        (Bright(), {"gradient": "bpda"}, "has its own gradient alone, auto or full"),
         (Bright(), {"iter": 3}, "option iter is unknown .nearest: iters.; options are"),
         (Bright(), {"theta": 3.0}, "option theta is settled in the model that you give"),
         (Bright(), {"device": "cpu"}, "option device belongs to evaluate.py alone"),

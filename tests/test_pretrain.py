@@ -39,7 +39,7 @@ from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.stable_diffusion.text import TextTransformer, tokenizer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior, VAEConfig
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header
+from diffender.utils.files import read_header, save_state
 from diffender.weights.loading import WEIGHTS, load_model
 from tests.cases import small_model_file
 
@@ -228,6 +228,14 @@ def test_a_training_goes_on_with_its_averages_and_its_optimizer(one_weight):
     assert again.model.weight.item() == net.weight.item()
     assert again.optimizer.state_dict()["state"][0]["step"] == 3
     assert again.left() == range(one.step, 10**9)
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(one_weight):
+    _, one = one_weight
+    for content in ({"ema": {}}, [1], {"ema": one.ema.state_dict(), "model": {"other": torch.ones(1)}}):
+        save_state(content, one.path)
+        with pytest.raises(InputError, match=r"one.ckpt is damaged .*; delete it to begin anew, or choose"):
+            trainer.Trainer(torch.nn.Linear(1, 1, bias=False), one.recipe)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(one_weight):

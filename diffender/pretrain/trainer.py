@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffender.pretrain.options import Recipe
 from diffender.utils.errors import InputError
-from diffender.utils.files import cut_tail, save_state, write_text
+from diffender.utils.files import cut_tail, refuse_damaged, save_state, write_text
 from diffender.utils.images import save_figure
 from diffender.utils.progress import bar
 
@@ -32,11 +32,12 @@ class Trainer:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.on_save: Callable[[], None] = lambda: None  # what a stage writes beside its checkpoint
         if self.path.is_file():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.ema.load_state_dict(state["ema"])
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
+            with refuse_damaged(self.path, "delete it to begin anew, or choose another --out"):
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+                self.ema.load_state_dict(state["ema"])
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.step, self.seconds = state["step"], state["seconds"]
             print(f"resuming {self.path} at step {self.step}")
         if self.log.is_file():  # the steps after the checkpoint are done again
             cut_tail(self.log)

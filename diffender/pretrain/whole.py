@@ -11,7 +11,7 @@ import torch
 from diffender.pretrain.options import Recipe
 from diffender.pretrain.stages import train_unet, train_vae
 from diffender.utils.errors import InputError
-from diffender.utils.files import place_for, whole
+from diffender.utils.files import place_for, refuse_damaged, whole
 
 SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of --minutes
 ON_A_GPU = {
@@ -60,7 +60,8 @@ def spent(checkpoint: Path) -> float:
     """The seconds that a stage has trained before."""
     if not checkpoint.is_file():
         return 0.0
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["seconds"]  # reads no tensor
+    with refuse_damaged(checkpoint, "delete it to begin anew, or choose another --out"):
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["seconds"]  # reads no tensor
 
 
 def carry(work: Path, out: Path, megabytes: float) -> None:

@@ -67,6 +67,17 @@ def save_state(state: dict, path: Path) -> None:
         partial.write_bytes(buffer.getbuffer())
 
 
+@contextmanager
+def refuse_damaged(path: Path, advice: str) -> Iterator[None]:
+    """Raises InputError with this advice where the block, which reads what `save_state` wrote, fails in any way."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # a damaged pickle may raise anything
+        raise InputError(f"{path} is damaged ({one_line(e) or type(e).__name__}); {advice}") from e
+
+
 def save_atomic(tensors: dict[str, Tensor], path: Path, header: dict) -> None:
     """Write a safetensors file with `header` as JSON in its metadata."""
     from safetensors import SafetensorError

@@ -3,14 +3,18 @@
 Torch is imported inside the functions: what only fetches a file answers at once.
 """
 
+from __future__ import annotations
+
 import re
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffender.utils.errors import InputError
 from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Published(NamedTuple):
@@ -102,37 +106,54 @@ def convert_folder(folder: Path) -> list[Path]:
 def convert(path: Path, out: Path) -> Path:
     """A pickled checkpoint (.ckpt, .bin) as safetensors: the tensors of its state_dict, or of its top level.
 
-    Read with weights_only, so nothing in the file is run: classes of training frameworks in it become `Inert`, and a
-    file that asks for functions of the system is refused.
+    Tied weights are written twice: safetensors has no sharing.
     """
-    import torch
-
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a {', '.join(sorted(PICKLES))} file")
     if out.exists() and out.samefile(path):
         raise InputError(f"{path} is safetensors already; there is nothing to convert")
     if out.exists():
         raise InputError(f"{out} is there already; delete it, or choose another with --out")
+    found, seen = state_dict(unpickled(path)), set()
+    if not found:
+        raise InputError(f"{path} holds no state_dict of tensors; give a checkpoint of Stable Diffusion")
+    tensors = {}
+    for key, value in found.items():
+        storage = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if storage in seen else value
+        seen.add(storage)
+    save_atomic(tensors, out, {"converted": path.name})
+    return out
+
+
+def unpickled(path: Path) -> Any:
+    """What a pickled checkpoint holds, read with weights_only, so that nothing in it is run.
+
+    Classes of training frameworks become `Inert`. Raises InputError for a file that asks for functions of the system,
+    and for a damaged one. Files of torch before 1.6 have no checksum, so other numbers in them go unnoticed.
+    """
+    import torch
+
+    mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip archives and cannot be mapped
     try:
-        mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip archives and cannot be mapped
+        if mmap and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {part} is not that of its bytes: fetch the file again")
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mmap else []
         with torch.serialization.safe_globals([(Inert, name) for name in named]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as e:  # a damaged pickle may raise anything
         reason = re.search(
             r"(Trying to load|Unsupported|WeightsUnpickler error)[^\n]*", str(e)
         )  # behind torch's preface
         raise InputError(
-            f"{path} cannot be read safely as a checkpoint ({reason[0] if reason else one_line(e)})"
+            f"{path} cannot be read safely as a checkpoint ({reason[0] if reason else one_line(e) or type(e).__name__})"
         ) from e
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors, seen = {}, set()
-    for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, torch.Tensor):
-            storage = value.untyped_storage().data_ptr()
-            tensors[key] = value.clone() if storage in seen else value  # tied weights: safetensors has no sharing
-            seen.add(storage)
-    if not tensors:
-        raise InputError(f"{path} holds no state_dict of tensors; give a checkpoint of Stable Diffusion")
-    save_atomic(tensors, out, {"converted": path.name})
-    return out
+
+
+def state_dict(content: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's state_dict, or of its top level; empty if it has none."""
+    from torch import Tensor
+
+    inner = content.get("state_dict", content) if isinstance(content, dict) else {}
+    named = inner.items() if isinstance(inner, dict) else ()
+    return {key: value for key, value in named if isinstance(key, str) and isinstance(value, Tensor)}
