@@ -17,6 +17,11 @@ to runs/<name>/; a killed run resumes with --name, and shards of one run may sha
 --name big --shard 1/2, at once or one after the other.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports shows no traceback; `run` listens again
+
 import json
 
 from diffender.evaluation.options import Options, is_ours, names, refuse_conflicts, refuse_unread, with_preset

@@ -11,6 +11,11 @@ held-out photographs best. Ctrl-C stops after the round in hand; the same comman
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports shows no traceback; `run` listens again
+
 import math
 import time
 from dataclasses import asdict, dataclass, replace

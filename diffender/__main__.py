@@ -1,5 +1,10 @@
 """Every command in one place: python -m diffender COMMAND, or diffender COMMAND once the package is installed."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports shows no traceback; `run` listens again
+
 import sys
 from importlib import import_module
 

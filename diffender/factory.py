@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
         if name.startswith("meta"):
             raise RuntimeError("tensors there hold no values")
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             found.append("mps")

@@ -247,6 +247,13 @@ def readable(path: Path) -> bool:
     return True
 
 
+def refuse_unreadable(images: Sequence[tuple[str, Path]]) -> None:
+    """Raises InputError where not one of the files is an image; of several, those that are not are named in the end."""
+    if not any(readable(file) for _, file in images):
+        others = f", nor is any of the {len(images) - 1} others" if len(images) > 1 else ""
+        raise InputError(f"{images[0][1]} is no image that can be read{others}; save it as PNG or JPEG")
+
+
 def resolved(opts: Options) -> dict:
     """The settings in effect, given or not, that all images in one --out share."""
     from diffender.factory import config_of, dtype_name, hashes_of
@@ -271,6 +278,7 @@ def main() -> None:
     if not opts.out:
         raise InputError("--out is empty; name a folder for the results, . for this one")
     images = find_images(opts.paths, Path(opts.out))
+    refuse_unreadable(images)
     refuse_to_replace((name for name, _ in images), Path(opts.out))
     # Imported after the options are known to be good: torch takes seconds.
     from diffender.classifiers.dataset import open_image

@@ -101,6 +101,7 @@ def bad(tmp_path_factory):
     save_file({"patches": torch.ones(0, 3, 8, 8), "targets": torch.ones(0).long()}, folder / "few.safetensors")
     (folder / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:-100])
     (folder / "text.safetensors").write_text("weights")
+    (folder / "heic.png").write_text("of another kind than its name says")
     torch.save({"a": ones}, folder / "pickle.ckpt")
     torch.save({"state": {}}, folder / "optimizer.bin")
     (folder / "pairs.txt").write_text("10 300\nA 1 2\n")
@@ -239,6 +240,8 @@ NAMES = [
     ("evaluate --attack rhde --sticker dog", "unknown sticker 'dog'; choose one of smiley"),
     ("evaluate --device tpu9", "--device tpu9 is not here; there is cpu"),
     ("evaluate --device gpu", "--device gpu is not here; there is cpu"),
+    ("evaluate --device mps", "--device mps is not here; there is cpu"),
+    ("evaluate --device hpu", "--device hpu is not here; there is cpu"),
     ("evaluate --device meta", "--device meta is not here; there is cpu"),
     ("evaluate --sampler euler", "invalid choice: 'euler'"),
     ("evaluate --dtype int8", "invalid choice: 'int8'"),
@@ -397,6 +400,8 @@ FILES = [
     ("pretrain join --data {bad}/nothing --out m", "no parts of a model in"),
     ("defend", "no images given; name files or folders"),
     ("defend {bad}/nothing", "no images in"),
+    ("defend {bad}/heic.png", "heic.png is no image that can be read; save it as PNG or JPEG"),
+    ("defend {bad}/heic.png {bad}/heic.png", "is no image that can be read, nor is any of the 1 others"),
     ("report compare", "compare: 0 given; give two folders that evaluate.py wrote"),
     ("report compare {bad}/run", "compare: 1 given; give two folders that evaluate.py wrote"),
     ("report compare {bad}/nothing {bad}/nothing", "nothing; give folders that evaluate.py wrote"),

@@ -83,6 +83,8 @@ def test_imagenets_validation_layout_of_kaggle(tmp_path):
     validation_images(images)
     with pytest.raises(InputError, match="validation images without labels; put LOC_val_solution.csv"):
         list_items(str(images))
+    with pytest.raises(InputError, match=rf"in a folder of it; give that one: {images}"):
+        list_items(str(images.parent))
     lines = ["ImageId,PredictionString", *(f"ILSVRC2012_val_{i:08},n0144{i:04} 1 2 3 4" for i in (1, 2, 3))]
     wnids = {1: "n01440764", 2: "n01443537", 3: "n15075141"}
     lines[1:] = [f"ILSVRC2012_val_{i:08},{wnid} 85 1 499 272" for i, wnid in wnids.items()]

@@ -258,15 +258,24 @@ def test_a_reader_who_goes_leaves_no_traceback():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_interrupt_during_imports_is_one_line(tmp_path):
-    """SIGTERM stands for Ctrl-C, which a shell's background ignores; both raise KeyboardInterrupt."""
-    command = [sys.executable, "-X", "importtime", ROOT / "evaluate.py"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("program", [["evaluate.py"], ["train.py"], ["-m", "diffender", "ablate", "--images", "1"]])
+def test_ctrl_c_during_imports_is_at_most_one_line(program, late):
+    def listens() -> None:  # the background of a shell ignores SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-X", "importtime", *program]
+    place = {"cwd": ROOT, "preexec_fn": listens, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **place) as process:
         for line in process.stderr:
-            if line.startswith("import time:") and " torch." in line:
+            if line.startswith("import time:") and (" torch." if late else " argparse") in line:
                 break
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         rest = [line for line in process.stderr if not line.startswith("import time:")]
-    assert process.returncode == 130
-    assert len(rest) == 1
-    assert rest[0].startswith("evaluate.py: stopped; ")
+    if late:
+        assert process.returncode == 130
+        assert len(rest) == 1
+        assert ": stopped; " in rest[0]
+    else:
+        assert process.returncode == -signal.SIGINT
+        assert rest == []

@@ -21,6 +21,7 @@ from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import one_line, printable, sha256
 
+VALIDATION = "ILSVRC2012_val_"  # with which the names of ImageNet's validation images begin
 LONGEST = 20  # longer side over shorter side, at most
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 KINDS = f"files of the kinds {', '.join(sorted(SUFFIXES))}"  # what is allowed, for messages
@@ -105,7 +106,7 @@ def ranks() -> dict[str, int]:
 
 def validation_items(root: Path) -> list[Item]:
     """ImageNet's own validation images, flat in a folder, with the published labels; empty for any other folder."""
-    images = sorted(p for p in root.glob("ILSVRC2012_val_*") if p.suffix.lower() in SUFFIXES)
+    images = sorted(p for p in root.glob(f"{VALIDATION}*") if p.suffix.lower() in SUFFIXES)
     if not images:
         return []
     places = [root, *root.absolute().parents[:4]]
@@ -140,7 +141,7 @@ def ground_truth(places: Sequence[Path]) -> dict[str, str]:
         numbers = [int(n) for n in (kit / name).read_text(encoding="utf-8").split()]
     except Exception as e:  # scipy says nothing of what a damaged file may raise
         raise InputError(f"meta.mat or {name} in {kit} is damaged ({one_line(e)}); fetch the kit again") from e
-    return {f"ILSVRC2012_val_{i:08}": wnids.get(n, "") for i, n in enumerate(numbers, start=1)}
+    return {f"{VALIDATION}{i:08}": wnids.get(n, "") for i, n in enumerate(numbers, start=1)}
 
 
 def read_csv(table: Path, *columns: str) -> list[dict[str, str]]:
@@ -168,6 +169,9 @@ def folder_items(root: Path) -> list[Item]:
     files = sorted(p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in SUFFIXES)
     wnids = [(p.name.split("_")[0] if p.parent == root else p.parent.name) for p in files]
     unknown = sorted(set(wnids) - set(rank))
+    flat = [p.parent for p, wnid in zip(files, wnids, strict=True) if wnid in unknown and p.name.startswith(VALIDATION)]
+    if flat:
+        raise InputError(f"{root} has ImageNet's validation images in a folder of it; give that one: {flat[0]}")
     if unknown:
         raise InputError(
             f"{root} has images under names that are no ImageNet-1k wnids: {', '.join(unknown[:5])}; for your own "

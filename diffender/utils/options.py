@@ -261,6 +261,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Call main and exit: 0; 2 with one line where the input, the disk, a permission or the memory is at fault; 130
     where Ctrl-C or SIGTERM stopped it."""
     keep_freed_memory()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the scripts have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         main()
