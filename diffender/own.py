@@ -148,7 +148,7 @@ def options_for(victim: Defended, asked: dict[str, Any], options: dict[str, Any]
             raise InputError(
                 f"gradient is {asked['grad']!r}; a module has its own gradient alone, auto or full: leave it out"
             )
-        asked = asked | {"grad": "auto", "trust": "off"}
+        asked = asked | {"grad": "auto"}
     elif asked["grad"] == "full" and not isinstance(victim.defense, DIFFender):
         asked = asked | {"grad": "auto"}  # the gradient of the whole, under the name that other defences have for it
     opts = change(Options(), **asked | options, defense=title(victim))

@@ -181,7 +181,7 @@ class DIFFender(nn.Module):
             x_hat = restore(x, mask, noise)
         else:  # bpda-mask, surrogate, evade: what restoration paints is a constant
             x_hat = restore(x.detach(), found.mask.detach(), noise)
-        if backward.mode == "surrogate" and restore_all:
+        if backward.mode == "surrogate" and (x.requires_grad or found.mask.requires_grad):
             steps = min(backward.surrogate_steps, self.cfg.steps)
             x_hat = straight_through(x_hat, self.restore(x, found.mask, noise, steps))
         check_finite("restored image", x_hat)
@@ -197,8 +197,8 @@ class Defended(nn.Module):
     """The classifier behind the defence, as a victim: f(x (B, 3, H, W) in [0, 1], noise) -> logits (B, K).
 
     `bare` is the classifier without the defence. It differs from `classifier` only where the defence lies within the
-    classifier (FNC). All modules are put into eval mode. Raises InputError for a defence without `sample_noise`, and
-    for one whose PatchCleanser holds another classifier.
+    classifier (FNC). All modules are put into eval mode. Raises InputError for a defence without `sample_noise`, for
+    one whose PatchCleanser holds another classifier, and for a gradient mode that the defence has no use for.
     """
 
     undefended_is = "undefended"  # the title that reports give to the column of `bare`
@@ -214,6 +214,11 @@ class Defended(nn.Module):
         cleanser = getattr(defense, "cleanser", None)  # PatchCleanser, where the defence has one
         if getattr(cleanser, "classifier", classifier) is not classifier:
             raise InputError("the defence's PatchCleanser holds another classifier than Defended; give both the same")
+        repaints = isinstance(defense, DIFFender) and not defense.cfg.composite
+        if repaints and backward.mode in ("bpda-mask", "evade"):
+            raise InputError(
+                f"{backward.mode} needs pixels that composite=False repaints; choose bpda, surrogate, full or full+loc"
+            )
         self.defense, self.classifier, self.backward = defense, classifier, backward
         self.bare = classifier if bare is None else bare
         self.eval()

@@ -189,6 +189,24 @@ class Sketch(DIFFender):
         return x.square() * (1 + mask) / (steps or 4)
 
 
+def test_a_mode_without_pixels_to_pass_through_is_refused(target):
+    raw = DIFFender(target.defense.model, target.defense.contexts, replace(target.defense.cfg, composite=False))
+    for mode in ("bpda-mask", "evade"):
+        with pytest.raises(InputError, match=f"{mode} needs pixels that composite=False repaints; choose bpda"):
+            Defended(raw, target.classifier, Backward(mode))
+
+
+def test_the_surrogate_paints_where_the_mask_has_no_gradient(target, attacked):
+    """With all steps it is the full gradient, whatever passes the threshold."""
+    image, *_ = attacked[1]
+    noise, found = target.sample_noise(["a"], 0, "modes"), []
+    for mode in ("surrogate", "full"):
+        x = image.clone().requires_grad_()
+        out = target.defense(x, noise, Backward(mode, ste="none", surrogate_steps=99))
+        found.append(torch.autograd.grad(out.image.square().sum(), x)[0])
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_a_mode_holds_constant_what_it_says(target):
     """Restoration in bpda-mask, all but its surrogate's steps in surrogate, nothing in full."""
     plain, x = target.defense, torch.rand(1, 3, 64, 64).requires_grad_()
@@ -612,7 +630,7 @@ def black_box(bench):
 
 
 ACCURACIES = [  # in the order in which a check asks for them: red, green
-    (controls, [0.6, 0.4, 0.6], [0.6, 0.5, 0.6]),
+    (controls, [0.6, 0.3, 0.6], [0.6, 0.4, 0.6]),
     (masks, [0.5, 0.9], [0.6, 0.1]),
     (partial(trust.sweep, "eot"), [0.3, 0.2, 0.5], [0.3, 0.9, 0.3]),
     (partial(trust.sweep, "iters"), [0.9, 0.5, 0.3], [0.9, 0.3, 0.25]),
@@ -738,12 +756,13 @@ def test_at_random_as_much_is_painted_as_the_patch_covers(small, monkeypatch):
 
 def test_convergence_is_of_the_last_variant_that_has_gradients(small, tmp_path):
     attacks = {"bpda": ATTACKS["advp"](iters=1), "auto": ATTACKS["advp"](iters=7), "queries": ATTACKS["sparse-rs"]()}
-    plan = Plan("advp", ATTACKS["grey"](), {kind: (attack, None) for kind, attack in attacks.items()})
+    target = Defended(Noted(), Plain())
+    plan = Plan("advp", ATTACKS["grey"](), {kind: (attack, target) for kind, attack in attacks.items()})
     through_files(tmp_path / "adv/advp/transfer", ["a", "b"], plan.base(small))
     records = [fake_record(name, 1, [1], advp__transfer=[1], advp__bpda=[1], advp__auto=[1]) for name in ("a", "b")]
     for record in records:
         record["attacks"]["advp/bpda"]["loss"], record["attacks"]["advp/auto"]["loss"] = [1.0, 0.9], [1.0, 0.5]
-    task = small._replace(victim=Defended(Noted(), Plain()))
+    task = small._replace(victim=target)
     checks = trust.trust_report(Options(), task, [plan], records, {"rows": []}, tmp_path)
     told = {check["name"]: check["figure"] for check in checks}
     assert told["the loss over 7 steps, images left right: 2"].startswith("falls by 0.5")
@@ -805,10 +824,19 @@ class Slope(torch.nn.Module):
 
 @pytest.mark.parametrize("wrong", ["", "zeros", "finite differences", "cosine"])
 def test_unhealthy_gradients_are_red(small, wrong):
-    checks = trust.gradient_health(bench_of(Slope(wrong), small.x, small.y, mask=torch.ones(2, 1, 16, 16)))
+    bench = bench_of(Slope(wrong), small.x, small.y, mask=torch.ones(2, 1, 16, 16))
+    checks = [*trust.zero_gradient(bench), *trust.gradient_health(bench)]
     found = {next(n for n in ("zero", "norm", "finite differences", "cosine") if n in c.name): c for c in checks}
     red = {name for name, check in found.items() if check.passed is False}
     assert red == ({wrong.removesuffix("s") if wrong == "zeros" else wrong} - {""})
+
+
+def test_a_gradient_of_zero_is_right_where_nothing_changes():
+    """As under a window that hides the patch."""
+    x, mask = torch.full((1, 3, 8, 8), 0.5), torch.ones(1, 1, 8, 8)
+    constant, cut = (lambda x: 0 * x.sum()), (lambda x: x.detach().sum() + 0 * x.sum())
+    assert trust.finite_difference_error(constant, x, mask) == 0
+    assert trust.finite_difference_error(cut, x, mask) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("mode", "hide"), [("evade", "mean"), ("full+loc", "max")])
@@ -1043,6 +1071,36 @@ def test_a_forecast_is_of_every_image_step_and_restart(monkeypatch):
         assert one["gdpa/transfer"] - shared["gdpa/transfer"] == pytest.approx(own), "another experiment makes them"
 
 
+def test_seconds_are_of_one_row_of_the_second_run(monkeypatch):
+    monkeypatch.setattr(forecasts, "time", SimpleNamespace(monotonic=iter([0, 8, 10, 14]).__next__))
+    assert forecasts.timed(lambda rows: None, 4) == 1
+
+
+def test_a_forecast_of_queries_checks_and_curves():
+    opts = with_preset(Options(attack="rhde", grad="evade", queries=50, queries_undefended=60, verdicts=4, eot=2))
+    found = costs(opts, COST)
+    assert found["rhde/transfer"] == pytest.approx(4 + 60 * COST["query"])
+    assert (found["rhde/queries"], found["rhde/evade"]) == (4 + 50, 4 + 50 * COST["hiding"])
+    advp = with_preset(Options(grad="evade"))
+    of = lambda which: forecasts.curve_costs(replace(advp, curves=which), COST)  # noqa: E731
+    assert (of("off"), of("theta")) == (0, 3 * 3), "clean, transfer and evade"
+    assert of("all") == pytest.approx(of("theta") + 4 * sum(costs(advp, COST).values())), "at each of four sizes"
+    target = SimpleNamespace(sample_noise=lambda *_: 0)
+    opts = change(opts, quiet=True, curves="off", trust_images=5, iters=7)
+    after = lambda trust: forecasts.forecast(replace(opts, trust=trust), target, None, [[0]], [False]).after  # noqa: E731
+    assert [after(trust) for trust in ("off", "quick", "full")] == [0, 5 * 70, 5 * (70 + 100 * 2 * 7)]
+
+
+def test_each_gradient_is_measured_through_its_own_victim(monkeypatch):
+    asked = []
+    target = SimpleNamespace(sample_noise=lambda *_: None, looks=lambda *_: [], undefended=lambda: lambda *_: None)
+    target.under = lambda backward: backward.mode
+    monkeypatch.setattr(forecasts, "samples", lambda task, *_: asked.append(task.victim) or [])
+    opts = with_preset(Options(attack="advp", grad="bpda,evade"))
+    forecasts.measured(opts, target, torch.zeros(1, 3, 32, 32))
+    assert asked[2:] == ["bpda", "bpda", "evade", "evade"], "each twice, after the classifier alone"
+
+
 def test_with_quiet_nothing_is_measured_before_the_start(monkeypatch):
     for name in ("measured", "memory_needed"):
         monkeypatch.setattr(forecasts, name, lambda *_: pytest.fail("nobody is told"))
@@ -1066,6 +1124,11 @@ def test_memory_by_hand(monkeypatch):
     for free, keeps in ((4.01, True), (3.99, False)):
         monkeypatch.setattr(memory, "free_bytes", lambda _, n=free: n * kept_bytes(one, 2, 3, 4))
         assert memory.keep_or_recompute(one, 2, 3, 4, torch.device("cpu")) is keeps
+
+
+def test_flags_override_the_papers_settings():
+    given = plans.method_of(change(Options(preset="paper"), theta=9.0))
+    assert (given["theta"], given["draws"]) == (9.0, PAPER.draws)
 
 
 def test_the_papers_settings():

@@ -616,6 +616,9 @@ def test_gdpa_starts_at_the_places_where_the_better_of_two_patches_does_best():
     corners = attack.search(task, torch.zeros(1, 3, 9, 9))
     assert (len(corners), corners[0][0, 1], corners[-1][0, 1]) == (49, 64 - 9, 0)
     assert len({tuple(theta[0].tolist()) for _, theta in attack.starts(task, None)}) == 3
+    many = replace(attack, restarts=50).starts(task, None)
+    assert torch.equal(many[49][1], many[0][1]), "after all places come the best again"
+    assert not torch.equal(many[49][0], many[0][0]), "with other pixels"
 
 
 def test_gdpa_has_a_rate_for_the_pattern_and_one_for_the_place_and_the_memory_that_it_tells(batch, monkeypatch):
@@ -1056,3 +1059,7 @@ def test_victims_that_are_none_are_named(batch):
         ATTACKS["advp"](iters=1)(Task(torch.nn.Identity(), x, y, IDS, 0))
     with torch.no_grad(), pytest.raises(InputError, match="the victim's logits have no gradient"):
         ATTACKS["advp"](iters=1)(Task(Linear(), x, y, IDS, 0))
+    cut = Linear()
+    cut.forward = lambda x, noise: Linear.forward(cut, x.detach(), noise) + torch.zeros(1, requires_grad=True)
+    with pytest.raises(InputError, match="the victim's logits have no gradient"):  # weights have one, images do not
+        ATTACKS["advp"](iters=1)(Task(cut, x, y, IDS, 0))

@@ -1,12 +1,21 @@
 """Data sets, preprocessing and the classifier: real accuracy on real photographs, and clear words for bad input."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from diffender.classifiers import imagenet
-from diffender.classifiers.dataset import correct_subset, list_items, load_image, sample_items
+from diffender.classifiers.dataset import (
+    correct_subset,
+    fit_image,
+    list_items,
+    list_photographs,
+    load_image,
+    sample_items,
+)
 from diffender.classifiers.imagenet import CLASSIFIERS, HALF, Classifier, ClassifierConfig, as_map, load_classifier
 from diffender.utils.errors import InputError
 from diffender.weights.loading import load_model
@@ -43,6 +52,25 @@ def picture(path):
     Image.new("RGB", (40, 30)).save(path)
 
 
+def test_an_image_is_resized_as_asked_and_its_middle_cropped():
+    cfg = ClassifierConfig("", 10, 20, HALF, HALF, ())
+    image = Image.new("RGB", (80, 40))
+    image.paste((255, 0, 0), (30, 10, 50, 30))  # 10 of 20 pixels, once resized
+    seen = fit_image(image, cfg)
+    assert seen.shape == (3, 10, 10) and seen[0, 2:-2, 2:-2].min() == 1 and seen[0].mean() > 0.9
+    assert not torch.equal(fit_image(image, replace(cfg, interpolation="bilinear")), seen)
+
+
+def test_folders_of_a_class_may_have_folders(tmp_path):
+    for name in ("cats/a.png", "dogs/b.png", "dogs/small/c.png"):
+        picture(tmp_path / name)
+    assert [(i.id, i.label) for i in list_items(str(tmp_path), 2)] == [
+        ("cats/a", 0),
+        ("dogs/b", 1),
+        ("dogs/small/c", 1),
+    ]
+
+
 def test_folders_by_wnid_number_classes_globally(tmp_path):
     picture(tmp_path / "n01443537" / "a.jpg")
     picture(tmp_path / "n15075141" / "b.png")
@@ -62,6 +90,19 @@ def test_csv(tmp_path):
     table.write_text("file, label\nimages/a.png, 7\n")
     (item,) = list_items(str(table))
     assert (item.id, item.label, item.path) == ("images/a", 7, tmp_path / "images/a.png")
+
+
+def test_photographs_need_no_labels(tmp_path):
+    (tmp_path / "cats").mkdir()
+    for name in ("b.png", "a.jpg", "cats/c.webp", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "some.csv").write_text("file\ncats/c.webp\n")
+    names = [str(p.relative_to(tmp_path)) for p in list_photographs(str(tmp_path))]
+    assert names == ["a.jpg", "b.png", "cats/c.webp"]
+    assert list_photographs(str(tmp_path / "some.csv")) == [tmp_path / "cats/c.webp"]
+    assert len(list_photographs("samples")) == 20
+    with pytest.raises(InputError, match="no images in nowhere"):
+        list_photographs("nowhere")
 
 
 def test_labels_may_be_wnids(tmp_path):

@@ -521,6 +521,7 @@ def test_a_share_of_the_image_is_one_at_every_size(classifier):
     assert [cleanser.largest(size) for size in (224, 448, 4, 1)] == [50, 100, 1, 1]
     assert cleanser.windows(448)[0][2] == 187  # 100 pixels, and a stride of 88 less one
     assert cleanser.windows(1) == [(0, 0, 1)]
+    assert PatchCleanser(classifier, 0.02).largest(224) == 32  # 31.7, rounded
 
 
 def test_what_is_certified_holds(classifier, photos):
@@ -599,6 +600,10 @@ def test_certificates_are_of_rows_that_agree_and_windows_that_hide_all():
         object.__setattr__(cleanser, "asked", [])
         right = [all(answers[i, j] == 0 for j in range(n)) for i in range(n)]
         assert cleanser.right_rows(x, 0) == right
+        side, sure = cleanser.largest(30), [w for w, agrees in zip(windows, right, strict=True) if agrees]
+        starts = [(t, u) for t in range(31 - side) for u in range(31 - side)]
+        places = [any(a <= t <= a + s - side and b <= u <= b + s - side for a, b, s in sure) for t, u in starts]
+        assert cleanser.certified_places(x, 0) == pytest.approx(sum(places) / len(places))
         top, left = torch.randint(0, 29, (2,), generator=g).tolist()
         patch = F.pad(torch.ones(1, 2, 2), (left, 28 - left, top, 28 - top))  # where windows overlap, in several
         hiding = [a <= top <= a + side - 2 and b <= left <= b + side - 2 for a, b, side in windows]

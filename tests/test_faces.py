@@ -85,6 +85,7 @@ def test_probes_are_not_in_the_gallery(tmp_path):
         assert not {item.id for item in split.probes} & {item.id for item in split.gallery}
         assert len(split.probes) + len(split.gallery) == 5  # Cy cannot be found again
         assert split.names == ["Ann", "Bob"]
+        assert all(item.id.startswith(split.names[item.label]) for item in (*split.probes, *split.gallery))
     with pytest.raises(InputError, match="--fold 3"):
         split_faces(faces, 3)
     with pytest.raises(InputError, match="no faces at"):
@@ -110,6 +111,25 @@ def test_probes_are_counted_by_their_numbers(tmp_path):
             (tmp_path / name / f"{file}.jpg").touch()
     probes = split_faces(list_faces(str(tmp_path))).probes
     assert [probe.id for probe in probes] == ["Ann/img2", "Bob/a"]
+
+
+class Colour(torch.nn.Module):
+    """Who looks alike has the same mean colour."""
+
+    def forward(self, x):
+        return torch.nn.functional.normalize(x.mean(dim=(2, 3)), dim=1)
+
+
+def test_a_person_is_who_the_gallery_says(tmp_path, monkeypatch):
+    """Not who the probes say."""
+    for person, colours in (("Ann", ("red", "blue")), ("Bob", ("blue", "red"))):
+        (tmp_path / person).mkdir()
+        for i, colour in enumerate(colours):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / person / f"{i}.png")
+    monkeypatch.setattr("diffender.faces.identification.load_recognizer", lambda *_: Colour())
+    classifier = identify("facenet", None, split_faces(list_faces(str(tmp_path))), torch.device("cpu"))
+    red = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 160, 160)
+    assert classifier.names[classifier(red).argmax()] == "Bob"
 
 
 @pytest.mark.parametrize("name", RECOGNIZERS)

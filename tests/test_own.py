@@ -22,7 +22,7 @@ import diffender
 import evaluate
 from diffender.classifiers.dataset import Batch
 from diffender.classifiers.imagenet import Classifier, ClassifierConfig
-from diffender.defenses import DEFENSES
+from diffender.defenses import DEFENSES, build
 from diffender.defenses.hardened import Hardened
 from diffender.defenses.jpeg import JPEG
 from diffender.defenses.patchcleanser import PatchCleanser
@@ -38,6 +38,7 @@ from diffender.report.__main__ import compare
 from diffender.utils.code import code_digest
 from diffender.utils.errors import InputError
 from diffender.utils.images import save_png
+from diffender.utils.options import change
 
 FAST = {"iters": 3, "iters_undefended": 20, "curves": "off", "verdicts": 3}
 ONE = FAST | {"iters": 1, "iters_undefended": 1}  # where the attack's strength does not matter
@@ -159,6 +160,14 @@ def test_a_random_model_knows_no_batch(images):
     assert results[0]["rows"] == results[1]["rows"]
 
 
+def test_every_purification_seed_and_purpose_of_a_random_model_has_its_noise(images):
+    victim, ids = AnyModel(Bright(spread=2.0), images), ["a", "b", "c"]
+    drawn = [victim.sample_noise(ids, *given) for given in ((0, "test"), (0, "test", 1), (1, "test"), (0, "attack"))]
+    seen = [logits for _, logits in victim.looks(images, drawn)]
+    assert all(torch.equal(logits, victim(images, noise)) for logits, noise in zip(seen, drawn, strict=True))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
 def test_places_drawn_at_random_take_samples_of_a_model_without_noise(images):
     y, fast = Bright()(images).argmax(dim=1), FAST | {"iters": 1, "iters_undefended": 1}
     results = diffender.benchmark(Bright(), images, y, name="places", location="eot", **fast)
@@ -192,6 +201,26 @@ def test_noise_that_no_seed_repeats_is_refused(images):
     assert not Path("runs/numpy").exists()
 
 
+def test_hidden_noise_of_a_changed_defence_is_refused(target, images):
+    class Noisy(DIFFender):
+        def localize(self, x, noise, *given):
+            found = super().localize(x, noise, *given)
+            return found._replace(mask=torch.rand_like(found.mask).round())
+
+    noisy = Noisy(target.defense.model, target.defense.contexts, target.defense.cfg)
+    x = torch.rand(1, 3, 224, 224)
+    with pytest.raises(InputError, match="the same image and the same noise in different ways"):
+        refuse_hidden_noise(diffender.Defended(noisy, target.classifier), x)
+    refuse_hidden_noise(target, x)
+
+
+def test_a_purifier_that_says_it_is_random_is_another_one():
+    digests = {code_digest(diffender.Purifier(nn.Identity(), random=random)) for random in (False, True)}
+    hooked = diffender.Purifier(nn.Identity())
+    hooked.register_forward_hook(lambda module, args, out: out)
+    assert len(digests | {code_digest(hooked)}) == 3
+
+
 def test_runs_on_other_files_of_the_same_names_are_not_compared(tmp_path):
     for name, hashed in (("a", {"hash": "1"}), ("b", {"hash": "2"}), ("old", {})):
         record = {"id": "0", "label": 1, "defended": [1], "attacks": {}} | hashed
@@ -215,6 +244,15 @@ def test_a_run_whose_patches_are_not_all_that_would_be_made_is_not_gone_on_with(
         refuse_changed(tmp_path, [plan], old, batch)
     old["0"]["attacks"]["rhde/evade"] = {}
     refuse_changed(tmp_path, [plan], old, batch)
+
+
+def test_records_of_other_patches_stop_a_benchmark_that_goes_on(images):
+    again = partial(diffender.benchmark, Bright(), images, [0, 1, 2], attack="none", curves="off", name="odd")
+    again()
+    path = Path("runs/odd/per_image.jsonl")
+    path.write_text(path.read_text().replace('"attacks": {}', '"attacks": {"advp/full": {}}'))
+    with pytest.raises(InputError, match="other patches of 00000 than are made today: advp/full"):
+        again()
 
 
 def test_a_model_is_left_as_it_was(images):
@@ -393,6 +431,9 @@ def test_a_run_goes_on_with_the_same_labels_and_settings_alone(images, target, c
     usual = resolved(opts, AnyModel(Bright(), images), images, y)
     assert resolved(opts, AnyModel(Bright(), images), images, y) == usual
     assert resolved(opts, AnyModel(Bright(), images), images, y + 1) != usual
+    for name, value in {"seed": 1, "area": 0.1, "iters": 1, "eot": 9, "verdicts": 9}.items():
+        assert resolved(change(opts, **{name: value}), AnyModel(Bright(), images), images, y) != usual, name
+    assert "jedi" in resolved(opts, build("jedi", target), images, y)["sha256"], "its network is no part of the model"
     plain, told = target.defense, []
     others = DIFFender(plain.model, plain.contexts, replace(plain.cfg, theta=3.5))
     cleansers = [PatchCleanser(classifier, area, masks) for area, masks in ((0.05, 2), (0.05, 3), (0.02, 2))]
@@ -592,6 +633,16 @@ def test_an_attack_of_ones_own_counts_by_its_code(monkeypatch, images):
     one, two = (type("Mine", (diffender.AdvP,), {"towards": scaled_by(k)}) for k in (1, 2))
     assert entered(one) == entered(one) != entered(two)
     assert entered(diffender.AdvP) != entered(diffender.LaVAN)
+
+
+def test_windows_take_square_images_alone(target, classifier):
+    """No window would cover the rest of another one, and a certificate would be false."""
+    cleanser = PatchCleanser(classifier, area=0.05, masks=2)
+    hardened, x = Hardened(target.defense, cleanser), torch.rand(1, 3, 128, 64)
+    noise = hardened.sample_noise(["a"], 0, "a")
+    for call in (lambda: hardened(x, noise), lambda: cleanser.certified_places(x[0], 1), lambda: cleanser(x[0])):
+        with pytest.raises(InputError, match="windows cover square images, and this one is of .128, 64. pixels; crop"):
+            call()
 
 
 def test_windows_ask_the_classifier_that_answers(target, classifier):

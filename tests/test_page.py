@@ -7,16 +7,17 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from diffender.classifiers.dataset import load_image, sample_items
 from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.report.__main__ import compare
-from diffender.report.page import chart, charts, page, states, table_page
+from diffender.report.page import Answer, card, chart, charts, page, states, table_page
 from diffender.report.tables import accuracies, csv_table, markdown
 from diffender.utils.errors import InputError
 from diffender.utils.formats import as_latex
-from diffender.utils.images import save_stages
+from diffender.utils.images import save_png, save_stages
 
 HOSTILE = "p<img src=x onerror=alert(1)>"  # a file's name, and a part of each class's
 NAMES = [f"class <{i}>{HOSTILE}\"'</script>" for i in range(4)]
@@ -159,6 +160,25 @@ def test_images_are_filtered_by_what_happened(html):
     assert "</span> 25 % (3 of 3)" in html, "how sure the classifier is"
 
 
+def test_an_image_fails_by_one_attack_of_several():
+    one = record(0)
+    one["attacks"]["advp/full"]["defended"] = [3, 1, 1]
+    assert states(one) == ["failed", "rescued"]
+
+
+def test_answers_are_of_what_they_stand_under(tmp_path):
+    """Attacked: the classifier alone; restored: the first purification, and how many others agree."""
+    for stage in ("attacked", "restored"):
+        save_png(torch.zeros(3, 8, 8), tmp_path / f"images/advp/full/p0_{stage}.png")
+    row = card(record(0, attacked=2, restored=3), tmp_path / "images", NAMES)["rows"][-1]
+    restored = Answer(NAMES[3], False, 0.25)
+    assert {f["name"]: f["answer"] for f in row["figures"]} == {
+        "attacked": Answer(NAMES[2], False, 0.9),
+        "restored": restored,
+    }
+    assert row["verdict"] == restored._replace(agree=2, votes=3)
+
+
 def test_curves_are_drawn_where_there_are_any(html):
     titles = re.findall(r'aria-label="([^"]*)"', html)
     assert [t for t in titles if "accuracy" in t or "loss" in t] == [
@@ -291,9 +311,9 @@ def test_the_page_in_the_dark_and_on_paper(html, tmp_path, browser, scheme):
     assert tab.locator("input, label").filter(visible=True).count() == 0, "controls"
     cards = tab.locator(".card").filter(visible=True)
     assert cards.count() == len(RECORDS)
-    for card in cards.all():
-        assert card.evaluate("e => getComputedStyle(e).contentVisibility") == "visible", "laid out, out of sight too"
-        assert card.locator("img").filter(visible=True).count() == 9, "clean, and four of each attack"
+    for each in cards.all():
+        assert each.evaluate("e => getComputedStyle(e).contentVisibility") == "visible", "laid out, out of sight too"
+        assert each.locator("img").filter(visible=True).count() == 9, "clean, and four of each attack"
     drawn = "images => images.every(image => image.complete && image.naturalWidth)"
     assert tab.locator(".card img").evaluate_all(drawn), "loaded, though nobody has scrolled there"
     tab.close()

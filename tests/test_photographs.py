@@ -12,15 +12,17 @@ import torch
 from PIL import Image, ImageChops
 
 import diffender
-from diffender.classifiers.dataset import as_rgb, open_image, sample_items
+from diffender.classifiers.dataset import as_rgb, fit_image, open_image, sample_items
 from diffender.config import RunOptions
 from diffender.evaluation.records import append_records
-from diffender.photographs import Defender, Options, find_images, main, refuse_to_replace, working_size
+from diffender.photographs import Defender, Options, find_images, main, refuse_to_replace, resolved, working_size
 from diffender.pipeline import DIFFender
 from diffender.report.page import inline, photographs_page
 from diffender.stable_diffusion.model import MODELS
 from diffender.utils.errors import InputError
 from diffender.utils.files import sha256
+from diffender.utils.images import to_image
+from diffender.utils.options import change
 
 FAST = ("--draws", "1", "--steps", "1", "--quiet")
 
@@ -87,7 +89,29 @@ def test_a_classifier_looks_at_the_image_and_then_at_what_is_left_of_it(target, 
     found = defender(photo, "a")
     assert found.restored != photo
     assert (found.record["before"], found.record["after"]) == (photo, found.restored)
+    assert found.record["largest_z_score"] > target.defense.cfg.theta, "something is masked"
     assert asked == [(["a"], 7, "defend")]
+
+
+def test_a_classifier_tells_its_first_class_and_how_sure_it_is(target, photo):
+    defender = Defender(Options(classifier="efficientnet_lite0"), target.defense)
+    p = target.classifier(fit_image(photo, target.classifier.cfg)[None]).softmax(dim=1)[0]
+    seen = defender.look(photo)
+    assert (seen["class"], seen["confidence"]) == (p.argmax().item(), pytest.approx(p.max().item(), abs=1e-3))
+
+
+def test_pictures_are_rounded_to_the_nearest_of_256_levels():
+    levels = torch.arange(256) / 255
+    for shift in (0, 0.4 / 255, -0.4 / 255):
+        assert np.asarray(to_image((levels + shift)[None, None])).ravel().tolist() == [*range(256)]
+
+
+def test_files_of_prompts_and_of_the_classifier_are_known_by_their_content(tmp_path):
+    for name in ("prompts", "net"):
+        (tmp_path / name).write_text(name)
+    opts = change(Options(), prompts=str(tmp_path / "prompts"), classifier_weights=str(tmp_path / "net"))
+    told = resolved(opts)["sha256"]
+    assert (told["prompts"], told["classifier"]) == tuple(sha256(tmp_path / name) for name in ("prompts", "net"))
 
 
 def test_names_of_images(tmp_path):
@@ -278,8 +302,14 @@ def test_the_page_shows_no_other_file_in_place_of_a_photograph(tmp_path, photo, 
 def test_in_one_line_from_python(photo, pasted):
     defense = diffender.load(draws=1, steps=1)
     assert (defense.cfg.draws, defense.cfg.steps, defense.cfg.theta) == (1, 1, diffender.EMBEDDED.theta)
+    manual = diffender.load(prompt="manual")
+    assert torch.equal(manual.contexts.restore, diffender.contexts_for("manual", manual.model).restore)
     restored = diffender.defend(pasted, defense)
     assert restored.shape == pasted.shape and not torch.equal(restored, pasted)
+    assert not torch.equal(diffender.defend(pasted, defense, seed=1), restored)
+    picture = to_image(pasted[0])
+    first, second = diffender.defend([picture, picture], defense)
+    assert first != second and first != diffender.defend(picture, defense, seed=1), "noise of each place and seed"
     one, two = photo, photo.resize((90, 60)).convert("L")
     both = diffender.defend([one, two], defense)
     assert [image.size for image in both] == [one.size, two.size]

@@ -18,7 +18,7 @@ from diffender.prompts import Contexts, PromptPair, empty_contexts, learned_cont
 from diffender.restore import composite
 from diffender.stable_diffusion.schedule import noise_timestep, predict_x0, q_sample
 from diffender.utils.errors import InputError, named_images
-from diffender.weights.prompts import contexts_for
+from diffender.weights.prompts import contexts_for, save_prompts
 from tests.conftest import ROOT
 
 FAST = DIFFenderConfig(noise_ratio=0.2, draws=2, steps=2, guidance=3.0)
@@ -495,8 +495,11 @@ def test_each_part_is_told_its_own_prompt(model):
         assert torch.equal(context, learned_context(model.text, ctx))
 
 
-def test_prompt_kinds(model):
-    assert empty_contexts(model).locate is None
+def test_prompt_kinds(model, tmp_path):
+    assert empty_contexts(model).locate is None and contexts_for("empty", model).locate is None
+    save_prompts(PromptPair(4, 64), tmp_path / "p.safetensors", {})
+    own = contexts_for("tuned", model, tmp_path / "p.safetensors")
+    assert not torch.equal(own.restore, contexts_for("tuned", model).restore), "prompts of one's own"
     with pytest.raises(InputError, match="unknown prompt 'none'"):
         contexts_for("none", model)
 

@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from diffender.evaluation import curves
 from diffender.evaluation.forecast import COST, Forecast, announce
 from diffender.evaluation.memory import left_in_container
 from diffender.evaluation.options import Options, with_preset
+from diffender.evaluation.records import append_records
 from diffender.evaluation.verdicts import Plan
 from diffender.pipeline import Defended, DIFFender
 from diffender.report.page import charts
 from diffender.utils.energy import counters, watt_hours
 from diffender.utils.errors import InputError
+from diffender.utils.images import save_png
 from diffender.utils.options import change
 from diffender.utils.progress import TRACKERS, bar
 from tests.conftest import SMALL
@@ -69,17 +72,63 @@ class Sized:
     area: float = 0.05
 
 
-def test_curves_are_of_the_last_gradient_and_under_the_first_noise_of_the_verdicts(target, monkeypatch):
-    made, seen = [], []
-    monkeypatch.setattr(curves, "craft", lambda plan, *_: made.append((plan.base.area, list(plan.adaptive))) or [])
-    looks = lambda defense, x, noise: seen.append(noise) or x.expand(len(curves.THRESHOLDS), -1, -1, -1)  # noqa: E731
-    monkeypatch.setattr(curves, "at_thresholds", looks)
+def test_curves_are_of_the_last_gradient_and_under_the_first_noise_of_the_verdicts(target, monkeypatch, tmp_path):
+    made, noises, shown = [], [], []
+
+    def craft(plan, *_):
+        made.append((plan.base, {kind: attack for kind, (attack, _) in plan.adaptive.items()}))
+        return []
+
+    def at_thresholds(_, x, noise):
+        noises.append(noise)
+        shown.append(x)
+        return x.expand(len(curves.THRESHOLDS), -1, -1, -1)
+
+    monkeypatch.setattr(curves, "craft", craft)
+    monkeypatch.setattr(curves, "at_thresholds", at_thresholds)
+    patched = torch.ones(1, 3, 32, 32)
+    for name in ("f", "f_mask"):
+        save_png(patched[0], tmp_path / f"adv/advp/evade/{name}.png")
     task = Task(target, torch.rand(1, 3, 32, 32), torch.zeros(1).long(), ["a"], 0)
     plan = Plan("advp", Sized(), {kind: (Sized(), None) for kind in ("bpda", "evade")})
     curves.over_area(task, plan)
-    curves.over_theta(task, {"label": 0, "attacks": {}}, None)
-    assert made == [(area, ["evade"]) for area in curves.AREAS]
-    assert torch.equal(seen[0].draws, target.sample_noise(["a"], 0, "verdict", 0).draws)
+    curves.over_theta(task, {"label": 0, "file": "f", "attacks": {"advp/evade": {}}}, tmp_path)
+    assert made == [(Sized(area), {"evade": Sized(area)}) for area in curves.AREAS]
+    assert torch.equal(noises[0].draws, target.sample_noise(["a"], 0, "verdict", 0).draws)
+    assert torch.equal(torch.cat(shown), torch.cat([task.x, patched])), "clean, then attacked"
+
+
+class Turned:
+    """A defence of images that are logits: it turns them round."""
+
+    def sample_noise(self, *_):
+        return None
+
+    def undefended(self):
+        return "the classifier alone"
+
+    def bare(self, x):
+        return x
+
+    def __call__(self, x, noise):
+        return x.flip(1)
+
+
+def test_patches_of_every_size_are_made_without_the_defence_and_read_with_it_and_without(monkeypatch):
+    victims, made = [], SimpleNamespace(image=torch.tensor([[0.0, 1.0]]))
+    found = [("transfer", made, 0), ("evade", made, 0)]
+    monkeypatch.setattr(curves, "craft", lambda plan, task, *_: victims.append(task.victim) or found)
+    task = Task(Turned(), torch.tensor([[1.0, 0.0]]), torch.ones(1).long(), ["a"], 0)
+    right = curves.over_area(task, Plan("advp", Sized(), {}))
+    assert right == {"advp/transfer": [False] * 4, "advp/undefended": [True] * 4, "advp/evade": [False] * 4}
+    assert victims == ["the classifier alone"] * 4
+
+
+def test_a_curve_is_of_the_images_asked_for(tmp_path):
+    done = [{"id": name, "theta": {"none": [float(name == "a")]}} for name in "ab"]
+    append_records(tmp_path / "curves-theta.jsonl", done)
+    task = Task(None, None, None, ["a"], 0)
+    assert curves.draw_curves("theta", task, [], [{"id": "a"}], tmp_path, None)["theta"]["none"] == [1.0]
 
 
 def test_a_forecast_counts_the_gradients_that_are_taken(capsys):

@@ -1,5 +1,6 @@
 """Both scripts, run as a user runs them, to their last line; and what they say to bad input."""
 
+import hashlib
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from diffender.evaluation import certify, workers
 from diffender.evaluation import run as running
 from diffender.evaluation.options import Options, with_preset
 from diffender.evaluation.plan import of_this_shard
-from diffender.evaluation.records import open_run, read_records
+from diffender.evaluation.records import append_records, open_run, read_records
 from diffender.faces import __main__ as faces
 from diffender.utils import options as cli
 from diffender.utils import provenance
@@ -213,20 +214,34 @@ def test_files_that_no_flag_names_count(tmp_path, photos):
     assert digest_of_all(gallery) != before
 
 
+def test_a_file_that_changes_within_its_size_is_read_again(tmp_path):
+    told = []
+    for time, content in enumerate("ab"):
+        (tmp_path / "file").write_text(content)
+        os.utime(tmp_path / "file", (time, time))
+        told.append(sha256(tmp_path / "file"))
+    assert told == [hashlib.sha256(content).hexdigest() for content in (b"a", b"b")]
+
+
 def test_photographs_that_prompts_or_patches_were_made_of_are_not_evaluated(tmp_path, monkeypatch):
     asked, patch = [], tmp_path / "patch.safetensors"
     save_atomic({"patches": torch.zeros(1, 3, 8, 8)}, patch, {"hashes": ["a"]})
     monkeypatch.setattr(running, "correct_subset", lambda *given: asked.append(given[-1]) or Batch([], None, None, []))
-    for given in ({"prompt": "tuned"}, {"prompt": "manual"}, {"prompt": "manual", "patch_file": str(patch)}):
+    own = (
+        {"prompt": "tuned", "prompts": str(patch)},
+        *({"prompt": "manual", n: str(patch)} for n in ("patch_file", "generator")),
+    )
+    for given in ({"prompt": "tuned"}, {"prompt": "manual"}, *own):
         running.load_images(with_preset(cli.change(Options(), **given, quiet=True)), SimpleNamespace(bare=None))
-    assert asked == [frozenset(read_header(SHIPPED)["hashes"]), frozenset(), {"a"}]
+    assert asked == [frozenset(read_header(SHIPPED)["hashes"]), frozenset(), {"a"}, {"a"}, {"a"}]
     assert len(asked[0]) >= 8
 
 
 def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(tmp_path, monkeypatch):
     progress = SimpleNamespace(evaluations=0, through=lambda cost: None)
 
-    def judged(*_):
+    def judged(task, *_):
+        assert task.seed == 3
         progress.evaluations += 6
         seen = {"label": 1, "undefended": 1, "defended": [1], "masked": None, "attacks": {}}
         return [{"id": i, "file": i} | seen for i in "ab"]
@@ -234,7 +249,7 @@ def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(
     monkeypatch.setattr(running, "evaluate_batch", judged)
     classifier = SimpleNamespace(mean=torch.zeros(1))
     target = SimpleNamespace(undefended=lambda: None, undefended_is="", defense=None, classifier=classifier)
-    opts = with_preset(Options(attack="none", trust="off", curves="off"))
+    opts = with_preset(cli.change(Options(attack="none", trust="off", curves="off"), seed=3))
     e = running.Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, [], {}, None)
     batch = Batch(["a", "b"], torch.zeros(2, 3, 8, 8), torch.ones(2), [])
     running.judge_part(e, batch, [0, 1], {"clean": 8.0}, progress, {})
@@ -250,29 +265,56 @@ def test_images_share_the_cost_of_their_batch_and_results_count_those_asked_for(
     assert again["machine"] == "machine 0 and machine 1"
 
 
+def test_checks_and_curves_have_the_seed_of_the_run(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(running, "trust_report", lambda opts, task, *_: seeds.append(task.seed) or [])
+    monkeypatch.setattr(running, "draw_curves", lambda which, task, *_: seeds.append(task.seed) or {})
+    seen = {"label": 1, "undefended": 1, "defended": [1], "masked": None, "seconds": 1.0, "unet_evaluations": 1}
+    append_records(tmp_path / "per_image.jsonl", [{"id": "a", "file": "a", "attacks": {}} | seen])
+    target = SimpleNamespace(undefended_is="", classifier=SimpleNamespace(mean=torch.zeros(1)))
+    opts = with_preset(cli.change(Options(trust="quick", curves="theta"), seed=3, quiet=True))
+    e = running.Experiment(opts, tmp_path, tmp_path / "per_image.jsonl", target, ["a plan"], {}, None)
+    running.finish(e, Batch(["a"], torch.zeros(1, 3, 8, 8), torch.ones(1), []))
+    assert seeds == [3, 3]
+
+
 def test_certified_are_right_answers_and_images_without_a_place_left(tmp_path, call, monkeypatch):
-    """Of three images one is read wrong, and one has all its places certified, but not with more masks."""
+    """Of three images one is read wrong, and one has all its places certified, but not with more masks. Results of
+    other images, data or weights are not mixed in."""
 
     class Certifier:
         def __init__(self, classifier, area, masks):
-            self.masks = masks
+            self.part = 0.05 / area / (masks - 2)
 
         def __call__(self, x):
             return 1 if x.max() > 0 else 2
 
         def certified_places(self, x, label):
-            return x.max().item() / (self.masks - 2)
+            return x.max().item() * self.part
+
+    def run(*flags):
+        code, _, error = call(certify.main, "certify", "--out", "c", "--quiet", *flags)
+        return code, error
 
     x = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 8, 8)
     batch = Batch(["a", "b", "c"], x, torch.ones(3).long(), ["0", "1", "2"])
     monkeypatch.setattr("diffender.defenses.patchcleanser.PatchCleanser", Certifier)
     monkeypatch.setattr("diffender.classifiers.imagenet.load_classifier", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("diffender.classifiers.dataset.list_items", lambda *_: [])
     monkeypatch.setattr("diffender.classifiers.dataset.correct_subset", lambda *_: batch)
-    code, _, error = call(certify.main, "certify", "--masks", "3,4", "--out", "c", "--quiet")
-    assert code == 0, error
+    weights = tmp_path / "net.safetensors"
+    weights.write_text("one")
+    flags = ("--masks", "3,4", "--classifier-weights", weights)
+    assert run(*flags, "--area", "0.05,0.1") == (0, "")
     rows = json.loads((tmp_path / "c" / "results.json").read_text())["rows"]
     names = ("right, without a patch", "certified wherever it is", "certified places")
-    assert [[row[name] for name in names] for row in rows] == [[2, 1, 1.5], [2, 0, 0.75]]
+    found = [[row[name] for name in names] for row in rows]
+    assert found == [[2, 1, 1.5], [2, 0, 0.75], [2, 0, 0.75], [2, 0, 0.375]]
+    assert "other settings (data: samples, now photos)" in run(*flags, "--data", "photos")[1]
+    batch.hashes[0] = "9"
+    assert "results of another file of the name a" in run(*flags)[1]
+    weights.write_text("another")
+    assert "other settings (sha256" in run(*flags)[1]
 
 
 def test_a_dry_run_tells_and_does_nothing(tmp_path, here):

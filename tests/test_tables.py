@@ -40,6 +40,7 @@ from diffender.paper.tables import (
     csv_table,
     in_common,
     latex_table,
+    leaders,
     markdown,
     paired,
     pool,
@@ -58,7 +59,7 @@ from diffender.utils.options import change
 from diffender.weights.prompts import contexts_for
 from tests.conftest import ROOT, SHARED
 
-RIGHT, WRONG = Verdict(1.0, 1.0, 1.0, 1.0), Verdict(0.0, 0.5, 0.0, 1.0)
+RIGHT, WRONG = Verdict(1.0, 0.7, 0.0, 0.0), Verdict(0.0, 0.5, 0.0, 1.0)  # at first: later purifications differ
 
 
 def line(key, right, of=4, classifier="efficientnet_lite0"):
@@ -103,7 +104,7 @@ def test_table_in_every_format():
     rows = list(csv.DictReader(io.StringIO(csv_table(lines))))
     assert len(rows) == 4 * 5 * 4
     worst = [r for r in rows if (r["defence"], r["attack"], r["verdict"]) == ("jpeg", "advp", "average")]
-    assert float(worst[0]["accuracy"]) == pytest.approx(2.5 / 4)
+    assert float(worst[0]["accuracy"]) == pytest.approx((0.7 + 3 * 0.5) / 4)
     latex = latex_table(1, lines)
     assert r"efficientnet\_lite0 & DIFFender & 75.0" in latex
     assert latex.count(r"\\") == 5
@@ -115,6 +116,13 @@ def test_bold_is_first_by_a_paired_test(right, told):
     text = markdown(1, [line("jpeg", 0, of=8), line("diffender", right, of=8)])
     assert (f"**{100 * right / 8:.1f} ({right}/8" in text) == told
     assert ("0.0 (0/8; 0-32) =" in text) != told
+
+
+def test_first_is_the_defence_that_reads_most_images_right():
+    """Not the one that reads the first image right."""
+    one, most = line("jpeg", 1, of=16), line("diffender", 15, of=16)
+    most = most._replace(verdicts={column: found[::-1] for column, found in most.verdicts.items()})
+    assert leaders([one, most], most, "clean") == ["diffender"]
 
 
 def test_defences_are_paired_with_diffender_attacked_alike():
@@ -195,13 +203,32 @@ def test_readings_of_a_run(tmp_path):
 
 
 def test_the_undefended_line_is_of_the_classifier_alone_where_rows_are_other_defences(tmp_path, monkeypatch):
-    attacks = {"advp/transfer": {"undefended": 2, "defended": [1]}}
+    attacks = {"advp/transfer": {"undefended": 2}, "advp/bpda": {"undefended": 1}}  # made on it, and on a defence
     append_records(tmp_path / "per_image.jsonl", [{"id": "a", "label": 1, "undefended": 1, "attacks": attacks}])
     found = undefended(SimpleNamespace(folder=tmp_path, plans=[SimpleNamespace(name="advp")]), ["a"])
     assert {name: verdicts[0].single for name, verdicts in found.items()} == {"clean": 1, "advp": 0}
     monkeypatch.setattr(tables, "run_rows", lambda rows, *_, **how: ["undefended", *(key for key, _ in rows)])
     first = {n: tables.run_block(n, Options(), "efficientnet_lite0", 0)[0] for n in (1, 3, 4, 5, 6)}
     assert first == {1: "undefended", 3: "NR", 4: "EP", 5: "undefended", 6: "undefended"}
+
+
+def test_a_block_is_of_its_classifier_and_fold(monkeypatch):
+    asked = []
+    told = lambda rows, opts, **_: asked.append((opts.target.classifier, opts.target.fold, opts.attack)) or []  # noqa: E731
+    monkeypatch.setattr(tables, "run_rows", told)
+    run_table(5, Options())
+    run_table(6, change(Options(), classifier="facenet", folds=2))
+    nets = [(f"efficientnet_lite{i}", 0, "advp,lavan,gdpa,rhde") for i in range(3)]
+    assert asked == [*nets, ("facenet", 0, "gdpa,rhde"), ("facenet", 1, "gdpa,rhde")]
+
+
+def test_a_run_with_two_readings_costs_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    append_records(tmp_path / "per_image.jsonl", [{"id": "a", "seconds": 3600.0, "unet_evaluations": 5}])
+    write_json(tmp_path / "results.json", {"ids": ["a"]})
+    usual = line("diffender", 1)._replace(run=tmp_path)
+    monkeypatch.setattr(tables, "run_block", lambda *_: [usual, usual._replace(reading="bpda")])
+    assert ", 1.0 h in all processes together and 5 UNet evaluations on " in run_table(3, Options())
 
 
 def test_a_folder_is_named_by_its_settings():
@@ -223,6 +250,16 @@ def test_the_ablations_prompts_are_each_tuned_without_one_term(monkeypatch):
     monkeypatch.setattr(tables, "retuned", lambda opts, without: without)
     left_out = {key: changed["prompts"] for key, changed in chosen_rows(2, Options())}
     assert left_out == {"without mask": "mask", "without feature": "feature", "without l1": "l1", "diffender": "none"}
+
+
+def test_other_weights_have_prompts_tuned_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "is_first", lambda: False)
+    made = []
+    for weights in "aab":
+        monkeypatch.setattr(tables, "hashes_of", lambda *_, weights=weights, **__: {"weights": weights})
+        made.append(tables.retuned(Options(), "mask"))
+    assert made[0] == made[1] != made[2]
 
 
 def test_no_defence_is_first_for_want_of_others():
@@ -292,6 +329,8 @@ def test_a_table_says_that_no_attack_is_targeted(preset, told, monkeypatch):
 def test_folds_are_pooled():
     both = pool([line("jpeg", 1), line("diffender", 4), line("jpeg", 2)])
     assert [(found.key, len(found.verdicts["advp"])) for found in both] == [("jpeg", 8), ("diffender", 4)]
+    apart = [line("jpeg", 1), line("jpeg", 2, classifier="another"), line("jpeg", 3)._replace(reading="bpda")]
+    assert pool(apart) == apart, "neither classifiers nor readings"
 
 
 def test_controls_see_what_each_fill_leaves(tmp_path, model, classifier, photos, monkeypatch):

@@ -1,6 +1,7 @@
 """Our own files: they round-trip, are strict about every key, and tell in one line what is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from diffender.prompts import PromptPair
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_atomic, save_state, sha256
+from diffender.utils.files import check_fit, read_header, save_atomic, save_state, sha256
 from diffender.weights.loading import WEIGHTS, load_model, save_model
 from diffender.weights.prompts import load_prompts, save_prompts
 
@@ -80,6 +81,13 @@ def test_missing_and_unexpected_keys_are_named(tmp_path):
 def test_wrong_shapes_are_named(tmp_path):
     message = damaged(tmp_path, lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}))
     assert "model.diffusion_model.out.2.bias (5,) for (16,)" in message
+
+
+def test_tensors_of_another_shape_do_not_fit():
+    with pytest.raises(InputError, match="a does not fit net: 1 tensors differ .w.; give the file made for it"):
+        check_fit(
+            Path("a"), "net", {"w": torch.zeros(2), "b": torch.zeros(1)}, {"w": torch.zeros(3), "b": torch.zeros(1)}
+        )
 
 
 def test_files_and_names_that_are_not_there(tmp_path):

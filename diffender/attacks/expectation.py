@@ -90,12 +90,13 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         x = torch.cat(images).detach().requires_grad_()
         logits, penalty = logits_and_penalty(task.victim, x, stack(noises), torch.cat(patches))
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
-        if not value.requires_grad:
+        attached = value.requires_grad  # to something: without x among it the gradient is None
+        gradient = torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if attached else None
+        if gradient is None:
             raise InputError(
                 "the victim's logits have no gradient: call it without torch.no_grad and detach nothing, or attack it "
                 'through bpda (--grad bpda, gradient="bpda") or by queries (rhde, sparse-rs)'
             )
-        gradient = torch.autograd.grad(value.sum(), x)[0]
         for part in gradient.split(b):
             check_finite("attack's gradient", part)
         fooled = logits.argmax(dim=1).ne(task.y.repeat(len(drawn))).float()

@@ -229,10 +229,10 @@ class GDPA(GradientAttack):
         size, side = task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
         starts = [] if init is None else [split(init, side)]
         if len(starts) < self.restarts:
-            corners = self.search(task, self.first_pixels(task, side, ""))[: self.restarts - len(starts)]
-            for r, corner in enumerate(corners):
+            corners = self.search(task, self.first_pixels(task, side, ""))
+            for r in range(self.restarts - len(starts)):  # more than there are places: each again, with other pixels
                 pixels = self.first_pixels(task, side, f" {r}" if r else "")
-                starts.append((pixels, to_theta(corner, size, side)))
+                starts.append((pixels, to_theta(corners[r % len(corners)], size, side)))
         return starts
 
     def search(self, task: Task, pattern: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from diffender.attacks.attack import Attack, Callback, within
 from diffender.attacks.expectation import Attacked, Task, judge, judgements, kept_back, logits_and_penalty
 from diffender.attacks.patch import to_8bit
-from diffender.attacks.stickers import NAMES, render, side_for
+from diffender.attacks.stickers import NAMES, largest_area, render, side_for
 from diffender.noise import generator, stack
 from diffender.utils.errors import InputError, named_images, nearest
 from diffender.utils.options import option
@@ -60,7 +60,8 @@ def energy(probs: Tensor, y: int, locked: int | None) -> Tensor:
 class RHDE(Attack):
     """Differential evolution over place, angle and opacity of a sticker, by queries alone (Wei, Guo and Yu 2022).
 
-    The sticker covers the share `area` of the image, by its opacity. Raises InputError for an unknown sticker.
+    The sticker covers the share `area` of the image, by its opacity. Raises InputError for an unknown sticker, and for
+    one that cannot cover so much.
     """
 
     access: ClassVar[str] = "queries"
@@ -77,6 +78,12 @@ class RHDE(Attack):
         if self.sticker is not None and self.sticker not in NAMES:
             near = nearest(self.sticker, NAMES)
             raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}{near}")
+        smallest = min((self.sticker,) if self.sticker else NAMES, key=largest_area)
+        if self.area > largest_area(smallest):
+            raise InputError(
+                f"the sticker {smallest} covers {largest_area(smallest):.3f} of an image at most, and area is "
+                f"{self.area:g}; lower it, or choose another sticker of {', '.join(NAMES)}"
+            )
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """One image after the other. `init` (B, N, 5) replaces the first population."""

@@ -117,9 +117,14 @@ def draw(name: str) -> Tensor:
     return F.avg_pool2d(torch.cat([rgb * alpha, alpha[None]]), 4)
 
 
+def largest_area(name: str) -> float:
+    """The largest share of an image that this decal covers, by its opacity."""
+    return draw(name)[3].mean().item()
+
+
 def side_for(name: str, size: int, area: float) -> int:
     """Side of the square in which this decal covers a share `area` of an S x S image, by its opacity."""
-    return min(size, round(size * (area / draw(name)[3].mean().item()) ** 0.5))
+    return max(1, min(size, round(size * (area / largest_area(name)) ** 0.5)))
 
 
 def render(name: str, degrees: Tensor, side: int) -> Tensor:

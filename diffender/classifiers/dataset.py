@@ -73,6 +73,20 @@ def list_items(data: str, classes: int | None = None) -> list[Item]:
     return items
 
 
+def list_photographs(data: str) -> list[Path]:
+    """Image files without labels: of foolbox (`samples`), of a csv's column `file`, or of a folder with its folders."""
+    if data == "samples":
+        return [item.path for item in sample_items()]
+    path = Path(data).expanduser()
+    if path.is_file() and path.suffix.lower() == ".csv":
+        files = [path.parent / row["file"] for row in read_csv(path, "file")]
+    else:
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"no images in {data}; wanted are {KINDS}, in a folder or named by a csv")
+    return files
+
+
 def sample_items() -> list[Item]:
     """The 20 ImageNet photographs that the foolbox package carries, label in the name."""
     spec = importlib.util.find_spec("foolbox")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from diffender.classifiers.dataset import list_items, load_image
+from diffender.classifiers.dataset import list_photographs, load_image
 from diffender.defenses.diffpure import DiffPure
 from diffender.defenses.dw import DW, guided
 from diffender.defenses.fnc import fnc, reestimate_statistics
@@ -49,13 +49,14 @@ def build_dw(target: Defended, **settings: Any) -> Defended:
 
 
 def build_fnc(target: Defended, alpha: float = 1.1, statistics: str = "") -> Defended:
-    """`statistics` names photographs (a folder or csv, 1000 or more, none evaluated) to estimate BatchNorm's anew."""
+    """`statistics` names photographs to estimate BatchNorm's anew: a folder, or a csv with a column `file`; 1000 or
+    more, none evaluated."""
     twin = fnc(target.classifier, alpha)
     if statistics:
-        items, cfg = list_items(statistics), target.classifier.cfg
-        size = min(50, len(items))  # all batches weigh the same, so a rest would weigh too much
-        parts = [items[i : i + size] for i in range(0, len(items) - size + 1, size)]
-        reestimate_statistics(twin, (torch.stack([load_image(i.path, cfg) for i in part]) for part in parts))
+        files, cfg = list_photographs(statistics), target.classifier.cfg
+        size = min(50, len(files))  # all batches weigh the same, so a rest would weigh too much
+        parts = [files[i : i + size] for i in range(0, len(files) - size + 1, size)]
+        reestimate_statistics(twin, (torch.stack([load_image(file, cfg) for file in part]) for part in parts))
     return Defended(Purifier(nn.Identity()), twin, bare=target.classifier)
 
 

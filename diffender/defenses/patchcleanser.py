@@ -51,7 +51,12 @@ class PatchCleanser:
         return composite(x, self.classifier.mean, self.hidden(x, pairs))  # the mean colour, which is 0 once normalised
 
     def hidden(self, x: Tensor, pairs: Sequence[tuple[int, ...]]) -> Tensor:
-        """What each pair of windows covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}."""
+        """What each pair of windows covers of an image like x (3, S, S), (P, 1, S, S) in {0, 1}.
+
+        Raises InputError for an image that is not square: no window would cover what is beyond the square.
+        """
+        if x.shape[-1] != x.shape[-2]:
+            raise InputError(f"windows cover square images, and this one is of {tuple(x.shape[-2:])} pixels; crop it")
         windows = self.windows(x.shape[-1])
         masks = x.new_zeros(len(pairs), 1, *x.shape[1:])
         for mask, pair in zip(masks, pairs, strict=True):

@@ -301,6 +301,8 @@ def refuse_unread(opts: Options) -> None:
     if not single:  # tables and Figure 8 share runs, which are named by all settings: they take flags of one another
         chosen = PAPER_ATTACKS if opts.figure == 8 or number not in (None, 7) else ("advp",)
         runs = f"{f'--table {number}' if number else f'--figure {opts.figure}'} runs {', '.join(chosen)}"
+    if opts.frames:
+        chosen, runs = (), "--frames attacks nothing"
     own = vars(opts.patch)
     if chosen:  # without an attack there is a budget still, which a preset may have given
         own = own | {flag: getattr(opts, flag) for flag in BUDGET}
@@ -324,6 +326,7 @@ def refuse_unread(opts: Options) -> None:
         "folds": ("--table 6", number == 6),
         "rows": ("--table 1 to 6", number not in (None, 7)),
         "tuning_data": ("--table 2", number == 2),
+        "classes": ("classifiers other than of faces", opts.target.classifier not in RECOGNIZERS),
         "fold": ("a run with a face recogniser", opts.target.classifier in RECOGNIZERS and single),
         **dict.fromkeys(("attack", "curves", "name"), ("runs without --table and --figure", single)),
         "trust": (
@@ -343,6 +346,7 @@ def refuse_unread(opts: Options) -> None:
         **dict.fromkeys(defense.method, ("--defense diffender or hardened", ours)),
         **dict.fromkeys(("restore",) if number == 3 else (), ("tables other than 3", False)),
         **dict.fromkeys(fixed, ("runs and other tables and figures", False)),
+        **dict.fromkeys(("images", "data", *BUDGET) if opts.frames else (), ("runs without --frames", False)),
     }
     check_read(opts, readers)
 

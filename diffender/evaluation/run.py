@@ -15,8 +15,9 @@ from torch import Tensor
 
 from diffender.attacks.attack import check_square
 from diffender.attacks.expectation import Task
-from diffender.classifiers.dataset import Batch, correct_subset, digest_of, digest_of_all, list_items
+from diffender.classifiers.dataset import Batch, correct_subset, digest_of, digest_of_all, list_photographs
 from diffender.defenses import parse_defense
+from diffender.defenses.hardened import Hardened
 from diffender.defenses.jedi import COMPLETION
 from diffender.evaluation.curves import draw_curves
 from diffender.evaluation.forecast import announce, duration, forecast
@@ -158,7 +159,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
 def refuse_seen(opts: Options, batch: Batch) -> None:
     """Raises InputError where FNC's statistics would be estimated from images that are evaluated."""
     photographs = parse_defense(opts.defense)[1].get("statistics") if opts.defense.startswith("fnc:") else None
-    if photographs and (both := set(batch.hashes) & {digest_of(item.path) for item in list_items(str(photographs))}):
+    if photographs and (both := set(batch.hashes) & {digest_of(path) for path in list_photographs(str(photographs))}):
         raise InputError(f"{len(both)} of the images are among FNC's, {photographs}; its statistics need other ones")
 
 
@@ -182,8 +183,8 @@ def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, di
 
 def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     """Raises InputError for a defence that draws noise which it is not given: no answer of it could be repeated."""
-    if isinstance(target.defense, DIFFender):
-        return  # all its noise is an argument
+    if type(target.defense) in (DIFFender, Hardened):
+        return  # all their noise is an argument
     noise = target.sample_noise(["a"], 0, "a")
     with preserved_rng(x.device):  # the caller's numbers stay as they are
         (one, first), (two, second) = target.looks(x, [noise, noise])
@@ -296,7 +297,7 @@ def unnamed_files(opts: Options) -> dict[str, list[Path]]:
     name, given = parse_defense(opts.defense)
     found = {"jedi": [COMPLETION]} if name == "jedi" else {}
     if statistics := given.get("statistics"):
-        found["statistics"] = [item.path for item in list_items(str(statistics))]
+        found["statistics"] = list_photographs(str(statistics))
     if opts.target.classifier in RECOGNIZERS:
         found["gallery"] = [item.path for item in split_faces(list_faces(opts.target.data), opts.target.fold).gallery]
     return found

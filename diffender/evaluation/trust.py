@@ -5,7 +5,6 @@ expected one and a verdict.
 A failed check does not stop a run: it is a red line in its table.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ from diffender.defenses.hardened import Hardened
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options
 from diffender.evaluation.verdicts import Plan, by_variant, file_names, load_attacked, strongest_of
+from diffender.noise import generator
 from diffender.pipeline import Defended, DIFFender
 from diffender.weights.prompts import contexts_for
 
@@ -120,14 +120,15 @@ def trust_report(
     bench = Bench(task, plan, records, results, image, mask, None, kind, opts.batch_size)
     if opts.trust == "full":
         bench = bench._replace(state=bench.attack_alone().state)
-    found = [*undefended_accuracy(bench), *controls(bench), *ladder(bench)]
+    alone = target.undefended_is == Defended.undefended_is  # else no classifier stands behind a defence
+    found = [*(undefended_accuracy(bench) if alone else ()), *controls(bench), *ladder(bench)]
     ours = isinstance(target.defense, DIFFender)
     if ours and not isinstance(target.defense, Hardened):
         found += noise_is_used(bench)
     if ours:
         found += masks(bench)
     if bench.kind is not None:
-        found += [*(gradient_health(bench) if ours else ()), *convergence(bench)]
+        found += [*zero_gradient(bench), *(gradient_health(bench) if ours else ()), *convergence(bench)]
         if opts.trust == "full":
             found += [one for check in (FULL if ours else FULL_OF_ANY) for one in check(bench)]
     return [check._asdict() for check in found]
@@ -172,8 +173,8 @@ def controls(bench: Bench) -> Iterator[Check]:
     yield Check(
         "patches that nothing optimised",
         ", ".join(f"{k} {rounded(v)}" for k, v in shares.items()),
-        f"not below the attacks' {rounded(least)}",
-        min(shares.values()) >= least - 1e-9,
+        f"at most 10 points below the attacks' {rounded(least)}",  # other draws of the noise are behind that
+        min(shares.values()) >= least - 0.1,
     )
 
 
@@ -220,13 +221,18 @@ def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
     return torch.cat([of_part(rows) for rows in bench.parts], dim=1)
 
 
-def gradient_health(bench: Bench) -> Iterator[Check]:
-    """Zeros, the part of the straight-through estimator, agreement with finite differences, spread."""
-    attack, victim = bench.adaptive
+def zero_gradient(bench: Bench) -> Iterator[Check]:
+    """Where the gradient is zero an attack by gradients stands still, and what it leaves right says nothing."""
     inside = bench.mask.expand(-1, 3, -1, -1).flatten(1) == 1
-    (gradient,) = gradients(bench, victim, 1, "trust gradient")
+    (gradient,) = gradients(bench, bench.adaptive[1], 1, "trust gradient")
     zeros = gradient[inside].eq(0).float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
+
+
+def gradient_health(bench: Bench) -> Iterator[Check]:
+    """The part of the straight-through estimator, agreement with finite differences, spread."""
+    attack, victim = bench.adaptive
+    (gradient,) = gradients(bench, victim, 1, "trust gradient")
     if victim.backward.mode in THROUGH_MASK:
         cut = bench.target.under(replace(victim.backward, ste="none"))
         ratio = gradients(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
@@ -277,13 +283,15 @@ def exactness(name: str, bench: Bench, value: Callable[[Tensor], Tensor]) -> Che
 
 def finite_difference_error(value: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> float:
     """|FD - <g, d>| / |FD| of value(x) along the sign of its gradient within the mask; the best of four step widths,
-    since curvature spoils wide ones and rounding narrow ones. Infinite where there is no gradient."""
+    since curvature spoils wide ones and rounding narrow ones. Where the gradient is zero it is along random signs: 0 if
+    the value does not change either, as under a window that hides the patch, else 1."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(value(x).sum(), x)
     direction = gradient.sign() * mask
+    if not direction.any():
+        signs = torch.randint(2, x.shape, generator=generator("finite differences"))
+        direction = (2 * signs.to(x) - 1) * mask
     slope = (gradient * direction).sum().item()
-    if slope == 0:
-        return math.inf
     errors = []
     for step in (2e-3, 2e-3 / 4, 2e-3 / 16, 2e-3 / 64):
         low, high = (value(x.detach() + sign * step * direction).sum().item() for sign in (-1, 1))

@@ -131,6 +131,8 @@ def ablate(opts: Options) -> None:
     started, asked = time.monotonic(), opts.target.defense
     if not asked.method.get("composite", True):
         raise InputError("--no-composite is not studied here: leave it out")
+    if not asked.method.get("restore", True) and {"parts", "restoring"} & set(names):
+        raise InputError("--no-restore leaves nothing of these studies, which compare restorations: leave it out")
     out = place_for(Path(opts.out) / "results.json").parent
     prompts = Path(asked.prompts or SHIPPED)
     base = config_of(asked.model, asked.method)

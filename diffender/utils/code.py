@@ -76,10 +76,10 @@ def inside(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module):
         yield type(value)
         if top(type(value)) == OURS:
-            yield [getattr(value, name, None) for name in ("cfg", "size", "purify", "cleanser")]
+            yield [getattr(value, name, None) for name in ("cfg", "size", "purify", "random", "cleanser")]
         else:
             yield {k: v for k, v in vars(value).items() if k not in EVERY and not k.startswith("_torchdynamo")}
-            yield [*value._forward_pre_hooks.values(), *value._forward_hooks.values()]
+        yield [*value._forward_pre_hooks.values(), *value._forward_hooks.values()]
         yield dict(value.named_children())
         yield dict((*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)))
     elif isinstance(value, ModuleType):
