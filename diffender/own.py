@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffender.attacks.patch import loud
 from diffender.classifiers.dataset import Batch, digest_of_all
 from diffender.classifiers.imagenet import Classifier
 from diffender.config import Backward, TargetOptions
@@ -47,15 +48,16 @@ class AnyModel(Defended):
 
     def __init__(self, model: nn.Module, x: Tensor):
         one = x[:1].to(next(chain(model.parameters(), model.buffers()), x).device)
+        both = torch.cat([one, loud(one)[0]])  # some defences are random where they see a patch alone
         # A defence, if there is one, is inside the model. So the purifier is the identity.
         super().__init__(Purifier(nn.Identity()), Alone(self, one))  # type: ignore[arg-type]  # as good as a Classifier
         self.model = model.eval()
         with preserved_rng(one.device):  # the caller's numbers stay as they are
-            first, second = answer(model, one.clone()), model(one.clone())
+            first, second = answer(model, both.clone()), model(both.clone())
         if not isinstance(first, Tensor) or first.ndim != 2:
             told = f"{type(first).__name__}{f' {tuple(first.shape)}' if isinstance(first, Tensor) else ''}"
             raise InputError(f"the model returns a {told}; it maps images (B, 3, H, W) to logits (B, classes)")
-        if first.shape[1] > 1 and first.min() >= 0 and torch.allclose(first.sum(dim=1), first.new_ones(1), atol=1e-3):
+        if first.shape[1] > 1 and first.min() >= 0 and torch.allclose(first.sum(dim=1), first.new_ones(2), atol=1e-3):
             raise InputError("the model returns probabilities; return logits, or the logarithm of the probabilities")
         # Within rounding: a GPU may add in another order each time.
         self.random = not torch.allclose(first, second, rtol=1e-4, atol=1e-5)

@@ -214,6 +214,27 @@ def test_hidden_noise_of_a_changed_defence_is_refused(target, images):
     refuse_hidden_noise(target, x)
 
 
+class Eraser(Bright):
+    """Adds noise to images with many edges alone."""
+
+    @staticmethod
+    def noisy(x):
+        rough = x.diff(dim=-1).abs().mean(dim=(1, 2, 3), keepdim=True) > 0.001
+        return x + rough * torch.randn_like(x)
+
+    def forward(self, x):
+        return super().forward(self.noisy(x))
+
+
+def test_what_is_random_at_patches_alone_is_random():
+    x = torch.full((2, 3, 32, 32), 0.5)
+    assert AnyModel(Eraser(), x).random
+    assert not AnyModel(Bright(), x).random
+    hidden = diffender.Defended(diffender.Purifier(Eraser.noisy), Bright())
+    with pytest.raises(InputError, match="but has no noise to repeat that by; say Purifier.purify, random=True"):
+        refuse_hidden_noise(hidden, x[:1])
+
+
 def test_a_purifier_that_says_it_is_random_is_another_one():
     digests = {code_digest(diffender.Purifier(nn.Identity(), random=random)) for random in (False, True)}
     hooked = diffender.Purifier(nn.Identity())
@@ -395,7 +416,7 @@ def test_wrong_input_is_one_clear_line(images, classifier):
         (Bright(), {"iters": "3"}, "iters is '3'; it must be of type int"),
         (Bright(), {"iters": -1}, "iters is -1; allowed is at least 1"),
         (Bright(), {"area": 2}, "area is 2; allowed is from 0.0005 to 0.9"),
-        (nn.Flatten(0), {}, "the model returns a Tensor .12288,."),
+        (nn.Flatten(0), {}, "the model returns a Tensor .24576,."),
         (nn.Sequential(Bright(), Column()), {}, "has logits .B, 1.; classes are 2 or more: return a logit"),
         (nn.Identity(), {}, "it maps images .B, 3, H, W. to logits"),
         (nn.Sequential(Bright(), nn.Softmax(dim=1)), {}, "the model returns probabilities; return logits"),

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from diffender.attacks.expectation import Task
@@ -60,6 +61,17 @@ def relocated(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
 def to_8bit(x: Tensor) -> Tensor:
     """Rounded to what an 8-bit file can hold."""
     return (x * 255).round() / 255
+
+
+def loud(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) with a square of noise in their upper left corner, and where it is, (B, 1, S, S): what every
+    defence should take for a patch. It shows what a defence does, and is no attack."""
+    x, mask, side = x.clone(), torch.zeros_like(x[:, :1]), min(x.shape[-2:])
+    n = max(1, side // 16)  # blocks of 4x4 pixels
+    blocks = F.interpolate(torch.randint(0, 2, (1, 3, n, n), generator=generator("loud")).to(x), scale_factor=4)
+    square = (..., slice(4 * n), slice(4 * n))
+    x[square], mask[square] = blocks[..., :side, :side], 1
+    return x, mask
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

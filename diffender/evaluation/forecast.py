@@ -9,14 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from diffender.attacks.expectation import Task, Victim, samples
-from diffender.attacks.patch import margin
+from diffender.attacks.patch import loud, margin
 from diffender.evaluation.memory import GIB, footprint, held_bytes, kept_bytes, peak_bytes
 from diffender.evaluation.options import Options, adaptive_kinds, attacks, budget, kinds
 from diffender.evaluation.plan import AREAS, backward_of, config_of, describe, recorded_steps
-from diffender.noise import generator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +69,7 @@ def measured(opts: Options, target: Defended, x: Tensor) -> dict[str, float]:
 
     The others are the entry of COST times the seconds of one pass.
     """
-    x, patch, n = x.clone(), torch.zeros_like(x[:, :1]), x.shape[-1] // 16
-    loud = torch.randint(0, 2, (1, 3, n, n), generator=generator("forecast")).to(x)
-    x[..., : 4 * n, : 4 * n] = F.interpolate(loud, scale_factor=4)  # something to restore
-    patch[..., : 4 * n, : 4 * n] = 1
+    x, patch = loud(x)  # something to restore
     noise = target.sample_noise(["forecast"], opts.run.seed, "forecast")
 
     def look(rows: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffender.attacks.attack import check_square
 from diffender.attacks.expectation import Task
+from diffender.attacks.patch import loud
 from diffender.classifiers.dataset import Batch, correct_subset, digest_of, digest_of_all, list_photographs
 from diffender.defenses import parse_defense
 from diffender.defenses.hardened import Hardened
@@ -185,7 +186,7 @@ def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
     """Raises InputError for a defence that draws noise which it is not given: no answer of it could be repeated."""
     if type(target.defense) in (DIFFender, Hardened):
         return  # all their noise is an argument
-    noise = target.sample_noise(["a"], 0, "a")
+    noise, x = target.sample_noise(["a", "b"], 0, "a"), torch.cat([x, loud(x)[0]])  # some are random at patches alone
     with preserved_rng(x.device):  # the caller's numbers stay as they are
         (one, first), (two, second) = target.looks(x, [noise, noise])
     check_finite("logits of the defended classifier", first)
