@@ -228,7 +228,9 @@ def tune_and_save(
         with refuse_damaged(unfinished(opts), ANEW):
             tuning.load_state_dict(read_unfinished(opts, hashes))
     speaks = first and not opts.run.quiet
-    log = TRACKERS[opts.track if first else "none"](Path(opts.out).parent, flat(opts) | asdict(config_of(opts)))
+    log = TRACKERS[opts.track if first else "none"](
+        Path(opts.out).with_suffix(""), flat(opts) | asdict(config_of(opts))
+    )
     progress = bar(opts.tuning.rounds, "tuning", not speaks, initial=tuning.rounds)
     with progress, patient(f"stopped after a round; go on with: {command(from_here=True)}") as may_stop:
         for terms in tune(target, tuning, work, opts.tuning):

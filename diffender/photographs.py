@@ -17,6 +17,7 @@ is 1. Ctrl-C stops after the image in hand, and the same command goes on. In Pyt
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -87,16 +88,15 @@ class Defender:
     def __call__(self, image: "Image.Image", name: str = "image") -> Found:
         """An image of any size, turned upright where the camera says how; noise follows from its name."""
         import PIL.Image
-        from PIL import ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
-        from diffender.classifiers.dataset import as_rgb
+        from diffender.classifiers.dataset import as_rgb, turned
         from diffender.utils.images import stretch, to_image
 
         started = time.monotonic()
         if not isinstance(image, PIL.Image.Image):
             raise InputError(f"an image is a {type(image).__name__}; give a PIL image, or a tensor (B, 3, H, W)")
-        image = as_rgb(ImageOps.exif_transpose(image))
+        image = as_rgb(turned(image))
         x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
         defense = self.at(working_size(image.size, self.defense.model.cfg))
         with named_images([name]):
@@ -241,8 +241,12 @@ def readable(path: Path) -> bool:
     from PIL import Image
 
     try:
-        Image.open(path).close()
-    except (OSError, SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(path).close()
+    except Image.DecompressionBombError:
+        return True  # it is an image; `open_image` says that it is too large
+    except Exception:  # Pillow says nothing of what a damaged file may raise
         return False
     return True
 
@@ -294,7 +298,8 @@ def main() -> None:
                 image, digest = open_image(file, upright=True), sha256(file)
                 if done.get(name, digest) != digest:
                     raise InputError(f"{file} is not the image that {own} tells of; choose another --out")
-                found = defender(image, name) if name not in done else None
+                whole_before = name in done and all(own.with_name(f"{name}_{kind}.png").is_file() for kind in MADE)
+                found = None if whole_before else defender(image, name)
             except InputError as e:
                 failed.append(str(e) if str(file) in str(e) else f"{file}: {e}")
                 continue
@@ -302,7 +307,8 @@ def main() -> None:
                 for kind in MADE:
                     with whole(own.with_name(f"{name}_{kind}.png")) as partial:
                         getattr(found, kind).save(partial, format="PNG")
-                append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
+                if name not in done:
+                    append_records(own, [{"id": name, "file": str(file), "sha256": digest} | found.record])
                 may_stop()
     records = list(read_records(own.parent).values())
     write_text(own.with_name("report.html"), photographs_page(records, own.parent, config, command()))

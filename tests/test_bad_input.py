@@ -407,6 +407,8 @@ FILES = [
     ("pretrain join --data {bad}/nothing --out m", "no parts of a model in"),
     ("defend", "no images given; name files or folders"),
     ("defend {bad}/nothing", "no images in"),
+    ("ablate --study restoring --prompt manual --weights gone.safetensors", "no file gone.safetensors; give"),
+    ("ablate --study choices --model sd2-inpainting --weights random", "--study choices asks for tuned prompts: give"),
     ("defend {bad}/heic.png", "heic.png is no image that can be read; save it as PNG or JPEG"),
     ("defend {bad}/heic.png {bad}/heic.png", "is no image that can be read, nor is any of the 1 others"),
     ("report compare", "compare: 0 given; give two folders that evaluate.py wrote"),

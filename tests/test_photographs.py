@@ -4,12 +4,13 @@ import base64
 import io
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 import diffender
 from diffender.classifiers.dataset import as_rgb, fit_image, open_image, sample_items
@@ -41,6 +42,11 @@ def test_the_page_shows_what_was_defended(tmp_path):
         assert kind == "data:image/jpeg;base64"
         seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
         assert abs(seen.mean() - value) < 1, name
+
+
+def test_the_page_says_what_stays(tmp_path):
+    for composite, says in ((True, "Outside of the mask, photographs stay"), (False, "All pixels were painted anew.")):
+        assert says in photographs_page([], tmp_path, {"composite": composite}, "defend")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,10 @@ def test_the_command(tmp_path, photo, call):
     lines = (tmp_path / "out/per_image.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["photo", "more"]
     assert lines[0] == line
+    (tmp_path / "out/photo_mask.png").unlink()  # what is gone is made again, and told of once
+    assert run(tmp_path / "in/photo.jpg")[0] == 0
+    assert (tmp_path / "out/photo_mask.png").is_file()
+    assert (tmp_path / "out/per_image.jsonl").read_text().splitlines() == lines
     photo.rotate(90).save(tmp_path / "in/photo.jpg")
     code, _, error = run(tmp_path / "in/photo.jpg")
     assert code == 1
@@ -395,6 +405,15 @@ def test_images_are_taken_as_they_are_seen(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg", upright=True).size == (20, 30)
     assert open_image(tmp_path / "turned.jpg").size == (30, 20)
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0), struct.pack(">HHIHH", 0x0100, 2, 1, 1, 0)
+    damaged = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + b"".join(entries) + bytes(4)  # a width that is text
+    Image.new("RGB", (30, 20)).save(tmp_path / "damaged.jpg", exif=damaged)
+    assert open_image(tmp_path / "damaged.jpg", upright=True).size == (20, 30)
+    for orientation in range(1, 9):  # as Pillow turns them
+        exif[0x0112] = orientation
+        Image.radial_gradient("L").crop((0, 0, 30, 20)).save(tmp_path / "any.png", exif=exif)
+        pillows = ImageOps.exif_transpose(Image.open(tmp_path / "any.png")).convert("RGB")
+        assert open_image(tmp_path / "any.png", upright=True).tobytes() == pillows.tobytes()
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert open_image(tmp_path / "moving.webp").getpixel((0, 0)) == (255, 0, 0)

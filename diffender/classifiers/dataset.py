@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -25,6 +25,13 @@ VALIDATION = "ILSVRC2012_val_"  # with which the names of ImageNet's validation 
 LONGEST = 20  # longer side over shorter side, at most
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 KINDS = f"files of the kinds {', '.join(sorted(SUFFIXES))}"  # what is allowed, for messages
+
+
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -238,12 +245,30 @@ def open_image(path: Path, upright: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+                return as_rgb(turned(image) if upright else image)
     except InputError as e:
         raise InputError(f"{path} is {e}") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow says nothing of what a damaged file may raise
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"it does not decode ({one_line(e)})"
         raise InputError(f"cannot read image {path}: {reason}; wanted are {KINDS}") from e
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """An image turned as its camera says. Unlike Pillow's exif_transpose it writes no EXIF anew, which fails where any
+    part of that is damaged."""
+    image.load()  # Pillow turns a TIFF itself
+    try:
+        how = TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # of whatever kind: what cannot be read says nothing
+        return image
+    if how is None:
+        return image
+    image = image.transpose(how)
+    for told in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # where it would be read again
+        image.info.pop(told, None)
+    return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

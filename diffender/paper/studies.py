@@ -133,9 +133,13 @@ def ablate(opts: Options) -> None:
         raise InputError("--no-composite is not studied here: leave it out")
     if not asked.method.get("restore", True) and {"parts", "restoring"} & set(names):
         raise InputError("--no-restore leaves nothing of these studies, which compare restorations: leave it out")
+    base = config_of(asked.model, asked.method)
+    studied = {name: STUDIES[name](asked.prompt_kind, base) for name in names if name != "examples"}
+    tuned = next((name for name, mine in studied.items() if "tuned" in {s.prompt for s in mine}), None)
+    if tuned and asked.prompts is None and not asked.model.embedded:
+        raise InputError(f"--study {tuned} asks for tuned prompts: give --prompts FILE, tuned on this model")
     out = place_for(Path(opts.out) / "results.json").parent
     prompts = Path(asked.prompts or SHIPPED)
-    base = config_of(asked.model, asked.method)
     told = {
         "options": settings(opts, "out", "batch_size") | asdict(base),
         "sha256": hashes_of(asked.model, prompts=prompts, classifier=opts.target.classifier_weights),
@@ -168,7 +172,7 @@ def ablate(opts: Options) -> None:
             defense = DIFFender(model, contexts_for(asked.prompt_kind, model, asked.prompts), base)
             results[name] = show(opts, defense, classifier, batch, attacked)
             continue
-        changed = bar(STUDIES[name](asked.prompt_kind, base), name, opts.run.quiet)
+        changed = bar(studied[name], name, opts.run.quiet)
         results[name] = []
         for s in changed:
             target = Defended(DIFFender(model, contexts_for(s.prompt, model, asked.prompts), s.cfg), classifier)

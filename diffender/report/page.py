@@ -21,9 +21,9 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 
-from diffender.classifiers.dataset import as_rgb
+from diffender.classifiers.dataset import as_rgb, turned
 from diffender.evaluation.metrics import counted
 from diffender.report.tables import accuracies, cost
 from diffender.utils.files import sha256
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 def inline(path: Path, width: int = WIDTH) -> str:
     """An image as a data URI, the right way up: photographs as JPEG, maps and masks as PNG in grey."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = turned(image)
         grey = image.mode in ("L", "1")
         image = image.convert("L") if grey else as_rgb(image)
         image.thumbnail((width, width))
@@ -255,11 +255,13 @@ def photographs_page(records: Sequence[dict], folder: Path, config: dict, comman
     """What `defend` left in `folder`: each photograph, its map, its mask and what was restored."""
     masked = [r["masked"] for r in records if r["masked"]]
     area = f", {100 * sum(masked) / len(masked):.1f} % of their pixels on average" if masked else ""
+    kept = config.get("composite", True)
+    outside = "Outside of the mask, photographs stay as they were." if kept else "All pixels were painted anew."
     filters = MASKED if any("before" in r for r in records) else {k: v for k, v in MASKED.items() if k != "changed"}
     return render(
         title="Photographs, defended",
         headline=f"In {len(masked)} of {len(records)} photographs something was masked{area}.",
-        told="Outside of the mask, photographs stay as they were. The map is stretched to its own range.",
+        told=f"{outside} The map is stretched to its own range.",
         command=command,
         filters=counted_filters(filters, [photograph_states(r) for r in records]),
         cards=[photograph(r, folder) for r in sorted(records, key=lambda r: r["masked"], reverse=True)],

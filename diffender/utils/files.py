@@ -115,8 +115,13 @@ def new_file(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, read once while its size and time stay the same. "~" is the home folder."""
+    """The sha256 of a file, read once while its size and time stay the same. "~" is the home folder.
+
+    Raises InputError where there is no file.
+    """
     path = path.expanduser()
+    if not path.is_file():
+        raise InputError(f"no file {path}; give the path of one")
     told = path.stat()
     return hashed(path, told.st_size, told.st_mtime_ns)
 
