@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import re
 import runpy
@@ -24,6 +25,7 @@ from diffender.utils import options as cli
 from diffender.weights.prompts import SHIPPED
 from tests.conftest import ROOT
 
+NOTEBOOK = ROOT / "docs/quickstart.ipynb"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md")])
 NEEDS = {  # words in a command, and what it takes that is not here
     "--weights sd-v1-5": "an official checkpoint", "sd-v1-5-inpainting": "an official checkpoint",
@@ -51,6 +53,8 @@ SMALLEST = {
 def commands(document):
     """Command lines in a document: those of its shell blocks, and those in backticks."""
     text = document.read_text(encoding="utf-8")
+    if document.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
     inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -58,7 +62,7 @@ def commands(document):
     return [c for c in found if c and not c.startswith("#")]
 
 
-EVERY = list(dict.fromkeys(c for document in DOCUMENTS for c in commands(document)))
+EVERY = list(dict.fromkeys(c for document in [*DOCUMENTS, NOTEBOOK] for c in commands(document)))
 PYTHON = [c for c in EVERY if re.match(r"(\.venv/bin/)?python |torchrun ", c) and not c.endswith("...")]
 
 
