@@ -157,7 +157,7 @@ def test_images_are_filtered_by_what_happened(html):
     for text in ("failed under attack (1)", "rescued (2)", "false alarms (1)", "all (4)"):
         assert text in html
     assert "(1 of 3)" in html
-    assert "</span> 25 % (3 of 3)" in html, "how sure the classifier is"
+    assert "</span> 25&nbsp;% (3 of 3)" in html, "how sure the classifier is"
 
 
 def test_an_image_fails_by_one_attack_of_several():
