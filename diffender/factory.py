@@ -18,7 +18,7 @@ from diffender.utils.errors import InputError
 from diffender.utils.files import printable, sha256
 from diffender.weights.loading import RANDOM, WEIGHTS, exact_convolutions, header_of, load_model, settings_of
 from diffender.weights.prompts import contexts_for
-from diffender.weights.reading import folder_files
+from diffender.weights.reading import folder_files, scheduler_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,10 +110,11 @@ def dtype_name(opts: ModelOptions, device: str) -> str:
 
 def hashes_of(opts: ModelOptions, **others: str | Path | None) -> dict[str, Any]:
     """sha256 of every file that the model is made of, and of those of the other files that are given, by name."""
-    given = (opts.weights or WEIGHTS / "tiny.safetensors", opts.vae, opts.locate_unet)
-    paths = [Path(p).expanduser() for p in given if p and str(p) != RANDOM]
+    given = ((opts.weights or WEIGHTS / "tiny.safetensors", None), (opts.vae, "vae"), (opts.locate_unet, "unet"))
     files: list[Path] = []
-    for path in paths:
-        files += [f for part in folder_files(path).values() for f in part] if path.is_dir() else [path]
+    for path, wanted in ((Path(p).expanduser(), wanted) for p, wanted in given if p and str(p) != RANDOM):
+        files += [f for part in folder_files(path, wanted).values() for f in part] if path.is_dir() else [path]
+        if wanted != "vae" and (scheduler := scheduler_of(path)):  # may say what the UNet predicts
+            files.append(scheduler)
     model = [sha256(file) for file in files]
     return {"model": model} | {what: sha256(Path(path)) for what, path in others.items() if path}

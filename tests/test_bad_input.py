@@ -329,6 +329,7 @@ CONFLICTS = [
     ("evaluate --max-memory 0.6", "--max-memory 0.6 GiB is too little"),
     ("evaluate --model sd15-inpainting", "needs --weights"),
     ("evaluate --weights random", "give --model, one of tiny"),
+    ("train --model tiny --weights random --vae gone", "--weights random makes a whole model; leave out --ema, --vae"),
     ("evaluate --ema", "holds no averaged (EMA) copies; leave out --ema"),
     ("evaluate --table 6", "--table 6 is of faces"),
     ("evaluate --classifier facenet --data {bad}/people", "identification needs two such people"),

@@ -220,6 +220,35 @@ def test_shards(variant, models, tmp_path):
     assert "is no index of shards" in refused(root)
 
 
+def test_pickled_shards_are_converted_with_their_index(models, tmp_path):
+    root = folder(models["sd15-inpainting"], tmp_path / "m")
+    for stem in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        index = in_shards(root, stem)
+        names = {}
+        for path in sorted(index.parent.glob("*.safetensors")):
+            name = path.with_suffix(".bin").name
+            names[path.name] = name if stem.startswith("unet") else f"pytorch_{name}"
+            torch.save(load_file(path), path.with_name(names[path.name]))
+            path.unlink()
+        content = json.loads(index.read_text())
+        where = {key: names[name] for key, name in content["weight_map"].items()}
+        pickled = index.with_name(f"{next(iter(names.values())).split('-0')[0]}.bin.index.json")
+        pickled.write_text(json.dumps(content | {"weight_map": where}))
+        index.unlink()
+    assert "its unet as a pickle alone" in refused(root)
+    assert [path.name for path in convert_folder(root) if path.suffix == ".json"] == [
+        "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+    ]
+    assert json.loads((root / "text_encoder" / "model.safetensors.index.json").read_text())["metadata"] == {}
+    assert convert_folder(root) == []
+    assert_same(load_model("auto", root), models["sd15-inpainting"])
+    pickled.with_name("model.safetensors.index.json").unlink()
+    pickled.write_text("[]")
+    with pytest.raises(InputError, match="pytorch_model.bin.index.json is no index of shards"):
+        convert_folder(root)
+
+
 def test_the_folder_that_one_is_in(models, tmp_path, monkeypatch):
     monkeypatch.chdir(folder(models["sd15-inpainting"], tmp_path / "m") / "unet")
     assert list(folder_files(Path())) == ["unet"]
@@ -342,6 +371,41 @@ def test_another_vae(models, tmp_path):
     state = {k: v for k, v in other.vae.state_dict().items() if k != "decoder.conv_out.bias"}
     with pytest.raises(InputError, match=r"short.safetensors does not hold this model: 1 keys missing .*conv_out.bias"):
         load_model("auto", main, parts={"vae": write(state, tmp_path / "short.safetensors")})
+
+
+def test_a_vae_from_a_repository_of_its_own_and_beside_a_pickle(models, tmp_path):
+    """Recognised by its keys; nothing else of a folder that is asked for a VAE is read, or hashed."""
+    model = models["sd15-inpainting"]
+    main = write(single_file(model, openclip=False), tmp_path / "m.safetensors")
+    root = folder(model, tmp_path / "hf")
+    alone = tmp_path / "sd-vae-ft-mse"
+    alone.mkdir()
+    file = root / "vae" / "diffusion_pytorch_model.safetensors"
+    state = {k: v + 1 for k, v in load_file(file).items()}
+    write(state, alone / file.name)
+    write(state, alone / "diffusion_pytorch_model.fp16.safetensors")
+    write(state, file)
+    unet = root / "unet" / file.name
+    unet.rename(unet.with_suffix(".bin"))
+    assert "its unet as a pickle alone" in refused(root)
+    for path, read in ((alone, alone / file.name), (root, file)):
+        loaded = load_model("auto", main, parts={"vae": path})
+        assert torch.equal(loaded.vae.decoder.conv_out.bias, model.vae.decoder.conv_out.bias + 1)
+        assert hashes_of(ModelOptions(weights=str(main), vae=str(path)))["model"] == [sha256(main), sha256(read)]
+    with pytest.raises(InputError, match="sd-vae-ft-mse; a model's folder has unet/diffusion_pytorch_model"):
+        load_model("auto", main, parts={"locator": alone})
+
+
+def test_a_run_is_known_by_what_its_unets_predict(models, tmp_path):
+    """As it is by the files of its weights; the VAE predicts nothing, and the embedded model has one file."""
+    root = folder(models["sd15-inpainting"], tmp_path / "m")
+    opts = ModelOptions(weights=str(root), locate_unet=str(root / "unet"), vae=str(root))
+    before = hashes_of(opts)["model"]
+    (root / "scheduler").mkdir()
+    config = root / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"prediction_type": "v_prediction"}))
+    assert sorted(hashes_of(opts)["model"]) == sorted([*before, *2 * [sha256(config)]])
+    assert hashes_of(ModelOptions())["model"] == [sha256(WEIGHTS / "tiny.safetensors")]
 
 
 def test_a_run_is_known_by_every_file_of_its_model(tmp_path):

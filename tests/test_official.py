@@ -139,6 +139,15 @@ def test_fetch_fails_in_one_line(hub, tmp_path, env):
     assert "copy the file here and give it as --weights" in run.stderr
 
 
+def test_a_classifier_that_cannot_be_fetched_names_its_flag(monkeypatch):
+    def offline(*_args):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(InputError, match="copy the file here and give it as --classifier-weights$"):
+        official.fetch("inception_v3")
+
+
 def test_the_published_files_are_those_of_the_manifest(manifest):
     published = {(f["path"], f["bytes"], f["sha256"]) for f in manifest("official-files")}
     for f in official.FILES.values():

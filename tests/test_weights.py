@@ -97,6 +97,10 @@ def test_files_and_names_that_are_not_there(tmp_path):
         load_model("sd3")
     with pytest.raises(InputError, match="needs --weights; python -m diffender weights fetch sd15-inpainting"):
         load_model("sd15-inpainting")
+    with pytest.raises(InputError, match="unknown prediction 'v_prediction'; choose one of epsilon, v, or None"):
+        load_model(prediction="v_prediction")
+    with pytest.raises(InputError, match="unknown part 'unet'; choose from vae, locator"):
+        load_model(parts={"unet": WEIGHTS / "tiny.safetensors"})
 
 
 def test_random_weights_are_the_same_each_time():
@@ -106,6 +110,12 @@ def test_random_weights_are_the_same_each_time():
     assert {p.dtype for part in (a.vae, a.text) for p in part.parameters()} == {torch.float32}
     with pytest.raises(InputError, match="give --model"):
         load_model("auto", "random")
+    for given in ({"ema": True}, {"parts": {"vae": "gone"}}, {"parts": {"locator": "gone"}}, {"prediction": "epsilon"}):
+        with pytest.raises(
+            InputError, match="random makes a whole model; leave out --ema, --vae, --locate-unet and --p"
+        ):
+            load_model("tiny", "random", **given)
+    load_model("tiny", "random", parts={"vae": None, "locator": None})
 
 
 def test_prompts_round_trip_and_must_fit(tmp_path):

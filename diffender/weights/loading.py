@@ -20,8 +20,10 @@ from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import check_digest, load_tensors, one_line, read_header, save_checked
 from diffender.utils.malloc import keep_freed_memory
 from diffender.weights.layouts import PREFIXES, Signature, signature
-from diffender.weights.reading import Checkpoint, check_match, match, read, scan, stranger
+from diffender.weights.reading import Checkpoint, check_match, match, read, scan, scheduler_of, stranger
 
+PARTS = ("vae", "locator")  # of a model, that files of their own may hold
+PREDICTIONS = ("epsilon", "v")
 PACKAGE = Path(__file__).parents[1]
 WEIGHTS = next(p for p in (PACKAGE / "embedded", PACKAGE.parent / "weights") if p.is_dir())  # installed; a checkout
 RANDOM = "random"
@@ -59,7 +61,16 @@ def load_model(
     """
     if name not in (*MODELS, "auto"):
         raise InputError(f"unknown model {name!r}; choose one of auto, {', '.join(MODELS)}{nearest(name, MODELS)}")
+    if unknown := [part for part in parts or () if part not in PARTS]:
+        raise InputError(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    if prediction not in (None, *PREDICTIONS):
+        raise InputError(f"unknown prediction {prediction!r}; choose one of {', '.join(PREDICTIONS)}, or None")
+    given = {part: Path(file) for part, file in (parts or {}).items() if file}
     if str(path) == RANDOM:
+        if ema or given or prediction:
+            raise InputError(
+                f"--weights {RANDOM} makes a whole model; leave out --ema, --vae, --locate-unet and --prediction"
+            )
         return random_model(name, dtype)
     if path is None:
         if name not in ("tiny", "auto"):
@@ -70,16 +81,15 @@ def load_model(
             f"no file or folder {path}; give the path of a checkpoint, or the name of a model: {', '.join(MODELS)}"
             f"{nearest(str(path), MODELS)}"
         )
-    given = {part: Path(file) for part, file in (parts or {}).items() if file}
     main = scan(Path(path))
     if "digest" in main.header:
         check_digest(main.path, load_tensors(main.path), main.header)
     cfg = config_for(name, main, prediction)
-    sources = {"unet": main, "vae": scan(given["vae"]) if "vae" in given else main, "text": main}
+    sources = {"unet": main, "vae": scan(given["vae"], "vae") if "vae" in given else main, "text": main}
     with torch.device("meta"):
         model = LatentDiffusion(cfg)
         if "locator" in given:
-            sources["locator"] = scan(given["locator"])
+            sources["locator"] = scan(given["locator"], "unet")
             model.locator = UNet(locator_config(sources["locator"], cfg, prediction))
     matches = {
         part: match(source, part.replace("locator", "unet"), getattr(model, part), ema and part == "unet")
@@ -209,12 +219,8 @@ def family_of(checkpoint: Checkpoint) -> tuple[Signature, str]:
 
 
 def stated_prediction(path: Path) -> str | None:
-    """What a Hugging Face folder's scheduler says that its UNet predicts; None where nothing is said.
-
-    The path is that folder, its `unet`, or a file in either.
-    """
-    places = (folder / "scheduler" / "scheduler_config.json" for folder in (path, *path.absolute().parents[:2]))
-    file = next((place for place in places if place.is_file()), None)
+    """What the scheduler of a UNet's folder says that the UNet predicts; None where nothing is said."""
+    file = scheduler_of(path)
     if file is None:
         return None
     try:

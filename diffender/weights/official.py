@@ -5,13 +5,14 @@ Torch is imported inside the functions: what only fetches a file answers at once
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffender.utils.errors import InputError
-from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256
+from diffender.utils.files import PICKLED_PART, PICKLES, one_line, save_atomic, sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +56,10 @@ def fetch(name: str) -> Path:
     try:
         path = Path(hf_hub_download(published.repository, published.file))
     except Exception as e:  # of many kinds, by version: HTTP, connection, cache, disk
+        flag = "--classifier-weights" if published.repository.startswith("timm/") else "--weights"
         raise InputError(
             f"cannot get {published.file} of {published.repository} from {constants.ENDPOINT} ({one_line(e)}); go "
-            "online, set HF_ENDPOINT to a mirror, or copy the file here and give it as --weights"
+            f"online, set HF_ENDPOINT to a mirror, or copy the file here and give it as {flag}"
         ) from e
     found, stated = sha256(path), published.sha256 or path.resolve().name  # the hub's cache names files by their hash
     if found != stated:
@@ -89,8 +91,9 @@ class Inert:
 
 
 def convert_folder(folder: Path) -> list[Path]:
-    """The model's .bin files of a Hugging Face folder, as `convert` does it, that have no .safetensors files yet."""
-    from diffender.weights.reading import FOLDERS
+    """The model's .bin files of a Hugging Face folder, as `convert` does it, that have no .safetensors files yet, and
+    the indices of those that are shards."""
+    from diffender.weights.reading import FOLDERS, shards
 
     parts = [folder, *(folder / Path(stem).parent for stem in FOLDERS.values())]
     files = sorted(file for part in parts for file in part.glob(PICKLED_PART))
@@ -98,9 +101,21 @@ def convert_folder(folder: Path) -> list[Path]:
         raise InputError(
             f"no {PICKLED_PART} file in {folder}; give a Hugging Face folder, or a {', '.join(sorted(PICKLES))} file"
         )
-    # The text encoder's pytorch_model.bin is model.safetensors; diffusion_pytorch_model has one name in both formats.
-    named = {file: file.with_name(f"{file.stem.removeprefix('pytorch_')}.safetensors") for file in files}
-    return [convert(file, out) for file, out in named.items() if not out.exists()]
+    made = [convert(file, out) for file in files if not (out := file.with_name(renamed(file.name))).exists()]
+    for index in sorted(file for part in parts for file in part.glob(f"{PICKLED_PART}.index*.json")):
+        if not (out := index.with_name(renamed(index.name))).exists():
+            shards(index)  # raises InputError for one that is damaged
+            content = json.loads(index.read_text(encoding="utf-8"))
+            where = {key: renamed(name) for key, name in content["weight_map"].items()}
+            write_json(out, content | {"weight_map": where})
+            made.append(out)
+    return made
+
+
+def renamed(name: str) -> str:
+    """The name in safetensors of a .bin file, or of an index of such files. The text encoder's pytorch_model.bin is
+    model.safetensors; diffusion_pytorch_model has one name in both formats."""
+    return name.removeprefix("pytorch_").replace(".bin", ".safetensors")
 
 
 def convert(path: Path, out: Path) -> Path:

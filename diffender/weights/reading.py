@@ -89,13 +89,14 @@ def list_tensors(path: Path) -> dict[str, Stored]:
         return {k: Stored(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
 
 
-def scan(path: Path) -> Checkpoint:
-    """Find out what a file or folder holds; reads headers only. "~" is the home folder."""
+def scan(path: Path, wanted: str | None = None) -> Checkpoint:
+    """Find out what a file or folder holds; reads headers only. Of a folder one part may be wanted alone. "~" is the
+    home folder."""
     path = path.expanduser()
     if path.is_dir():
         parts = {
             part: {k: stored for file in files for k, stored in list_tensors(file).items()}
-            for part, files in folder_files(path).items()
+            for part, files in folder_files(path, wanted).items()
         }
         return Checkpoint(path, dict.fromkeys(parts, "huggingface"), parts, {}, [], [], {})
     found = Checkpoint(path, {}, {}, {}, [], [], read_header(path))
@@ -127,34 +128,47 @@ def scan(path: Path) -> Checkpoint:
     return found
 
 
-def folder_files(folder: Path) -> dict[str, list[Path]]:
-    """The weights files of a Hugging Face folder by part; given one of its sub-folders, that part alone.
-
-    Of several variants (.fp16, .non_ema) the plain one is taken, else the first. A part may be in shards, which an
-    index.json lists.
-    """
+def folder_files(folder: Path, wanted: str | None = None) -> dict[str, list[Path]]:
+    """The weights files of a Hugging Face folder by part, or of the wanted part; given one of its sub-folders, or a
+    repository of one part, that part alone."""
+    stems = {part: stem for part, stem in FOLDERS.items() if wanted in (None, part)}
     found: dict[str, list[Path]] = {}
-    for part, stem in FOLDERS.items():
+    for part, stem in stems.items():
         for base in dict.fromkeys((stem, stem.removeprefix(f"{folder.resolve().name}/"))):
-            whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
-            whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
-            indices = sorted(folder.glob(f"{base}*safetensors.index*.json"))
-            if whole:
-                found.setdefault(part, whole[:1])
-            elif indices:
-                found.setdefault(part, shards(indices[0]))
-    missing = {part: folder / Path(stem).parent for part, stem in FOLDERS.items() if part not in found}
+            if files := weights_files(folder, base):
+                found.setdefault(part, files)
+    if not found and (files := weights_files(folder, "diffusion_pytorch_model")):
+        only = part_of(key for file in files for key in list_tensors(file))
+        found = {only: files} if only in stems else {}
+    missing = {part: folder / Path(stem).parent for part, stem in stems.items() if part not in found}
     if pickled := [part for part, place in missing.items() if found and any(place.glob(PICKLED_PART))]:
         convert = f"python -m diffender weights convert {folder}"
         raise InputError(f"{folder} has its {pickled[0]} as a pickle alone (.bin); {convert} converts it safely")
     if not found:
-        wanted = ", ".join(f"{stem}.safetensors" for stem in FOLDERS.values())
-        if any(folder.glob(PICKLED_PART)) or any(folder.glob(f"*/{PICKLED_PART}")):
+        names = ", ".join(f"{stem}.safetensors" for stem in stems.values())
+        if any(file for place in (folder, *missing.values()) for file in place.glob(PICKLED_PART)):
             advice = f"its .bin files are pickles; python -m diffender weights convert {folder} converts them safely"
         else:
-            advice = f"a model's folder has {wanted}, or variants of these as .fp16.safetensors"
+            advice = f"a model's folder has {names}, or variants of these as .fp16.safetensors"
         raise InputError(f"no weights file in {folder}; {advice}")
     return found
+
+
+def weights_files(folder: Path, base: str) -> list[Path]:
+    """The file of this name in a folder, or its shards, which an index.json lists; none where it is not there.
+
+    Of several variants (.fp16, .non_ema) the plain one is taken, else the first.
+    """
+    whole = sorted(folder.glob(f"{base}.safetensors")) + sorted(folder.glob(f"{base}.*.safetensors"))
+    whole = [file for file in whole if not re.search(r"-\d+-of-\d+\.", file.name)]
+    indices = sorted(folder.glob(f"{base}*safetensors.index*.json"))
+    return whole[:1] or (shards(indices[0]) if indices else [])
+
+
+def scheduler_of(path: Path) -> Path | None:
+    """The scheduler's file of a Hugging Face folder, given that folder, its `unet`, or a file in either."""
+    places = (folder / "scheduler" / "scheduler_config.json" for folder in (path, *path.absolute().parents[:2]))
+    return next((place for place in places if place.is_file()), None)
 
 
 def shards(index: Path) -> list[Path]:
