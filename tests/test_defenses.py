@@ -40,9 +40,11 @@ from diffender.ops import resize
 from diffender.pipeline import Defended, DIFFender
 from diffender.pretrain import jedi as pretrained
 from diffender.pretrain.jedi import draw_mask
+from diffender.pretrain.options import Jedi as Training
 from diffender.stable_diffusion.samplers import Step, ddim_step
 from diffender.stable_diffusion.schedule import ALPHAS_CUMPROD, q_sample
 from diffender.utils.errors import InputError
+from diffender.utils.files import read_header
 from diffender.weights.prompts import contexts_for
 
 FASTER = {"diffpure": "diffpure:steps=2", "hardened": "hardened:masks=2"}
@@ -447,8 +449,20 @@ def test_clean_statistics_are_over_images(monkeypatch):
     monkeypatch.setattr(pretrained, "list_items", lambda data: [SimpleNamespace(path=i) for i in (1.0, 2.0, 3.0)])
     monkeypatch.setattr(pretrained, "load_image", lambda value, cfg: torch.tensor(value))
     monkeypatch.setattr(pretrained, "entropy_windows", lambda x, window, stride: window * x)
-    mean, std = pretrained.clean_statistics(SimpleNamespace(data="", seed=0, images=3, size=224))
-    assert (mean, std) == ([18, 26, 34], [9, 13, 17])
+    found = pretrained.clean_statistics(SimpleNamespace(data="", seed=0, images=100, size=224))
+    assert found == {"images": 3, "clean_mean": [18, 26, 34], "clean_std": [9, 13, 17]}
+
+
+def test_jedi_looks_at_its_photographs_before_it_trains(monkeypatch, tmp_path):
+    """The header tells how many there were."""
+    out = tmp_path / "jedi.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no data at 'nowhere'"):
+        patch.setattr(pretrained, "draw_mask", lambda g: pytest.fail("trained first"))
+        pretrained.train_jedi(Training(data="nowhere", out=str(out)))
+    monkeypatch.setattr(pretrained, "list_items", lambda data: sample_items()[:2])
+    pretrained.train_jedi(Training(masks=1, epochs=1, size=64, out=str(out)))
+    header = read_header(out)
+    assert (header["images"], header["masks"], len(header["clean_std"])) == (2, 1, 3)
 
 
 def test_autoencoder_completes_masks():

@@ -39,7 +39,7 @@ from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.stable_diffusion.text import TextTransformer, tokenizer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior, VAEConfig
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_state
+from diffender.utils.files import read_header, save_checked, save_state
 from diffender.weights.loading import WEIGHTS, load_model
 from tests.cases import small_model_file
 
@@ -232,10 +232,30 @@ def test_a_training_goes_on_with_its_averages_and_its_optimizer(one_weight):
 
 def test_a_damaged_checkpoint_is_one_clear_line(one_weight):
     _, one = one_weight
-    for content in ({"ema": {}}, [1], {"ema": one.ema.state_dict(), "model": {"other": torch.ones(1)}}):
+    told = {"settings": trainer.shared(one.recipe)}
+    for content in (
+        {},
+        told | {"ema": {}},
+        [1],
+        told | {"ema": one.ema.state_dict(), "model": {"other": torch.ones(1)}},
+    ):
         save_state(content, one.path)
         with pytest.raises(InputError, match=r"one.ckpt is damaged .*; delete it to begin anew, or choose"):
             trainer.Trainer(torch.nn.Linear(1, 1, bias=False), one.recipe)
+
+
+def test_a_training_goes_on_with_its_own_settings_alone(one_weight):
+    """How long it runs, how fast it learns and where may change."""
+    net, one = one_weight
+    one.save()
+    trainer.Trainer(net, replace(one.recipe, steps=9, minutes=2.0, workers=3, save_minutes=0, parts=1, lr=0.2, ema=0.9))
+    others = {"data": Path("x"), "seed": 5, "init": Path("y"), "batch": 3, "crop": 32, "samples": 9, "reuse": 1}
+    for name, value in (others | {"locate": 1.0, "hiding": 2}).items():
+        with pytest.raises(InputError, match=rf"other settings \({name}\); delete it to begin anew, or choose another"):
+            trainer.Trainer(net, replace(one.recipe, **{name: value}))
+    one.path.rename(one.path.with_name("two.ckpt"))
+    with pytest.raises(InputError, match=r"two.ckpt holds a training with other settings \(stage, seed, batch\)"):
+        trainer.Trainer(net, replace(one.recipe, stage="two", batch=3, seed=5))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(one_weight):
@@ -327,16 +347,57 @@ def test_stages_share_the_minutes_that_are_left(monkeypatch, tmp_path):
     assert asked == pytest.approx([30, 20, 50])
 
 
+def test_stages_that_are_done_were_of_the_same_settings(monkeypatch, tmp_path):
+    for name in ("train_vae", "train_unet"):
+        monkeypatch.setattr(whole, name, lambda recipe, on_save=None: None)
+    (tmp_path / "out").mkdir()
+    recipe = Recipe(stage="all", device=torch.device("cpu"), out=tmp_path / "out", minutes=1, data=Path("x"))
+    whole.train_all(recipe)
+    whole.train_all(replace(recipe, minutes=2, workers=1))
+    other = replace(recipe, seed=1, sizes={"batch": 3})
+    with pytest.raises(InputError, match=r"out-work holds a training with other settings \(seed, batch\); delete it"):
+        whole.train_all(other)
+    (tmp_path / "out-work/vae.done").write_text("")
+    with pytest.raises(InputError, match=r"vae.done is damaged .*; delete it to begin anew"):
+        whole.train_all(recipe)
+
+
 def test_parts_are_those_of_the_last_model(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir(), out.mkdir()
     (out / "tiny.safetensors.0.4242.partial").write_bytes(b"half")
-    for content in (bytes(25), bytes(range(12))):
-        (work / "tiny.safetensors").write_bytes(content)
+    for size in (25, 12):
+        save_checked({"x": torch.rand(size)}, work / "tiny.safetensors", {})
         whole.carry(work, out, 1e-5)
-        whole.join(out, tmp_path / "joined")
-        assert (tmp_path / "joined").read_bytes() == content
+        whole.join(out, tmp_path / f"joined {size}")
+        assert (tmp_path / f"joined {size}").read_bytes() == (work / "tiny.safetensors").read_bytes()
     assert {p.name for p in work.iterdir()} == {"tiny.safetensors"}
+
+
+def test_parts_of_half_a_model_are_not_joined(tmp_path):
+    """A missing part is named; a joined file is checked before it has its name, and replaces none."""
+    model, out = tmp_path / "model", tmp_path / "joined"
+    save_checked({"x": torch.rand(9)}, model, {})
+    content = model.read_bytes()
+    parts = [content[:70], content[70:140], content[140:]]
+    another = parts[2][:-1] + bytes([parts[2][-1] ^ 1])
+    for folder, given, says in (
+        ("hole", {0: parts[0], 2: parts[2]}, "tiny.safetensors.2 but no tiny.safetensors.1; copy all parts"),
+        ("first", {1: parts[1]}, "tiny.safetensors.1 but no tiny.safetensors.0"),
+        ("last", {0: parts[0], 1: parts[1]}, "the 2 parts in .* make no whole model: .*; copy all of them"),
+        ("mixed", {0: parts[0], 1: parts[1], 2: another}, "the 3 parts in .* make no whole model"),
+    ):
+        (tmp_path / folder).mkdir()
+        for i, part in given.items():
+            (tmp_path / folder / f"tiny.safetensors.{i}").write_bytes(part)
+        with pytest.raises(InputError, match=says):
+            whole.join(tmp_path / folder, out)
+        assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"model"}
+    (tmp_path / "mixed/tiny.safetensors.2").write_bytes(parts[2])
+    whole.join(tmp_path / "mixed", out)
+    with pytest.raises(InputError, match="joined is there already; delete it, or choose another with --out"):
+        whole.join(tmp_path / "mixed", out)
+    assert out.read_bytes() == content
 
 
 def test_a_photograph_that_does_not_decode_is_named(tmp_path):
@@ -392,17 +453,20 @@ def test_both_stages_from_a_packed_file(packed, photos, monkeypatch, tmp_path, c
     assert [i.shape for i in again.images] == [i.shape for i in photos.images]
     assert (again.images[0].float() - photos.images[0].float()).abs().mean() < 6  # of 255: WebP
 
-    common = ["--data", str(packed), "--out", str(out), "--batch", "2"]
-    stage(monkeypatch, "vae", *common, "--steps", "2", "--crop", "32")
+    common = ["--data", str(packed), "--out", str(out), "--batch"]
+    stage(monkeypatch, "vae", *common, "2", "--steps", "2", "--crop", "32")
+    stored = tmp_path / "stored"
+    shutil.copytree(out, stored)
     seen = []
 
     def watched(model, z_0, region, asked, *_args):
         seen.append(asked.blank.clone())
+        assert len(z_0) == len(region) == 1, "half of a batch, and one of a batch of one"
         return z_0.new_zeros(())
 
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "location_loss", watched)
-        stage(monkeypatch, "unet", *common, "--steps", "1", "--workers", "2", "--locate", "1")
+    monkeypatch.setattr(stages, "location_loss", watched)
+    unet = ["unet", *common, "1", "--locate", "1"]
+    stage(monkeypatch, *unet, "--steps", "1", "--workers", "2")
     first = load_model("auto", out / "tiny.safetensors")
     assert torch.allclose(seen[0], first.blank_conditioning((224, 224)), atol=0.02), "its own VAE, as float16"
     assert first.unet.cfg.prediction == "v"
@@ -410,12 +474,15 @@ def test_both_stages_from_a_packed_file(packed, photos, monkeypatch, tmp_path, c
     capsys.readouterr()
     lines = [json.dumps({"step": step, "loss": 1.0, "mse": 1.0}) + "\n" for step in (0, 1)]
     (out / "unet.jsonl").write_text(lines[0] + lines[1] + '{"step": 10')  # a kill between two checkpoints
-    stage(monkeypatch, "unet", *common, "--steps", "3", "--samples", "6")
+    stage(monkeypatch, *unet, "--steps", "3")
     assert (out / "unet.jsonl").read_text() == lines[0], "steps after the checkpoint are done again"
     assert "resuming" in capsys.readouterr().out
     second = load_model("auto", out / "tiny.safetensors")
     assert not torch.equal(first.unet.out[2].weight, second.unet.out[2].weight)
     assert torch.equal(first.vae.decoder.conv_out.weight, second.vae.decoder.conv_out.weight)
+    monkeypatch.setattr(stages, "show_inpainting", lambda *_: None)
+    stage(monkeypatch, "unet", *common, "2", "--out", str(stored), "--steps", "2", "--samples", "6")
+    assert read_header(stored / "tiny.safetensors")["training"]["samples"] == 6
     for name in ("vae.png", "unet.png", "vae-loss.png", "unet-loss.png"):
         assert (out / name).stat().st_size > 1000
 

@@ -15,10 +15,11 @@ stage leaves a checkpoint every minute, in a folder beside --out, so that a run 
 again, it goes on. From the UNet's first minute on, --out holds the model as it is then.
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
-and a log of its losses. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and
-trains on them, as a CPU can; without, every sample is new. `decoder` trains the VAE's decoder on, alone, on whole
-images: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors, `decoder` and
-`unet` train a whole model on, from its first step.
+and a log of its losses. Of what it trains by, --steps, --minutes, --lr and --ema alone may change in between. `unet`
+needs the VAE of the first stage. With --samples it encodes that many images once and trains on them, as a CPU can;
+without, it makes new ones all the time, and uses each --reuse times on average. `decoder` trains the VAE's decoder on,
+alone, on whole images: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors,
+`decoder` and `unet` train a whole model on, from its first step.
 The other stages take options of their own (`python -m diffender pretrain jedi --help`):
 
     python -m diffender pretrain jedi --data PHOTOS                                runs/jedi.safetensors
@@ -36,13 +37,30 @@ STAGES = dict.fromkeys(("pack", "all", "join", "vae", "decoder", "unet"), Traini
 STAGES |= {"jedi": Jedi, "universal": Beforehand, "gdpa": Beforehand}
 
 
+def refuse_unread(stage: str, opts: Training) -> None:
+    """Raises InputError for a flag that this stage does not read."""
+    single, both = ("vae", "decoder", "unet"), ("unet", "all")
+    training = ("minutes", "workers", "save_minutes", "seed", "device", "batch", "lr", "ema")
+    readers = {
+        **dict.fromkeys(training, ("stages that train", stage in (*single, "all"))),
+        **dict.fromkeys(("init", "steps"), ("single stages", stage in single)),
+        **dict.fromkeys(("samples", "reuse", "locate", "hiding"), ("unet and all", stage in both)),
+        "crop": ("vae, decoder and all", stage in ("vae", "decoder", "all")),
+        "parts": ("all", stage == "all"),
+    }
+    check_read(opts, readers)
+    located = opts.sizes.get("locate", stage == "all")  # `all` locates unless it is told otherwise
+    check_read(opts, {"reuse": ("runs without --samples", not opts.samples), "hiding": ("--locate", located)})
+
+
 def train(stage: str, opts: Training) -> None:
     if opts.data is None:
         raise InputError("--data is missing; give a folder with captions.csv, or a file that `pack` wrote")
     if stage == "all" and opts.minutes is None:
         raise InputError("all needs --minutes, the time that there is")
-    if stage == "all":
-        check_read(opts, dict.fromkeys(("init", "steps"), ("single stages", False)))
+    if stage in ("pack", "join") and opts.out == Training.out:
+        raise InputError("--out is missing; name the file to write")
+    refuse_unread(stage, opts)
     if (crop := opts.sizes.get("crop", 0)) % 8:
         raise InputError(f"--crop is {crop}; it is a multiple of 8")
     # Imported after the options are known to be good: torch takes seconds.
@@ -50,10 +68,10 @@ def train(stage: str, opts: Training) -> None:
     from diffender.pretrain.stages import pack_all, train_unet, train_vae
     from diffender.pretrain.whole import join, train_all
 
-    device = pick_device(opts.device)
     if stage in ("pack", "join"):
         {"pack": pack_all, "join": join}[stage](opts.data, opts.out)
         return
+    device = pick_device(opts.device)
     opts.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(**vars(opts) | opts.sizes | {"stage": stage, "device": device})
     {"all": train_all, "vae": train_vae, "decoder": train_vae, "unet": train_unet}[stage](recipe)

@@ -13,6 +13,7 @@ from diffender.classifiers.imagenet import CLASSIFIERS
 from diffender.defenses.jedi import SIDE, STRIDES, WINDOWS, Autoencoder, entropy_windows
 from diffender.noise import generator
 from diffender.pretrain.options import Jedi
+from diffender.utils.errors import InputError
 from diffender.utils.files import new_file, save_atomic
 
 
@@ -35,6 +36,8 @@ def draw_mask(g: Generator) -> Tensor:
 def train_jedi(opts: Jedi) -> None:
     """Write the weights of `defenses.jedi` to opts.out, with the statistics of clean images in the header."""
     path, g = new_file(Path(opts.out)), generator(opts.seed, "jedi")
+    clean = clean_statistics(opts)
+    print(f"entropy of clean windows: {clean['clean_mean']}, deviations {clean['clean_std']}")
     masks = torch.stack([draw_mask(g) for _ in range(opts.masks)]).flatten(1)
     net = Autoencoder()
     for p in net.parameters():
@@ -49,15 +52,15 @@ def train_jedi(opts: Jedi) -> None:
             optimizer.step()
             total += loss.item() * len(batch) / len(masks)
         print(f"epoch {epoch} loss {total:.4f}")
-    mean, std = clean_statistics(opts)
-    print(f"entropy of clean windows: {mean}, deviations {std}")
-    header = {k: v for k, v in asdict(opts).items() if k != "out"} | {"clean_mean": mean, "clean_std": std}
+    header = {k: v for k, v in asdict(opts).items() if k != "out"} | clean
     save_atomic({k: v.half() for k, v in net.state_dict().items()}, path, header)
 
 
-def clean_statistics(opts: Jedi) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation over images of their mean window entropy, in each scale."""
+def clean_statistics(opts: Jedi) -> dict:
+    """Mean and standard deviation over images of their mean window entropy, in each scale; the number of images."""
     items = list_items(opts.data)
+    if len(items) < 2:
+        raise InputError(f"--data {opts.data} has one photograph; a deviation takes two: give more")
     order = torch.randperm(len(items), generator=generator(opts.seed, "jedi clean")).tolist()[: opts.images]
     cfg = replace(CLASSIFIERS["efficientnet_lite0"], size=opts.size, resize=round(opts.size * 8 / 7))
     images = [load_image(items[i].path, cfg)[None] for i in order]
@@ -65,4 +68,4 @@ def clean_statistics(opts: Jedi) -> tuple[list[float], list[float]]:
         [[entropy_windows(x, w, s).mean() for w, s in zip(WINDOWS, STRIDES, strict=True)] for x in images]
     )
     mean, std = ([round(v, 3) for v in t.tolist()] for t in (means.mean(dim=0), means.std(dim=0)))
-    return mean, std
+    return {"images": len(images), "clean_mean": mean, "clean_std": std}

@@ -21,7 +21,7 @@ class Sizes:
     crop: int = option(96, "Side of the VAE's training crops, in pixels; a multiple of 8.", low=32)
     lr: float = option(8e-4, "Learning rate of AdamW.", low=0)
     ema: float = option(0.998, "Decay of the averaged weights, a step; lower in the first steps.", low=0, high=0.99999)
-    reuse: int = option(8, "How often each sample of the unet stage is used, on average.", low=1)
+    reuse: int = option(8, "How often the unet stage uses each sample on average, without --samples.", low=1)
     locate: float = option(0.0, "Weight of Eq. 4 on pasted regions, in the unet stage.", low=0)
     hiding: int = option(
         0, "Largest number of steps by which half of the pasted regions are first changed to lower the map.", low=0
@@ -33,14 +33,16 @@ class Training:
     data: Path | None = option(
         None, "Folder with captions.csv, a file of `pack`, or of `join` the folder of parts.", group="training"
     )
-    out: Path = option(Path("runs/pretrain"), "Folder; for `pack` and `join`, the file to write.")
-    init: Path | None = option(None, "Whole model of ours that decoder and unet start from.")
+    out: Path = option(Path("runs/pretrain"), "Folder; `pack` and `join` need the name of a file that is new.")
+    init: Path | None = option(None, "Whole model of ours that decoder and unet start from; vae takes its shape.")
     steps: int = option(4000, "Optimiser steps in all, those done before included.", low=1)
     minutes: float | None = option(None, "Stop after so many minutes in all; --lr falls towards that end.", low=0.01)
     workers: int = option(0, "Processes that make samples beside the training.", low=0)
     save_minutes: float = option(1.0, "Minutes between two checkpoints.", low=0)
     parts: float = option(15.0, "For the stage all: size in MB of each part that the model is split into.", low=0.1)
-    samples: int = option(0, "Encode this many images once and train on them. 0: a new image each time.", low=0)
+    samples: int = option(
+        0, "Encode this many images once and train on them. 0: make new ones, each for --reuse uses.", low=0
+    )
     seed: int = option(0, "Seed of weights and samples.", low=0)
     device: str = option("auto", "Torch device. auto: the GPU where there is one.")
     sizes: dict[str, Any] = given(Sizes())

@@ -28,7 +28,7 @@ from diffender.stable_diffusion.text import tokenizer
 from diffender.stable_diffusion.unet import ResBlock, SpatialTransformer
 from diffender.stable_diffusion.vae import AutoencoderKL
 from diffender.utils.errors import InputError
-from diffender.utils.files import load_tensors, place_for, read_header, save_atomic
+from diffender.utils.files import load_tensors, new_file, read_header, save_atomic
 from diffender.utils.images import save_png
 from diffender.weights.loading import load_model, save_model
 
@@ -106,7 +106,7 @@ def early_layers(data: Path) -> Classifier:
 
 def pack_all(data: Path, out: Path) -> None:
     """Photographs, tokens and the classifier's first layers in the file `out`."""
-    out = place_for(out)
+    out = new_file(out)
     net = load_classifier("efficientnet_lite0").net
     layers = {k: v for k, v in net.state_dict().items() if k.startswith(EARLY) and v.is_floating_point()}
     pack(data, out, {LAYERS + k: v for k, v in layers.items()}, tokenizer().encode)
@@ -214,7 +214,7 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
         # This is the squared error of v. At high noise v is about -x0, and there inpainting settles its colours.
         loss, terms = (error / a_t).mean(), {"mse": error.mean()}
         if recipe.locate:
-            half = len(z0) // 2
+            half = max(1, len(z0) // 2)
             pair = model.text(model.text.embed(torch.cat([prompt, empty])))
             region = batch["region"][:half].float()
             terms["mask"] = location_loss(model, z0[:half], region, Asked(pair, blank), recipe.hiding, g)

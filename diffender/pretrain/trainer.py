@@ -17,6 +17,20 @@ from diffender.utils.images import save_figure
 from diffender.utils.progress import bar
 
 SKIPPED = 20  # steps that may be left out
+ANEW = "delete it to begin anew, or choose another --out"
+SHARED = ("stage", "data", "seed", "init", "batch", "crop", "samples", "reuse", "locate", "hiding")
+
+
+def shared(recipe: Recipe) -> dict:
+    """The settings that a training must share with the checkpoint from which it goes on, as JSON can hold them."""
+    values = {name: getattr(recipe, name) for name in SHARED}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def refuse_others(path: Path, told: dict, recipe: Recipe) -> None:
+    """Raises InputError unless the training at `path`, of the settings `told`, can go on by this recipe."""
+    if others := [k for k, v in shared(recipe).items() if told.get(k) != v]:
+        raise InputError(f"{path} holds a training with other settings ({', '.join(others)}); {ANEW}")
 
 
 class Trainer:
@@ -32,8 +46,9 @@ class Trainer:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.on_save: Callable[[], None] = lambda: None  # what a stage writes beside its checkpoint
         if self.path.is_file():
-            with refuse_damaged(self.path, "delete it to begin anew, or choose another --out"):
+            with refuse_damaged(self.path, ANEW):
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
+                refuse_others(self.path, state["settings"], recipe)
                 self.ema.load_state_dict(state["ema"])
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -110,6 +125,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "settings": shared(self.recipe),
         }
         save_state(state, self.path)
         if self.step:

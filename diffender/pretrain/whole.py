@@ -1,5 +1,6 @@
 """The whole model in one go, within a limit of time: for one GPU, ten minutes and no network."""
 
+import json
 import re
 import time
 from contextlib import ExitStack
@@ -10,8 +11,9 @@ import torch
 
 from diffender.pretrain.options import Recipe
 from diffender.pretrain.stages import train_unet, train_vae
+from diffender.pretrain.trainer import ANEW, refuse_others, shared
 from diffender.utils.errors import InputError
-from diffender.utils.files import place_for, refuse_damaged, whole
+from diffender.utils.files import check_digest, load_tensors, new_file, read_header, refuse_damaged, whole, write_json
 
 SHARES = {"vae": 0.3, "decoder": 0.2, "unet": 0.5}  # of --minutes
 ON_A_GPU = {
@@ -41,16 +43,19 @@ def train_all(recipe: Recipe) -> None:
     usual = ON_A_GPU if recipe.device.type == "cuda" else ON_A_CPU
     for stage in SHARES:
         done = work / f"{stage}.done"
-        if not done.is_file():
+        given = replace(recipe, **usual[stage] | recipe.sizes | {"stage": stage, "out": work, "steps": 10**7})
+        if done.is_file():
+            with refuse_damaged(done, ANEW):
+                refuse_others(work, json.loads(done.read_text("utf-8")), given)
+        else:
             minutes = max(0.05, (deadline - time.monotonic()) / 60 * left[stage] / sum(left.values()))
             minutes += spent(work / f"{stage}.ckpt") / 60
-            own = {"stage": stage, "out": work, "minutes": minutes, "steps": 10**7}
-            given = replace(recipe, **usual[stage] | recipe.sizes | own)
+            given = replace(given, minutes=minutes)
             if stage == "unet":
                 train_unet(given, lambda: carry(work, out, recipe.parts))
             else:
                 train_vae(given)
-            done.touch()
+            write_json(done, shared(given))
         del left[stage]
         carry(work, out, recipe.parts)
     print(f"everything is in {recipe.out}")
@@ -60,7 +65,7 @@ def spent(checkpoint: Path) -> float:
     """The seconds that a stage has trained before."""
     if not checkpoint.is_file():
         return 0.0
-    with refuse_damaged(checkpoint, "delete it to begin anew, or choose another --out"):
+    with refuse_damaged(checkpoint, ANEW):
         return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["seconds"]  # reads no tensor
 
 
@@ -91,6 +96,14 @@ def join(folder: Path, out: Path) -> None:
     parts = parts_in(folder)
     if not parts:
         raise InputError(f"no parts of a model in {folder}; give the folder that `all` wrote")
-    with whole(place_for(out)) as partial:
+    names = [f"tiny.safetensors.{i}" for i in range(len(parts))]
+    if gone := [name for name, part in zip(names, parts, strict=True) if name != part.name]:
+        raise InputError(f"{folder} has {parts[-1].name} but no {gone[0]}; copy all parts of the model there")
+    with whole(new_file(out)) as partial:
         partial.write_bytes(b"".join(part.read_bytes() for part in parts))
+        try:
+            check_digest(partial, load_tensors(partial), read_header(partial))
+        except InputError as e:
+            told = f"the {len(parts)} parts in {folder} make no whole model: one is damaged, or the last are missing"
+            raise InputError(f"{told}; copy all of them there again") from e
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB of {len(parts)} parts")
