@@ -1081,6 +1081,7 @@ def test_a_forecast_of_queries_checks_and_curves():
     found = costs(opts, COST)
     assert found["rhde/transfer"] == pytest.approx(4 + 60 * COST["query"])
     assert (found["rhde/queries"], found["rhde/evade"]) == (4 + 50, 4 + 50 * COST["hiding"])
+    assert forecasts.curve_costs(replace(opts, curves="theta"), COST) == 3 * 4, "clean, transfer, queries and evade"
     advp = with_preset(Options(grad="evade"))
     of = lambda which: forecasts.curve_costs(replace(advp, curves=which), COST)  # noqa: E731
     assert (of("off"), of("theta")) == (0, 3 * 3), "clean, transfer and evade"

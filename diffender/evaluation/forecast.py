@@ -176,9 +176,9 @@ def curve_costs(opts: Options, of: Mapping[str, float]) -> float:
     """What an image takes for --curves."""
     if opts.curves == "off":
         return 0
-    columns = 1 + len(attacks(opts)) * (1 + len(kinds(opts)))
-    whole = sum(costs(opts, of).values()) / max(1, len(attacks(opts)))
-    over_theta = 3 * columns * of["pass"] if opts.defense == "diffender" else 0
+    shown = costs(opts, of)  # of clean images and of each variant of an attack
+    whole = sum(shown.values()) / max(1, len(attacks(opts)))
+    over_theta = 3 * len(shown) * of["pass"] if opts.defense == "diffender" else 0
     return over_theta + (len(AREAS) * whole if opts.curves == "all" else 0)
 
 
