@@ -803,6 +803,8 @@ def test_convergence_is_of_the_images_that_are_left(bench):
 class Slope(torch.nn.Module):
     """Linear, with one thing wrong with its gradient."""
 
+    defense = None
+
     def __init__(self, wrong=""):
         super().__init__()
         self.wrong, self.backward, self.w = wrong, Backward(), Plain().w
@@ -829,6 +831,18 @@ def test_unhealthy_gradients_are_red(small, wrong):
     found = {next(n for n in ("zero", "norm", "finite differences", "cosine") if n in c.name): c for c in checks}
     red = {name for name, check in found.items() if check.passed is False}
     assert red == ({wrong.removesuffix("s") if wrong == "zeros" else wrong} - {""})
+
+
+def test_a_gradient_that_some_draw_gives_is_not_zero(small):
+    """Each draw hides every other pixel."""
+
+    class Striped(Slope):
+        def forward(self, x, noise):
+            shown = (torch.arange(768) % 2 == (noise[:, :1, 0] > 0)).float()
+            return torch.einsum("bd,bkd->bk", x.flatten(1) * shown, self.w + 0 * noise)
+
+    (check,) = trust.zero_gradient(bench_of(Striped(), small.x, small.y, mask=torch.ones(2, 1, 16, 16)))
+    assert check.passed
 
 
 def test_a_gradient_of_zero_is_right_where_nothing_changes():

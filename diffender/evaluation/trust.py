@@ -29,7 +29,7 @@ from diffender.pipeline import Defended, DIFFender
 from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
-SPREAD_DRAWS = 8  # behind the check of their spread
+SPREAD_DRAWS = 8  # of gradients, behind the checks of their spread and of zeros
 ENOUGH = 6  # images: of fewer, all may go one way by chance (McNemar, p >= 0.05)
 BELOW = {  # of a gradient, the one that knows a little less; transfer for others
     "auto": "bpda", "bpda-mask": "bpda", "surrogate": "bpda-mask", "full": "bpda-mask", "full+loc": "full",
@@ -222,10 +222,15 @@ def gradients(bench: Bench, victim: Defended, n: int, purpose: str) -> Tensor:
 
 
 def zero_gradient(bench: Bench) -> Iterator[Check]:
-    """Where the gradient is zero an attack by gradients stands still, and what it leaves right says nothing."""
+    """Where the gradient is zero an attack by gradients stands still, and what it leaves right says nothing.
+
+    Noise on pixels may leave some without gradient in one draw, by a clamp, so there a pixel has none if no draw gives
+    it one. DIFFender's noise is on latents.
+    """
     inside = bench.mask.expand(-1, 3, -1, -1).flatten(1) == 1
-    (gradient,) = gradients(bench, bench.adaptive[1], 1, "trust gradient")
-    zeros = gradient[inside].eq(0).float().mean().item()
+    draws = 1 if isinstance(bench.target.defense, DIFFender) else SPREAD_DRAWS
+    found = gradients(bench, bench.adaptive[1], draws, "trust gradient")
+    zeros = found.eq(0).all(dim=0)[inside].float().mean().item()
     yield Check("patch gradient exactly zero", f"{100 * zeros:.2g} % of pixels", "below 1 %", zeros < 0.01)
 
 
