@@ -95,6 +95,16 @@ ENGINE = """if True:
     from diffender.utils import options as cli
     tokenizer()
     forecast.measured, forecast.memory_needed = lambda *given: forecast.COST, lambda *given: (0, "")  # take seconds
+
+
+    def stage(recipe, on_save=lambda: None):  # it would stop by time, never twice alike; its own calls are tried alone
+        save_atomic({"x": torch.zeros(50_000)}, recipe.out / "tiny.safetensors", {})
+        on_save()
+
+    import torch
+    from diffender.pretrain import whole
+    from diffender.utils.files import save_atomic
+    whole.train_vae = whole.train_unet = stage
     MAIN = {"evaluate.py": evaluate.main, "train.py": train.main, "diffender": diffender.__main__.main}
 
     for line in sys.stdin:
@@ -256,6 +266,11 @@ def test_a_pretraining_that_goes_on_from_a_whole_model(tried, captioned, stage):
     init = ("--init", str(WEIGHTS / "tiny.safetensors"), "--steps", "1", *crop)
     calls = tried("diffender", "pretrain", stage, "--data", captioned, *init, *CHECKPOINTS, sparing=True)
     assert calls == WHOLE | SAVED
+
+
+def test_a_whole_model_in_parts(tried, captioned):
+    args = ("--data", captioned, "--minutes", "1", "--parts", "0.1", "--device", "cpu", "--out", "out")
+    assert tried("diffender", "pretrain", "all", *args, sparing=True) == WHOLE | SAVED
 
 
 @pytest.mark.slow

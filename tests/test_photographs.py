@@ -358,7 +358,7 @@ def test_the_page_in_a_browser(tmp_path, photo, browser, width):
     tab.goto((tmp_path / "report.html").as_uri())
     cards = tab.locator(".card").filter(visible=True)
     assert cards.first.locator("h3").inner_text().startswith("<b> 25.0 % masked")
-    assert "cat<img src=y onerror=alert(1)> 50 %" in cards.first.inner_text()
+    assert "cat<img src=y onerror=alert(1)> 50\N{NO-BREAK SPACE}%" in cards.first.inner_text()
     boxes = [figure.bounding_box() for figure in cards.first.locator("figure").all()]
     assert len(boxes) == 5
     if width == 1300:
