@@ -90,7 +90,7 @@ def samples(task: Task, draw: Draw, eot: int, batch: int = 1) -> Iterator[Sample
         x = torch.cat(images).detach().requires_grad_()
         logits, penalty = logits_and_penalty(task.victim, x, stack(noises), torch.cat(patches))
         value = torch.cat([task.loss(part) for part in logits.split(b)]) + penalty
-        attached = value.requires_grad  # to something: without x among it the gradient is None
+        attached = value.requires_grad  # perhaps through weights alone; then the gradient to x is None
         gradient = torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if attached else None
         if gradient is None:
             raise InputError(

@@ -72,7 +72,7 @@ def refuse_damaged(path: Path, advice: str) -> Iterator[None]:
     """Raises InputError with this advice where the block, which reads what `save_state` wrote, fails in any way."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as e:  # a damaged pickle may raise anything
         raise InputError(f"{path} is damaged ({one_line(e) or type(e).__name__}); {advice}") from e
