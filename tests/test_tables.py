@@ -171,6 +171,8 @@ def test_every_figure_has_a_function():
 def test_rows_by_name():
     opts = change(Options(), rows="jpeg, diffender")
     assert [key for key, _ in chosen_rows(1, opts)] == ["jpeg", "diffender"]
+    opts = change(Options(), rows="without L_CE, DIFFender", dry_run=True)
+    assert [key for key, _ in chosen_rows(2, opts)] == ["without mask", "diffender"], "also as the table names them"
     with pytest.raises(InputError, match=r"--rows jpg: table 1 has resize, .*nearest: jpeg"):
         chosen_rows(1, change(opts, rows="jpg"))
     with pytest.raises(InputError, match="--rows mask: table 2 has without mask, "):  # and tunes nothing before

@@ -76,9 +76,11 @@ Row = tuple[str, dict]  # a key of NAMES and QUOTED, and how the options change
 
 
 def chosen_rows(number: int, opts: Options) -> list[Row]:
-    """The rows of a table, or those of them that --rows names. Raises InputError for others."""
+    """The rows of a table, or those of them that --rows names, also as the table does. Raises InputError for others."""
     keys = ROWS[number]
-    wanted = keys if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
+    titles = {NAMES[key]: key for key in keys}
+    named = [] if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
+    wanted = [titles.get(name, name) for name in named] or keys
     if unknown := [name for name in wanted if name not in keys]:
         raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
     return [(key, changes(number, key, opts)) for key in keys if key in wanted]
