@@ -112,7 +112,10 @@ def hashes_of(opts: ModelOptions, **others: str | Path | None) -> dict[str, Any]
     """sha256 of every file that the model is made of, and of those of the other files that are given, by name."""
     given = ((opts.weights or WEIGHTS / "tiny.safetensors", None), (opts.vae, "vae"), (opts.locate_unet, "unet"))
     files: list[Path] = []
-    for path, wanted in ((Path(p).expanduser(), wanted) for p, wanted in given if p and str(p) != RANDOM):
+    for name, wanted in given:
+        if not name or str(name) == RANDOM:
+            continue
+        path = Path(name).expanduser()
         files += [f for part in folder_files(path, wanted).values() for f in part] if path.is_dir() else [path]
         if wanted != "vae" and (scheduler := scheduler_of(path)):  # may say what the UNet predicts
             files.append(scheduler)

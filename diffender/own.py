@@ -106,8 +106,8 @@ def benchmark(
     images (B, 3, S, S), float32 in [0, 1]; labels (B,), from 0 to the number of classes less one. `attack`, `gradient`
     and `budget` are evaluate.py's --attack, --grad and --preset; of what is not DIFFender `full` is the same as `auto`,
     its own gradient. `options` are others of the flags by name (iters, eot, area, seed, name, ...), and `names`, the
-    names of the classes. The same call with the same `name` goes on where it
-    stopped. Raises InputError for what does not fit.
+    names of the classes. The same call with the same `name` goes on where it stopped. Raises InputError for what does
+    not fit.
     """
     named = options.pop("names", None)
     check_images(images)

@@ -237,8 +237,8 @@ def zero_gradient(bench: Bench) -> Iterator[Check]:
 def gradient_health(bench: Bench) -> Iterator[Check]:
     """The part of the straight-through estimator, agreement with finite differences, spread."""
     attack, victim = bench.adaptive
-    (gradient,) = gradients(bench, victim, 1, "trust gradient")
     if victim.backward.mode in THROUGH_MASK:
+        (gradient,) = gradients(bench, victim, 1, "trust gradient")
         cut = bench.target.under(replace(victim.backward, ste="none"))
         ratio = gradients(bench, cut, 1, "trust gradient").norm() / gradient.norm().clamp_min(1e-30)
         yield Check("its norm without the straight-through estimator", f"{ratio:.2g} of that with it", "", None)
