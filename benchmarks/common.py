@@ -13,6 +13,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffender.factory import pick_device
 from diffender.stable_diffusion.model import LatentDiffusion
+from diffender.utils.errors import InputError
 from diffender.utils.files import write_json, write_text
 from diffender.utils.formats import table
 from diffender.utils.malloc import keep_freed_memory
@@ -29,9 +30,17 @@ def parser(doc: str, repeats: int | None = None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats is not None:
         made.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds after a first one ({repeats})")
-    made.add_argument("--device", type=pick_device, default="auto")
+    made.add_argument("--device", type=device, default="auto")
     made.add_argument("--out", type=Path, help="folder for table.md and results.json")
     return made
+
+
+def device(name: str) -> torch.device:
+    """`pick_device`, whose message argparse prints."""
+    try:
+        return pick_device(name)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def in_turn(

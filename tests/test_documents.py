@@ -126,6 +126,15 @@ def test_the_cost_of_50000_images(monkeypatch, capsys):
     assert "| --preset strong: every gradient, three restarts |" in capsys.readouterr().out
 
 
+def test_a_device_that_is_not_there_is_told_by_benchmarks(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--device", "tpu"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "benchmarks" / "latency.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "--device tpu is not here; there is cpu" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with everything that the documents' commands name."""

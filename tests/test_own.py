@@ -328,6 +328,18 @@ def test_the_defence_itself(target, classifier, photos):
     assert OURS[title(hardened)] == "DIFFender, hardened"
 
 
+def test_a_classifier_that_looks_at_values_has_no_forecast_of_memory(target, classifier, photos, capsys):
+    class Looks(nn.Module):
+        def forward(self, x):
+            assert x.max() < 100
+            return classifier.net(x)
+
+    victim = diffender.Defended(target.defense, Classifier(Looks(), classifier.cfg))
+    few = ONE | {"verdicts": 1, "eot": 1, "trust": "off", "quiet": False}
+    diffender.benchmark(victim, photos[:1], [0], gradient="bpda", name="looks", **few)
+    assert "the memory needed is not known" in capsys.readouterr().out
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return (x + 0.5 * torch.randn(x.shape)).clamp(0, 1)

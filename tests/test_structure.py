@@ -163,13 +163,17 @@ def test_schedules_differ_in_the_steps_of_the_attack_alone():
     assert all(s._replace(name="base", steps={}) == base and replace(AdvP(), **s.steps) != AdvP() for s in others)
 
 
-@pytest.mark.parametrize("program", ["evaluate.py", "train.py", "diffender", *(m for m, _ in COMMANDS.values())])
-def test_help_answers_without_torch(program):
+PROGRAMS = ["evaluate.py", "train.py", "diffender", *(module for module, _ in COMMANDS.values())]
+
+
+@pytest.mark.parametrize("words", [*([program] for program in PROGRAMS), ["diffender.report", "compare"]])
+def test_help_answers_without_torch(words):
     """It takes seconds to import, and mistakes on the command line should show at once, too."""
+    program = words[0]
     start = f"run_path({program!r}" if program.endswith(".py") else f"run_module({program!r}"
     code = f"""if True:
         import runpy, sys
-        sys.argv = ["program", "--help"]
+        sys.argv = {[*words, "--help"]}
         try:
             runpy.{start}, run_name="__main__")
         except SystemExit as e:

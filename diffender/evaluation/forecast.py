@@ -139,7 +139,10 @@ def memory_needed(opts: Options, target: Defended, x: Tensor, parts: list[list[i
     model = target.defense.model
     if model is None:
         return 0, ""
-    one = footprint(model, target.classifier.net, x.shape[-1])
+    try:
+        one = footprint(model, target.classifier.net, x.shape[-1])
+    except RuntimeError:  # of a classifier that looks at values, which tensors without storage have not
+        return 0, "; the memory needed is not known"
     draws = config_of(opts).draws
     images = min(opts.batch_size, max((len(part) for part in parts), default=1))
     verdict_rows, attack_rows = images * opts.eot_batch, images * min(opts.eot, opts.eot_batch)

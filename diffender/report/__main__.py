@@ -100,7 +100,7 @@ def check_runs(folders: Sequence[str]) -> None:
 
 def main() -> None:
     what, *rest = sys.argv[1:] or [""]
-    if what in ("", "-h", "--help"):
+    if what == "" or {"-h", "--help"} & {what, *rest}:
         print(__doc__)
         return
     if what == "compare":
