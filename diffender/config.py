@@ -90,7 +90,11 @@ class Backward:
     ste: str = option("identity", "Backward pass of the threshold.", choices=STE)
     ste_k: float = option(5.0, "Slope of the sigmoid in --ste sigmoid.", low=0.01)
     surrogate_steps: int = option(5, "Sampler steps of the surrogate, at most those of the restoration.", low=1)
-    evasion: float = option(3.0, "Weight of hiding from the localiser in full+loc and evade.", low=0)
+    evasion: float = option(
+        3.0,
+        "Weight of hiding from the localiser in full+loc and evade. For patches of 10 % and more try 30, too.",
+        low=0,
+    )
     hide: str = option(
         "mean",
         "What full+loc and evade hide: the mean over the patch of softplus(z - theta), or its highest latent (max).",
