@@ -87,13 +87,13 @@ def captioned_files(root: Path) -> list[tuple[Path, str]]:
 def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str], list[int]]) -> None:
     """Put all that training needs into one file, to carry to a machine without a network.
 
-    Photographs go in as WebP of quality 60, short side 256 px, `extras` as float16. `encode` gives the token ids of
+    Photographs go in as WebP of quality 58, short side 256 px, `extras` as float16. `encode` gives the token ids of
     the captions, which stand in the header, so that no tokenizer is needed there.
     """
     parts, captions = [], []
     for path, caption in bar(captioned_files(root), "packing"):
         buffer = io.BytesIO()
-        resized(open_image(path), 256).save(buffer, "WEBP", quality=60, method=6)
+        resized(open_image(path), 256).save(buffer, "WEBP", quality=58, method=6)
         parts.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
         captions.append(caption)
     tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
