@@ -30,12 +30,12 @@ def parser(doc: str, repeats: int | None = None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats is not None:
         made.add_argument("--repeats", type=int, default=repeats, help=f"measured rounds after a first one ({repeats})")
-    made.add_argument("--device", type=device, default="auto")
+    made.add_argument("--device", type=device_named, default="auto")
     made.add_argument("--out", type=Path, help="folder for table.md and results.json")
     return made
 
 
-def device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     """`pick_device`, whose message argparse prints."""
     try:
         return pick_device(name)
