@@ -177,10 +177,11 @@ def parse(cls: type[Options], description: str, argv: list[str] | None = None) -
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         flag = flagged(f.name)
-        text = f.metadata["help"] + ("" if f.shown is None else f" (default: {f.shown})")
+        text = f.metadata["help"].replace("%", "%%")  # argparse formats it
+        text += "" if f.shown in (None, ()) else f" (default: {f.shown})"
         kind = f.kind
         if f.hint == tuple[str, ...]:
-            group.add_argument(f.name, nargs="*", help=f.metadata["help"])
+            group.add_argument(f.name, nargs="*", help=text)
         elif kind is bool:
             group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.value, help=text)
         else:
