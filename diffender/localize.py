@@ -94,7 +94,7 @@ def refine_mask(z_score: Tensor, size: Sequence[int], cfg: DIFFenderConfig, back
     ste="soft" the mask is not binary but lies in [0, 1].
 
     By Cantelli's inequality at most 1 / (1 + theta^2) of a map, 20 % for theta 2, lies theta standard deviations above
-    its mean. A larger patch is therefore masked only in part.
+    its mean. Dilation adds about a latent on each side. A patch much larger than that is therefore masked only in part.
     """
     if 0 < cfg.grow < cfg.theta:
         mask = grown(z_score, cfg, backward)
