@@ -195,7 +195,9 @@ def attack_through(opts: Options, task: Task, starts: Tensor) -> Tensor:
     from diffender.attacks import AdvP
     from diffender.attacks.attack import attack_all
 
-    return attack_all(AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), task, 1, starts).image  # little memory
+    return attack_all(
+        AdvP(area=opts.area, iters=opts.adaptive_iters, eot=1), task, 1, starts
+    ).image  # one at a time: little memory
 
 
 def photographs(opts: Options, classifier: Classifier) -> Batch:

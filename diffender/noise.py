@@ -1,8 +1,8 @@
 """Every random tensor of one pass of the defence, as an argument.
 
 Noise is derived from (seed, image id, purpose, k) alone. So it does not depend on batch size, order, stops or number of
-processes. Two purposes never share noise, and EOT draws k = 0, 1, 2, ... The tensors of a pass come from one stream,
-in the order of `Noise`: another number of draws changes all that follow.
+processes. Two purposes share noise only by a collision of 32-bit seeds, and EOT draws k = 0, 1, 2, ... The tensors of
+a pass come from one stream, in the order of `Noise`: another number of draws changes all that follow.
 """
 
 import hashlib

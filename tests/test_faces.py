@@ -182,6 +182,21 @@ def test_pairs_that_do_not_say_what_they_are_are_refused(tmp_path):
         read_pairs(tmp_path / "pairs.txt", tmp_path)
 
 
+def test_every_threshold_counts_what_it_separates():
+    """The thresholds are those of a plain search, ties included."""
+    g = torch.Generator().manual_seed(0)
+    distances, same = torch.randint(0, 20, (60,), generator=g) / 10, torch.rand(60, generator=g) < 0.5
+    chosen = []
+    for part in torch.arange(60).tensor_split(3):
+        others = torch.ones(60, dtype=torch.bool)
+        others[part] = False
+        ordered = distances[others].sort().values
+        candidates = (ordered[1:] + ordered[:-1]) / 2
+        right = torch.stack([((distances[others] <= t) == same[others]).sum() for t in candidates])
+        chosen.append(candidates[right == right.max()].median().item())
+    assert verify(distances, same, folds=3).threshold == pytest.approx(sum(chosen) / 3)
+
+
 def test_verification_by_hand():
     distances = torch.tensor([0.1, 0.9, 0.2, 0.8] * 5)
     same = torch.tensor([True, False, True, False] * 5)

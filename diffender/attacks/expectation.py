@@ -17,8 +17,8 @@ class Victim(Protocol):
     """The attacked model: maps images in [0, 1] and the noise of one pass to logits.
 
     Noise is None for deterministic models. One that has `with_penalty(x, noise, patch)`, patch (B, 1, S, S) in {0, 1}
-    being where the attacker's pixels are, gives the logits (B, K) and a penalty (B,) that attacks lower besides their
-    own loss.
+    being where the attacker's pixels are, gives the logits (B, K) and a penalty (B,). Gradients, Sparse-RS and RHDE
+    lower the penalty besides their own loss. GDPA's search for a place and its moves lower the victim's loss alone.
     """
 
     def __call__(self, x: Tensor, noise: Noise | Tensor | None) -> Tensor: ...
