@@ -27,11 +27,12 @@ from diffender.evaluation.options import PRESETS, Options, attacks, refuse_confl
 from diffender.evaluation.plan import as_drawn, build_plans, default_name, refuse_unused_eot
 from diffender.evaluation.run import NO_MATTER, Experiment, finish, work
 from diffender.noise import preserved_rng, seeded, seeds
-from diffender.pipeline import Defended, DIFFender, Purified, check_images
+from diffender.pipeline import Defended, DIFFender, Purified
 from diffender.report.folder import write_report
 from diffender.utils.code import code_digest
 from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import digest
+from diffender.utils.images import check_images
 from diffender.utils.options import change, check_options, flat, leaves, settings
 
 IMAGENET = 1000  # so many classes have ImageNet's names, unless others are given
@@ -110,7 +111,7 @@ def benchmark(
     not fit.
     """
     named = options.pop("names", None)
-    check_images(images)
+    check_images(images, torch.float32)
     with left_as_it_was(model):
         victim = as_victim(model, images)
         classes = answer(victim.classifier, images[:1].to(victim.classifier.mean.device)).shape[1]

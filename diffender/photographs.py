@@ -95,7 +95,10 @@ class Defender:
 
         started = time.monotonic()
         if not isinstance(image, PIL.Image.Image):
-            raise InputError(f"an image is a {type(image).__name__}; give a PIL image, or a tensor (B, 3, H, W)")
+            raise InputError(
+                f"an image is a {type(image).__name__}; give a PIL image, or all in one tensor (B, 3, H, W) to "
+                "diffender.defend"
+            )
         image = as_rgb(turned(image))
         x = (pil_to_tensor(image).float() / 255)[None].to(self.defense.model.alphas_cumprod.device)
         defense = self.at(working_size(image.size, self.defense.model.cfg))
@@ -156,7 +159,8 @@ def defend(
     """
     from torch import Tensor
 
-    from diffender.pipeline import DIFFender, check_images
+    from diffender.pipeline import DIFFender
+    from diffender.utils.images import check_images
 
     defense = load() if defense is None else defense
     if not isinstance(defense, DIFFender):

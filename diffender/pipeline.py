@@ -18,6 +18,7 @@ from diffender.restore import composite, inpaint
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError, check_finite
+from diffender.utils.images import check_images
 
 if TYPE_CHECKING:
     from diffender.classifiers.imagenet import Classifier
@@ -83,7 +84,7 @@ class DIFFender(nn.Module):
         """Sets the working size (H, W). Raises InputError unless both are multiples of `model.cfg.multiple`."""
         if any(side < 1 or side % self.model.cfg.multiple for side in size):
             raise InputError(f"size is {size}; both sides are multiples of {self.model.cfg.multiple} for this model")
-        self.size = size
+        self.size = (size[0], size[1])
         self.register_buffer("blank", self.model.blank_conditioning(size), persistent=False)
 
     @property
@@ -169,7 +170,7 @@ class DIFFender(nn.Module):
         `backward` chooses the backward pass. Raises InputError for images or noise that do not fit, and NonFinite for
         NaN or infinity.
         """
-        check_images(x)
+        check_images(x, self.blank.dtype)
         if backward.mode == "bpda":
             out = self(x.detach(), noise)
             return out._replace(image=straight_through(out.image, x))
@@ -214,12 +215,8 @@ class Defended(nn.Module):
         cleanser = getattr(defense, "cleanser", None)  # PatchCleanser, where the defence has one
         if getattr(cleanser, "classifier", classifier) is not classifier:
             raise InputError("the defence's PatchCleanser holds another classifier than Defended; give both the same")
-        repaints = isinstance(defense, DIFFender) and not defense.cfg.composite
-        if repaints and backward.mode in ("bpda-mask", "evade"):
-            raise InputError(
-                f"{backward.mode} needs pixels that composite=False repaints; choose bpda, surrogate, full or full+loc"
-            )
-        self.defense, self.classifier, self.backward = defense, classifier, backward
+        self.defense, self.classifier = defense, classifier
+        self.backward = useful(backward, defense)
         self.bare = classifier if bare is None else bare
         self.eval()
 
@@ -250,8 +247,11 @@ class Defended(nn.Module):
                 yield out, self.classifier(out.image)
 
     def under(self, backward: Backward) -> "Defended":
-        """The same victim with another backward pass."""
-        return Defended(self.defense, self.classifier, backward, self.bare)
+        """The same victim with another backward pass, and with whatever a subclass has changed. Raises InputError as
+        `Defended` does."""
+        other = copy(self)
+        other.backward = useful(backward, self.defense)
+        return other
 
     def undefended(self) -> "Undefended":
         """The undefended classifier as a victim."""
@@ -277,8 +277,23 @@ class Defended(nn.Module):
         return self.classifier(out.image), backward.evasion * evasion + backward.decoy * decoy(out.heatmap)
 
 
+def useful(backward: Backward, defense: Defense) -> Backward:
+    """The backward pass unchanged. Raises InputError for a mode that the defence has no use for."""
+    if isinstance(defense, DIFFender):
+        if not defense.cfg.composite and backward.mode in ("bpda-mask", "evade"):
+            raise InputError(
+                f"{backward.mode} needs pixels that composite=False repaints; choose bpda, surrogate, full or full+loc"
+            )
+    elif backward.mode not in ("bpda", "auto", "full"):
+        raise InputError(
+            f"mode {backward.mode} is of DIFFender, and the defence is a {type(defense).__name__}; "
+            "choose bpda, or auto, its own gradient"
+        )
+    return backward
+
+
 def ours(target: Defended) -> DIFFender:
-    """The defence of a target that is DIFFender: no other has a diffusion model and prompts."""
+    """The defence of a target that is DIFFender. Raises AssertionError for another one."""
     assert isinstance(target.defense, DIFFender)
     return target.defense
 
@@ -344,22 +359,4 @@ def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Se
         raise InputError(
             f"noise of {draws} draws and {steps} steps; with its settings this defence takes {cfg.draws} and "
             f"{steps_taken}: draw it by its own sample_noise"
-        )
-
-
-def check_images(x: Tensor) -> None:
-    """Raises InputError unless x is float32 (B, 3, H, W) in [0, 1], within rounding, with B at least 1."""
-    if not isinstance(x, Tensor):
-        raise InputError(f"images are a {type(x).__name__}; they are a torch.Tensor (B, 3, H, W), float32 in [0, 1]")
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise InputError(f"images of shape {tuple(x.shape)}; they are (B, 3, H, W)")
-    if x.dtype != torch.float32:
-        raise InputError(f"images of dtype {x.dtype}; they are torch.float32: convert them by .float()")
-    if not x.numel():
-        raise InputError(f"images of shape {tuple(x.shape)}: there are none; give at least one")
-    low, high = x.detach().aminmax()
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise InputError(
-            f"images with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255, leave normalisation to "
-            "the classifier"
         )

@@ -120,6 +120,18 @@ def test_every_attack_changes_only_the_patch_and_hurts(name, batch):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_start_that_does_not_fit_is_refused(name, batch):
+    x, y = (t[:2] for t in batch)
+    task = Task(Linear(), x, y, IDS[:2], 0)
+    small = ATTACKS[name](**SMALL[name] | {"area": 0.1})
+    start = small(task).state
+    small(task, init=start)
+    wrong = ATTACKS[name](**SMALL[name])  # of a larger area; the state of RHDE does not depend on it
+    with pytest.raises(InputError, match="init (is of shape|has a patch of another size)"):
+        wrong(task, init=start[..., :4] if name == "rhde" else start)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_queries_are_counted_to_the_last_one(name, batch):
     x, y = (t[:2] for t in batch)
     for sigma in (0.0, 0.3):
@@ -257,6 +269,7 @@ def test_eot_on_a_deterministic_victim_changes_nothing(batch):
         ("advp", {"iters": 0}, "iters is 0; allowed is at least 1"),
         ("advp", {"location": "center"}, "unknown location 'center'; choose one of fixed, corner, eot"),
         ("lavan", {"eot": 0}, "eot is 0"),
+        ("rhde", {"opacity": (0.8, 3.0)}, "opacity is (0.8, 3.0); it is a range within 0 to 1"),
         ("gdpa", {"mode": "fast"}, "unknown mode 'fast'; choose one of direct, generator, amortised"),
         ("rhde", {"queries": 2.5}, "queries is 2.5; it must be of type int"),
         ("grey", {"area": "big"}, "area is 'big'; it must be of type float"),
@@ -273,11 +286,17 @@ def test_tasks_that_do_not_fit_are_refused(batch):
     for task, says in (
         (Task(Linear(), x, y[:1], IDS, 0), f"{len(x)} images, 1 labels and {len(IDS)} ids; each image has"),
         (Task(Linear(), x, y, ["a"], 0), f"{len(x)} images, {len(y)} labels and 1 ids"),
-        (Task(Linear(), (255 * x).byte(), y, IDS, 0), "images of dtype torch.uint8; they are floating point in [0, 1]"),
+        (Task(Linear(), (255 * x).byte(), y, IDS, 0), "images of dtype torch.uint8; they are floating point: convert"),
         (Task(Linear(), x, y.tolist(), IDS, 0), "labels are a list; they are a tensor (B,) of whole numbers, int64"),
         (Task(Linear(), x, y.float(), IDS, 0), "labels are of torch.float32, (8,); they are a tensor (B,)"),
         (Task(Linear(), x, y[:, None], IDS, 0), "labels are of torch.int64, (8, 1); they are a tensor (B,)"),
-        (Task(Linear(), x[:0], y[:0], [], 0), "a task of no images; give one or more"),
+        (Task(Linear(), x[:0], y[:0], [], 0), "images of shape (0, 3, 24, 24): there are none; give at least one"),
+        (
+            Task(Linear(), 255 * x, y, IDS, 0),
+            "they lie in [0, 1]: divide by 255, leave normalisation to the classifier",
+        ),
+        (Task(Linear(), x[:, :1], y, IDS, 0), "images of shape (8, 1, 24, 24); they are (B, 3, H, W)"),
+        (Task(Linear(), x[0], y[:3], IDS[:3], 0), "images of shape (3, 24, 24); they are (B, 3, H, W)"),
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             attack(task)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,12 @@ def test_fnc_clips_where_it_should(name, count):
     assert not any(m._forward_hooks for m in classifier.net.modules())
 
 
+def test_fnc_that_would_clip_nothing_is_refused(classifier):
+    own = Classifier(classifier.net, replace(classifier.cfg, clips="block"))
+    with pytest.raises(InputError, match="no module of tf_efficientnet_lite0 is named 'block'"):
+        fnc(own)
+
+
 def test_fnc_caps_norms_and_keeps_directions():
     f = torch.randn(2, 8, 5, 5, generator=generator("fnc")).double()
     f[0, :, 2, 2] *= 50
@@ -234,6 +241,7 @@ def test_fnc_is_attacked_from_the_classifier_without_it(model, classifier):
         ("smoothing:window=0", "window is 0; allowed is from 1 to 99"),
         ("lgs:block=5,overlap=5", "overlap is 5; it is smaller than the block, 5"),
         ("diffpure:steps=0", "steps is 0; with t_star 0.15 it is at least 1"),
+        ("diffpure:steps=200", "steps is 200; from t_star 0.15 there are 150 timesteps to take"),
         ("dw:quantile=2", "quantile is 2.0; allowed is from 0 to 1"),
         ("fnc:alpha=0", "alpha is 0.0; allowed is at least 0.01"),
         ("jpeg:quality=0", "quality is 0; allowed is from 1 to 100"),

@@ -10,6 +10,7 @@ import torch
 
 from diffender.attacks.expectation import Task, samples
 from diffender.config import FULL, Backward, DIFFenderConfig
+from diffender.defenses.purifier import Purifier
 from diffender.localize import difference_map, grown, predict_pair, refine_mask, standardize, standardize_robustly
 from diffender.noise import Noise, generator, sample_noise
 from diffender.ops import binarize, dilate, gaussian_blur, resize
@@ -56,6 +57,44 @@ def test_two_evaluations_a_draw_equal_the_four_of_eq_2(model, contexts, photos):
     assert noise_timestep(cfg.noise_ratio) == t
     ours = difference_map(*predict_pair(model, z0, contexts, noise, cfg, blank))
     assert torch.allclose(ours, total / m, rtol=1e-3, atol=1e-4 * ours.max().item())
+
+
+def test_the_defence_runs_in_double_precision(defense, photos):
+    """As checks of gradients need it: images are of the dtype of the model."""
+    double, x = copy.deepcopy(defense).double(), photos[:1]
+    noise = noise_for(defense, 1)
+    found = double(x.double(), Noise(*(n.double() for n in noise)))
+    assert found.image.dtype == torch.float64
+    assert torch.allclose(found.heatmap.float(), defense(x, noise).heatmap, atol=1e-4)
+    with pytest.raises(InputError, match=r"images of dtype torch.float32; they are torch.float64: convert them by"):
+        double(x, noise)
+
+
+def test_a_size_may_be_a_list(model, contexts, photos):
+    soft = Backward("full", ste="soft")
+    one, other = (DIFFender(model, contexts, FAST, size) for size in ((64, 64), [64, 64]))
+    noise = noise_for(one, 1)
+    assert torch.equal(*(defense(photos[:1], noise, soft).image for defense in (one, other)))
+
+
+def test_another_backward_pass_keeps_what_a_subclass_changed(target):
+    class Mirrored(Defended):
+        def forward(self, x, noise):
+            return super().forward(x.flip(3), noise)
+
+    mirrored = Mirrored(target.defense, target.classifier)
+    assert type(mirrored.under(Backward("bpda"))) is Mirrored
+    assert mirrored.under(Backward("bpda")).backward.mode == "bpda"
+    assert mirrored.backward.mode == "full", "and leaves it as it was"
+
+
+def test_gradients_of_diffender_are_not_for_other_defences(target):
+    plain = Defended(Purifier(torch.nn.Identity()), target.classifier)
+    for mode in ("bpda-mask", "surrogate", "full+loc", "evade"):
+        with pytest.raises(InputError, match=re.escape(f"mode {mode} is of DIFFender, and the defence is a Purifier")):
+            plain.under(Backward(mode))
+    with pytest.raises(InputError, match="so its noise is an argument; leave out random=True"):
+        Purifier(target.defense, random=True)
 
 
 def test_several_contexts_are_answered_as_each_alone(model, contexts, monkeypatch):

@@ -76,7 +76,7 @@ def test_wrong_input_is_one_clear_line(victim, classifier, photos):
         with pytest.raises(InputError, match=r"no noise; draw it by defense.sample_noise.* diffender.WithFreshNoise"):
             defense(photos[:1], None)
     for dtype in (torch.float64, torch.float16):
-        with pytest.raises(InputError, match=f"images of dtype {dtype}; they are torch.float32"):
+        with pytest.raises(InputError, match=f"images of dtype {dtype}; they are torch.float32: convert them by"):
             victim(photos[:2].to(dtype), noise)
     task = diffender.Task(Undefended(classifier), photos[:1, :, :200], torch.tensor([1]), ["a"], 0)
     with pytest.raises(InputError, match=r"images of \(200, 224\) pixels; attacks take square ones"):

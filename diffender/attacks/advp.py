@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
+from diffender.attacks.attack import Callback, GradientAttack, check_init, steps_averaged_by, within
 from diffender.attacks.expectation import (
     Attacked,
     Course,
@@ -67,10 +67,12 @@ class AdvP(GradientAttack):
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` is the state (B, 4, S, S) of an earlier result: patch pixels, and the mask of where they are kept."""
-        if init is not None and init.shape[1:] != (4, *task.x.shape[-2:]):
+        told = "(B, 4, S, S), patch pixels, and the mask of where they are kept"
+        check_init(init, (4, *task.x.shape[-2:]), told)
+        if init is not None and init[:, 3].sum() != self.home(task, "").sum():
             raise InputError(
-                f"init is of shape {tuple(init.shape)}; it is the state (B, 4, S, S) of an earlier result: patch "
-                "pixels, and the mask of where they are kept"
+                f"init has a patch of another size than area {self.area:g} and shape {self.shape}; "
+                "give the state of an attack with the same two"
             )
         for r in range(self.restarts):
             yield self.attempt(task, r, init if r == 0 else None, within(callback, r, self.restarts))

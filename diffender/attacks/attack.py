@@ -12,6 +12,7 @@ from diffender.attacks.expectation import Attacked, Task, best_attempt
 from diffender.attacks.patch import margin, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
+from diffender.utils.images import check_images
 from diffender.utils.options import check_options, option
 from diffender.utils.progress import bar
 
@@ -53,9 +54,8 @@ class Attack:
         `init` (B, ...), the `state` of an earlier result, is where the first attempt starts. `callback` hears after
         each step what share of the work is done.
         """
+        check_images(task.x)
         check_square(task.x)
-        if not task.x.is_floating_point():
-            raise InputError(f"images of dtype {task.x.dtype}; they are floating point in [0, 1]: divide by 255")
         if self.access != "none" and not hasattr(task.victim, "sample_noise"):
             raise InputError(
                 f"the victim is a {type(task.victim).__name__}; give Defended(defense, classifier), or "
@@ -68,15 +68,13 @@ class Attack:
         if not len(task.x) == len(y) == len(task.image_ids):
             counts = f"{len(task.x)} images, {len(y)} labels and {len(task.image_ids)} ids"
             raise InputError(f"a task of {counts}; each image has a label and an id")
-        if not len(y):
-            raise InputError("a task of no images; give one or more")
         task = task._replace(x=to_8bit(task.x), loss=self.loss(task))
         attempts = list(self.attempts(task, init, callback))
         return self.choose(task, attempts)
 
     @property
     def averaged_steps(self) -> float:
-        """How many gradients a plain mean needs to be as precise as one direction of the attack. 1 without momentum."""
+        """The effective number of gradients that momentum averages in one step. 1 without momentum."""
         return 1.0
 
     def loss(self, task: Task) -> Callable[[Tensor], Tensor]:
@@ -102,6 +100,17 @@ def attack_all(attack: Attack, task: Task, size: int, init: Tensor | None = None
 
 def slices(size: int, ids: Sequence[str]) -> list[slice]:
     return [slice(i, i + size) for i in range(0, len(ids), size)]
+
+
+def check_init(init: Tensor | None, shape: tuple[int, ...], what: str) -> None:
+    """Raises InputError unless `init` (B, ...) has this shape without B, -1 being any number, or is None."""
+    if init is None:
+        return
+    if init.ndim != 1 + len(shape) or any(n not in (-1, m) for n, m in zip(shape, init.shape[1:], strict=True)):
+        raise InputError(
+            f"init is of shape {tuple(init.shape)}; it is the state of an earlier result of this attack with this "
+            f"area: {what}"
+        )
 
 
 def check_square(x: Tensor) -> None:

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from diffender.attacks.attack import Callback, GradientAttack, steps_averaged_by, within
+from diffender.attacks.attack import Callback, GradientAttack, check_init, steps_averaged_by, within
 from diffender.attacks.expectation import Attacked, Course, Draw, Task, expect, judge, judgements, pick_rows
-from diffender.attacks.patch import apply_patch, paste, patch_side, to_8bit
+from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
 from diffender.utils.errors import InputError
 from diffender.utils.files import load_tensors, read_header
 from diffender.utils.options import option
 
-MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.9), "amortised": (0.5, 0.9)}  # and their betas of Adam
+MODES = {"direct": (0.9, 0.999), "generator": (0.5, 0.9), "amortised": (0.5, 0.9)}  # mode: Adam's betas
 GRID = 7  # the coarse search looks at GRID x GRID places
 
 
@@ -200,6 +200,7 @@ class GDPA(GradientAttack):
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2): direct mode starts from it, and in the others it competes in the end."""
         x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        check_init(init, (3 * side**2 + 2,), f"(B, {3 * side**2 + 2}), pattern and place")
         known = [] if init is None else [init]
         if self.mode == "amortised":
             assert self.weights is not None  # as __post_init__ saw to
@@ -305,7 +306,7 @@ class GDPA(GradientAttack):
         moves = 5 * math.ceil(steps / 10) if self.mode == "direct" else 0
         passes = self.eot * steps + judgements(task, self.eot) * len(states) + moves
         queries = torch.full((len(x),), passes, device=x.device)
-        return Attacked(apply_patch(x, image, mask), mask, state, queries, *course.curves(x))
+        return Attacked(image, mask, state, queries, *course.curves(x))
 
 
 def step_samples(task: Task, attacked: Tensor, covered: Tensor, purpose: str) -> Draw:

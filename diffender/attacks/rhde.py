@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffender.attacks.attack import Attack, Callback, within
+from diffender.attacks.attack import Attack, Callback, check_init, within
 from diffender.attacks.expectation import Attacked, Task, judge, judgements, kept_back, logits_and_penalty
 from diffender.attacks.patch import to_8bit
 from diffender.attacks.stickers import NAMES, largest_area, render, side_for
@@ -67,7 +67,7 @@ class RHDE(Attack):
     access: ClassVar[str] = "queries"
 
     sticker: str | None = None  # of stickers.NAMES; none: the best three of all after some queries for each
-    opacity: tuple[float, float] = (0.8, 0.98)
+    opacity: tuple[float, float] = (0.8, 0.98)  # the range of the search
     population: int = option(30, "Candidates.", low=4)
     iters: int = option(33, "Generations.", low=1)
     queries: int = option(2400, "Largest number of queries for each image.", low=1)
@@ -78,6 +78,8 @@ class RHDE(Attack):
         if self.sticker is not None and self.sticker not in NAMES:
             near = nearest(self.sticker, NAMES)
             raise InputError(f"unknown sticker {self.sticker!r}; choose one of {', '.join(NAMES)}{near}")
+        if not 0 <= self.opacity[0] <= self.opacity[1] <= 1:
+            raise InputError(f"opacity is {self.opacity}; it is a range within 0 to 1, the lower end first")
         smallest = min((self.sticker,) if self.sticker else NAMES, key=largest_area)
         if self.area > largest_area(smallest):
             raise InputError(
@@ -87,6 +89,7 @@ class RHDE(Attack):
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """One image after the other. `init` (B, N, 5) replaces the first population."""
+        check_init(init, (-1, 5), "(B, N, 5), genes and sticker of each candidate")
         results = []
         for b, image_id in enumerate(task.image_ids):
             one, heard = task.part(slice(b, b + 1)), within(callback, b, len(task.y))

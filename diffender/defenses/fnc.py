@@ -29,7 +29,8 @@ def clip_tokens(f: Tensor, alpha: float) -> Tensor:
 
 
 def fnc(classifier: Classifier, alpha: float = 1.1) -> Classifier:
-    """A copy of the classifier, sharing its weights, that clips after every module of `cfg.clips`."""
+    """A copy of the classifier, sharing its weights, that clips after every module of `cfg.clips`. Raises InputError
+    where there is none."""
     if not classifier.cfg.clips:
         raise InputError(f"FNC does not know where to clip {classifier.cfg.tag}; set its ClassifierConfig.clips")
     check_range("alpha", alpha, 0.01, None)
@@ -41,9 +42,14 @@ def fnc(classifier: Classifier, alpha: float = 1.1) -> Classifier:
             return clip_tokens(f, alpha)
         return clip_norm(f, alpha, dim=3 if channels_last(f) else 1)
 
-    for name, module in twin.net.named_modules():
-        if re.fullmatch(classifier.cfg.clips, name):
-            module.register_forward_hook(hook)
+    clipped = [module for name, module in twin.net.named_modules() if re.fullmatch(classifier.cfg.clips, name)]
+    if not clipped:
+        raise InputError(
+            f"no module of {classifier.cfg.tag} is named {classifier.cfg.clips!r}; mend the expression "
+            "ClassifierConfig.clips, which the whole name matches"
+        )
+    for module in clipped:
+        module.register_forward_hook(hook)
     return twin
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from diffender.config import FULL, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
-from diffender.pipeline import DIFFender, Purified, check_images, check_noise
+from diffender.pipeline import DIFFender, Purified, check_noise
 from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
+from diffender.utils.images import check_images
 
 
 class Hardened(DIFFender):
@@ -42,7 +43,7 @@ class Hardened(DIFFender):
         """The purified image and how it came about. Gradients pass straight through the choice of the window."""
         if backward.mode == "bpda":  # comes back here, without gradient
             return super().forward(x, noise, backward, posterior)
-        check_images(x)
+        check_images(x, self.blank.dtype)
         check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         windows = [self.window(image) for image in images]  # None where they do not agree

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from diffender.config import FULL, Backward
 from diffender.noise import seeded, seeds
 from diffender.ops import straight_through
-from diffender.pipeline import Purified, check_images, require_noise
+from diffender.pipeline import Purified, require_noise
 from diffender.stable_diffusion.model import LatentDiffusion
 from diffender.utils.errors import InputError
+from diffender.utils.images import check_images
 
 Purify = Callable[..., Tensor | tuple[Tensor, Tensor]]  # images to purified ones, and to their masks
 
@@ -24,12 +25,14 @@ class Purifier(nn.Module):
 
     Mode bpda is the identity. Every other mode (auto) takes the function's own gradient; each file of this folder says
     what has none. A function with a method `sample_noise` takes that noise as its second argument. `random`: the
-    function draws from torch's global generator, which is seeded for each image. A call raises InputError for images,
-    noise or results that do not fit.
+    function draws from torch's global generator, which is seeded for each image. Raises InputError for both of these. A
+    call raises it for images, noise or results that do not fit.
     """
 
     def __init__(self, purify: Purify, model: LatentDiffusion | None = None, random: bool = False):
         super().__init__()
+        if random and hasattr(purify, "sample_noise"):
+            raise InputError("the purifier has sample_noise, so its noise is an argument; leave out random=True")
         self.purify, self.model, self.random = purify, model, random
 
     def sample_noise(self, image_ids: Sequence[str], seed: int, purpose: str, k: int = 0) -> Tensor | None:

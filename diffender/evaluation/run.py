@@ -141,7 +141,8 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         open_run(e.folder, e.config, e.own)
         if not (e.folder / "env.json").is_file():  # of the first process: one that resumes may have another machine
             write_json(e.folder / "env.json", environment(e.device))
-    model = next((e.target.defense.model for e in experiments if e.target.defense.model is not None), None)
+    models = (getattr(e.target.defense, "model", None) for e in experiments)
+    model = next((model for model in models if model is not None), None)
     total = sum(f.work for f in forecasts)
     with (
         patient(how_to_go_on(experiments[0])) as may_stop,

@@ -11,13 +11,37 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from diffender.utils.errors import InputError
 from diffender.utils.files import whole
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
     from torch import Tensor
 
 STAGES = ("clean", "attacked", "heatmap", "mask", "restored")
+
+
+def check_images(x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises InputError unless x (B, 3, H, W) lies in [0, 1], within rounding, with B at least 1, and is of this dtype;
+    without one, of any floating point."""
+    import torch
+
+    wanted = "floating point" if dtype is None else str(dtype)
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"images are a {type(x).__name__}; they are a torch.Tensor (B, 3, H, W), {wanted} in [0, 1]")
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"images of shape {tuple(x.shape)}; they are (B, 3, H, W)")
+    if not x.is_floating_point() or dtype not in (None, x.dtype):
+        raise InputError(f"images of dtype {x.dtype}; they are {wanted}: convert them by .to({dtype or torch.float32})")
+    if not x.numel():
+        raise InputError(f"images of shape {tuple(x.shape)}: there are none; give at least one")
+    low, high = x.detach().aminmax()
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise InputError(
+            f"images with values in [{low:.3g}, {high:.3g}]; they lie in [0, 1]: divide by 255, leave normalisation to "
+            "the classifier"
+        )
 
 
 def to_image(image: Tensor) -> Image.Image:
