@@ -16,18 +16,20 @@ from diffender.classifiers.dataset import Batch
 from diffender.config import PAPER, Backward, DIFFenderConfig
 from diffender.defenses import Purifier, build
 from diffender.evaluation import forecast as forecasts
-from diffender.evaluation import memory, trust
+from diffender.evaluation import memory, run, trust
 from diffender.evaluation import plan as plans
 from diffender.evaluation.forecast import COST, costs, duration
 from diffender.evaluation.memory import WORKING, Footprint, fit_micro_batch, footprint, kept_bytes, peak_bytes
 from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options, adaptive_kinds, attacks, kinds, with_preset
+from diffender.evaluation.plan import describe
 from diffender.evaluation.run import work
 from diffender.evaluation.verdicts import (
     Judge,
     Plan,
     craft,
     evaluate_batch,
+    load_attacked,
     purifications,
     summarize,
     thin,
@@ -45,6 +47,7 @@ from diffender.tuning import Shots, mixed
 from diffender.utils.errors import InputError
 from diffender.utils.images import load_png
 from diffender.utils.options import change
+from diffender.utils.provenance import CHANGED
 from diffender.weights.prompts import contexts_for
 
 
@@ -572,9 +575,9 @@ def test_a_batch_judged_from_its_files(target, photos, tmp_path):
 
 def test_names_that_would_share_files_are_refused(small):
     for ids in (["a/b", "a__b"], ["a", "a_mask"]):
-        run = SimpleNamespace(opts=Options())
+        empty = SimpleNamespace(opts=Options())
         with pytest.raises(InputError, match="differ in / and __ alone, or in _mask, so they would share files"):
-            work([run], Batch(ids, small.x, small.y, []))
+            work([empty], Batch(ids, small.x, small.y, []))
 
 
 def bench_of(target, x, y, **changed):
@@ -605,7 +608,8 @@ def test_a_check_can_fail(target, photos, bench):
     red = bench._replace(task=bench.task._replace(victim=frozen), results={"rows": [base]}, records=survive)
     (check,) = trust.noise_is_used(red)
     assert check.passed is False
-    assert [c.passed for c in trust.undefended_accuracy(red)] == [False]
+    assert [c.passed for c in trust.undefended_accuracy(red, [Plan("advp", AdvP(), {})])] == [False]
+    assert [c.passed for c in trust.undefended_accuracy(red, [Plan("advp", AdvP(area=0.01), {})])] == [None]
     assert [(c.name, c.passed) for c in trust.ladder(red)] == [
         ("advp, bpda against transfer", True), ("advp, full against bpda", False)
     ]  # fmt: skip
@@ -766,6 +770,52 @@ def test_convergence_is_of_the_last_variant_that_has_gradients(small, tmp_path):
     checks = trust.trust_report(Options(), task, [plan], records, {"rows": []}, tmp_path)
     told = {check["name"]: check["figure"] for check in checks}
     assert told["the loss over 7 steps, images left right: 2"].startswith("falls by 0.5")
+
+
+@pytest.mark.parametrize("order", [("grey", "advp"), ("advp", "grey")])
+def test_gradients_are_checked_wherever_their_attack_stands(small, tmp_path, order):
+    target = Defended(Noted(), Plain())
+    plans = {
+        "grey": Plan("grey", ATTACKS["grey"](), {}),
+        "advp": Plan("advp", ATTACKS["advp"](iters=1), {"auto": (ATTACKS["advp"](iters=7), target)}),
+    }
+    for name in order:
+        through_files(tmp_path / "adv" / name / "transfer", ["a", "b"], ATTACKS["grey"]()(small))
+    records = [fake_record(name, 1, [1], advp__transfer=[1], advp__auto=[1]) for name in ("a", "b")]
+    for record in records:
+        record["attacks"]["advp/auto"]["loss"] = [1.0, 0.5]
+    task, few = small._replace(victim=target), [plans[name] for name in order]
+    checks = trust.trust_report(Options(), task, few, records, {"rows": []}, tmp_path)
+    assert "patch gradient exactly zero" in {check["name"] for check in checks}
+
+
+def test_what_was_saved_and_is_gone_is_told(small, tmp_path):
+    through_files(tmp_path, ["a", "b"], ATTACKS["grey"]()(small))
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(InputError, match=r"b.png is gone, and checks, curves and controls need it; run anew"):
+        load_attacked(tmp_path, ["a", "b"])
+
+
+def test_other_code_is_told_where_a_run_goes_on(monkeypatch, capsys):
+    made = [{"commit": "1" * 40}, {"commit": "1" * 40}, {}]
+    for now, told in (
+        ("1" * 40, ""),
+        ("2" * 40, "made before, commit 1111111; the code is now at commit 2222222."),
+        ("1" * 40 + CHANGED, "the code is now at commit 1111111 with changes."),
+        (None, ""),
+    ):
+        monkeypatch.setattr(run, "commit", lambda now=now: now)
+        run.tell_of_other_code(made)
+        out = capsys.readouterr().out
+        assert told in out and bool(told) == bool(out)
+    run.tell_of_other_code([])
+    assert not capsys.readouterr().out
+
+
+def test_a_budget_that_is_not_spent_is_not_told():
+    opts = with_preset(change(Options(), grad="transfer"))
+    assert describe(opts) == "100 steps on the classifier alone"
+    assert describe(with_preset(Options())) == "40 steps, EOT 2, 1 restart (classifier alone: 100 steps)"
 
 
 def test_checks_of_the_estimator_are_of_gradients_that_pass_it(bench):

@@ -123,10 +123,11 @@ def test_every_attack_changes_only_the_patch_and_hurts(name, batch):
 def test_a_start_that_does_not_fit_is_refused(name, batch):
     x, y = (t[:2] for t in batch)
     task = Task(Linear(), x, y, IDS[:2], 0)
-    small = ATTACKS[name](**SMALL[name] | {"area": 0.1})
+    given = SMALL[name] | ({"location": "eot"} if name in ("advp", "lavan") else {})
+    small = ATTACKS[name](**given | {"area": 0.1})
     start = small(task).state
     small(task, init=start)
-    wrong = ATTACKS[name](**SMALL[name])  # of a larger area; the state of RHDE does not depend on it
+    wrong = ATTACKS[name](**given)  # of a larger area; the state of RHDE does not depend on it
     with pytest.raises(InputError, match="init (is of shape|has a patch of another size)"):
         wrong(task, init=start[..., :4] if name == "rhde" else start)
 

@@ -96,7 +96,15 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
-    assert commit() == asked
+    assert commit() == asked and provenance.shortened([asked]) == f", commit {asked[:7]}"
+    (tmp_path / "code.py").write_text("1")
+    for words in (["add", "code.py"], [*author, "commit", "-q", "-m", "y"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    asked = commit()
+    (tmp_path / "code.py").write_text("2")
+    assert commit() == asked + provenance.CHANGED
+    assert provenance.shortened([commit()]) == f", commit {asked[:7]} with changes"
+    (tmp_path / "code.py").write_text("1")
     (tmp_path / "within").mkdir()
     monkeypatch.setattr(provenance, "CHECKOUT", tmp_path / "within")
     assert commit() is None, "the repository around it is another one"

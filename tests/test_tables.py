@@ -171,12 +171,10 @@ def test_every_figure_has_a_function():
 def test_rows_by_name():
     opts = change(Options(), rows="jpeg, diffender")
     assert [key for key, _ in chosen_rows(1, opts)] == ["jpeg", "diffender"]
-    opts = change(Options(), rows="without L_CE, DIFFender", dry_run=True)
-    assert [key for key, _ in chosen_rows(2, opts)] == ["without mask", "diffender"], "also as the table names them"
     with pytest.raises(InputError, match=r"--rows jpg: table 1 has resize, .*nearest: jpeg"):
         chosen_rows(1, change(opts, rows="jpg"))
     with pytest.raises(InputError, match="--rows mask: table 2 has without mask, "):  # and tunes nothing before
-        chosen_rows(2, change(opts, rows="mask"))
+        chosen_rows(2, change(opts, rows="mask", dry_run=True))
 
 
 def test_readings_of_a_run(tmp_path):
@@ -262,6 +260,18 @@ def test_other_weights_have_prompts_tuned_anew(tmp_path, monkeypatch):
         monkeypatch.setattr(tables, "hashes_of", lambda *_, weights=weights, **__: {"weights": weights})
         made.append(tables.retuned(Options(), "mask"))
     assert made[0] == made[1] != made[2]
+
+
+def test_other_photographs_have_prompts_tuned_anew(tmp_path, monkeypatch):
+    """The photographs count, and not where they lie; nor how many latents are in a pass."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "is_first", lambda: False)
+    for folder, colours in {"a": "rg", "b": "rg", "c": "rb"}.items():
+        for name, colour in zip("xy", colours, strict=True):
+            save_png(torch.eye(3)["rgb".index(colour)].view(3, 1, 1).expand(3, 8, 8), tmp_path / folder / f"{name}.png")
+    a, b, c = (tables.retuned(change(Options(), tuning_data=str(tmp_path / name)), "mask") for name in "abc")
+    assert a == b != c
+    assert tables.retuned(change(Options(), tuning_data=str(tmp_path / "a"), micro_batch=4, keep=False), "mask") == a
 
 
 def test_no_defence_is_first_for_want_of_others():

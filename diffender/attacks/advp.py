@@ -66,13 +66,14 @@ class AdvP(GradientAttack):
         return steps_averaged_by(self.momentum, self.iters)
 
     def attempts(self, task: Task, init: Tensor | None, callback: Callback) -> Iterator[Attacked]:
-        """`init` is the state (B, 4, S, S) of an earlier result: patch pixels, and the mask of where they are kept."""
+        """`init` is the state (B, 4, S, S) of an earlier result: patch pixels, and the mask of where they are kept. The
+        first attempt has its patch there, whatever `area` and `shape` say."""
         told = "(B, 4, S, S), patch pixels, and the mask of where they are kept"
         check_init(init, (4, *task.x.shape[-2:]), told)
-        if init is not None and init[:, 3].sum() != self.home(task, "").sum():
+        if init is not None and self.location == "eot" and init[:, 3].sum() != self.home(task, "").sum():
             raise InputError(
-                f"init has a patch of another size than area {self.area:g} and shape {self.shape}; "
-                "give the state of an attack with the same two"
+                f"init has a patch of another size than area {self.area:g} and shape {self.shape}, so it cannot be "
+                "moved; give the state of an attack with the same two"
             )
         for r in range(self.restarts):
             yield self.attempt(task, r, init if r == 0 else None, within(callback, r, self.restarts))

@@ -18,11 +18,9 @@ class MaskScores(NamedTuple):
     iou: Tensor
 
 
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion, (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, (low, high), of n trials, at least one."""
+    p, z = successes / n, 1.959964
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding may put p a hair outside

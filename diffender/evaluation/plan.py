@@ -128,6 +128,8 @@ def describe(opts: Options) -> str:
     steps = (
         f"{opts.iters} steps, EOT {opts.eot}, {opts.restarts} restart{plural} "
         f"(classifier alone: {opts.iters_undefended} steps)"
+        if adaptive_kinds(opts)
+        else f"{opts.iters_undefended} steps on the classifier alone"
     )
     queries = f"{opts.queries} queries (classifier alone: {opts.queries_undefended})"
     told = [text for kind, text in (("gradient", steps), ("queries", queries)) if kind in access]

@@ -47,10 +47,10 @@ from diffender.utils.files import read_header, write_json
 from diffender.utils.interruption import patient
 from diffender.utils.options import settings
 from diffender.utils.progress import TRACKERS, Progress, bar
-from diffender.utils.provenance import command, environment, machine, origin
+from diffender.utils.provenance import CHANGED, command, commit, environment, machine, origin, shortened
 from diffender.weights.prompts import SHIPPED
 
-NO_MATTER = (  # what an image's result does not depend on
+NO_MATTER = (  # settings that a resumed run may change; batches change results by rounding alone
     "name", "images", "batch_size", "eot_batch", "max_memory", "trust", "trust_images", "shard", "table", "rows",
     "figure", "tuning_data", "folds", "frames", "dry_run", "list", "curves",
 )  # fmt: skip
@@ -132,6 +132,7 @@ def work(experiments: Sequence[Experiment], batch: Batch) -> None:
         forecasts.append(forecast(e.opts, e.target, batch.x[:1].to(e.device), todo, made))
     if opts.dry_run or not opts.run.quiet:
         announce(opts, forecasts)
+        tell_of_other_code([r for records in there for r in records.values()])
     if opts.dry_run:
         if len(experiments) > 1:
             print("\n".join(f"{e.folder}: {duration(f.work)}" for e, f in zip(experiments, forecasts, strict=True)))
@@ -181,6 +182,17 @@ def refuse_changed(folder: Path, plans: Sequence[Plan], records: Mapping[str, di
                 f"{folder} has other patches of {image_id} than are made today: {', '.join(differ)}; move the folder "
                 "away, or choose another --name"
             )
+
+
+def tell_of_other_code(records: Sequence[dict]) -> None:
+    """Say what is resumed if another code may have made it: folders are named by settings, not by the code."""
+    now = commit()
+    made = [r["commit"] for r in records if r.get("commit")]
+    if now and (now.endswith(CHANGED) and made or set(made) - {now}):
+        print(
+            f"{len(made)} results are kept that were made before{shortened(sorted(set(made)))}; the code is now at "
+            f"{shortened([now]).removeprefix(', ')}. For new ones move the folder away, or choose another --name"
+        )
 
 
 def refuse_hidden_noise(target: Defended, x: Tensor) -> None:
@@ -235,7 +247,8 @@ def judge_part(
     spent = {"seconds": time.monotonic() - begun, "unet_evaluations": progress.evaluations - before}
     if not e.opts.run.quiet:  # else nothing was measured, and the shares of the bar are not seconds
         spent["forecast"] = sum(cost.values())
-    if (taken := watt_hours(energy, counters())) is not None:
+    alone = shard_of(e.opts.shard)[1] == 1  # the counters are the whole machine's
+    if alone and (taken := watt_hours(energy, counters())) is not None:
         spent["watt_hours"] = taken
     shares = {name: value / len(records) for name, value in spent.items()}
     hashes = [{"hash": batch.hashes[i]} if batch.hashes else {} for i in rows]
@@ -272,6 +285,8 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
         "verdicts": opts.verdicts,
         "votes": voters(opts.verdicts),
     } | summarize(records)
+    results |= costs(records)
+    write_json(e.folder / "results.json", results)  # what is done is kept, whatever befalls the checks
     checked = time.monotonic()
     if opts.trust != "off" and e.plans:
         n = min(opts.trust_images, len(batch.ids))
@@ -284,14 +299,18 @@ def finish(e: Experiment, batch: Batch) -> dict | None:
             every = Task(e.target, batch.x.to(e.device), batch.y.to(e.device), batch.ids, opts.run.seed)
             progress = bar(records, "curves", opts.run.quiet, " images")
             results["curves"] = draw_curves(opts.curves, every, e.plans, progress, e.folder, may_stop)
-    results["seconds_attacked"] = sum(r["seconds"] for r in records)
-    results["seconds"] = results["seconds_attacked"] + time.monotonic() - checked
-    results["unet_evaluations"] = round(sum(r["unet_evaluations"] for r in records))
-    for name in ("forecast", "watt_hours"):
-        if all(name in r for r in records):
-            results[name] = sum(r[name] for r in records)
+    results["seconds"] += time.monotonic() - checked
     write_json(e.folder / "results.json", results)
     return results
+
+
+def costs(records: Sequence[dict]) -> dict:
+    """What the records took, all together."""
+    seconds = sum(r["seconds"] for r in records)
+    spent = {"seconds_attacked": seconds, "seconds": seconds}
+    spent |= {"unet_evaluations": round(sum(r["unet_evaluations"] for r in records))}
+    told = [name for name in ("forecast", "watt_hours") if all(name in r for r in records)]
+    return spent | {name: sum(r[name] for r in records) for name in told}
 
 
 def unnamed_files(opts: Options) -> dict[str, list[Path]]:

@@ -1,8 +1,8 @@
 """Can the evaluation be trusted? Checks of the attack and its gradients, each with a measured figure, the
 expected one and a verdict.
 
-`quick` looks at gradients, noise, controls and masks; `full` also repeats the attack, one setting changed at a time.
-A failed check does not stop a run: it is a red line in its table.
+`quick` looks at gradients, noise, controls and masks of the first attack that has gradients; `full` also repeats it,
+one setting changed at a time. A failed check does not stop a run: it is a red line in its table.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from diffender.evaluation.metrics import mcnemar
 from diffender.evaluation.options import Options
 from diffender.evaluation.verdicts import Plan, by_variant, file_names, load_attacked, strongest_of
 from diffender.noise import generator
-from diffender.pipeline import Defended, DIFFender
+from diffender.pipeline import Defended, DIFFender, ours
 from diffender.weights.prompts import contexts_for
 
 DRAWS = 5  # purifications behind each accuracy of these checks
@@ -58,7 +58,7 @@ class Bench(NamedTuple):
     """What the checks work on."""
 
     task: Task  # few images, and the defended classifier
-    plan: Plan  # the first attack of the run
+    plan: Plan  # the first attack of the run that has gradients, if one has
     records: Sequence[dict]  # of the run
     results: dict  # as summarised
     image: Tensor  # attacked by the run on the undefended classifier, (B, 3, S, S)
@@ -113,24 +113,24 @@ def trust_report(
 ) -> list[dict]:
     """The checks of the run in `folder` that --trust asks for, as dictionaries; `task` holds the few images that they
     are made on, --batch-size of them at a time, and the defended classifier."""
-    plan, target = plans[0], task.victim
+    plan, target = next((plan for plan in plans if gradient_kind(plan)), plans[0]), task.victim
     saved = load_attacked(folder / "adv" / plan.name / "transfer", file_names(task.image_ids))
     image, mask = (t.to(task.x) for t in saved)
-    kind = next((kind for kind in reversed(plan.adaptive) if plan.adaptive[kind][0].access == "gradient"), None)
+    kind = gradient_kind(plan)
     bench = Bench(task, plan, records, results, image, mask, None, kind, opts.batch_size)
-    if opts.trust == "full":
+    if opts.trust == "full" and kind is not None:
         bench = bench._replace(state=bench.attack_alone().state)
     alone = target.undefended_is == Defended.undefended_is  # else no classifier stands behind a defence
-    found = [*(undefended_accuracy(bench) if alone else ()), *controls(bench), *ladder(bench)]
-    ours = isinstance(target.defense, DIFFender)
-    if ours and not isinstance(target.defense, Hardened):
+    found = [*(undefended_accuracy(bench, plans) if alone else ()), *controls(bench), *ladder(bench)]
+    of_ours = isinstance(target.defense, DIFFender)
+    if of_ours and not isinstance(target.defense, Hardened):
         found += noise_is_used(bench)
-    if ours:
+    if of_ours:
         found += masks(bench)
     if bench.kind is not None:
-        found += [*zero_gradient(bench), *(gradient_health(bench) if ours else ()), *convergence(bench)]
+        found += [*zero_gradient(bench), *(gradient_health(bench) if of_ours else ()), *convergence(bench)]
         if opts.trust == "full":
-            found += [one for check in (FULL if ours else FULL_OF_ANY) for one in check(bench)]
+            found += [one for check in (FULL if of_ours else FULL_OF_ANY) for one in check(bench)]
     return [check._asdict() for check in found]
 
 
@@ -138,8 +138,15 @@ def rounded(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def undefended_accuracy(bench: Bench) -> Iterator[Check]:
-    """An attack that does not break the undefended classifier is broken itself."""
+def gradient_kind(plan: Plan) -> str | None:
+    """The last variant of a plan that uses gradients; None where none does."""
+    return next((kind for kind in reversed(plan.adaptive) if plan.adaptive[kind][0].access == "gradient"), None)
+
+
+def undefended_accuracy(bench: Bench, plans: Sequence[Plan]) -> Iterator[Check]:
+    """An attack that does not break the undefended classifier is broken itself, if its patch is as large as usual; of
+    other sizes the accuracy is only shown."""
+    usual = {plan.name for plan in plans if plan.base.area == type(plan.base).area}
     for row in bench.results["rows"]:
         if row["gradient"] == "transfer" and row["attack"] in ACCEPT:
             low, high = ACCEPT[row["attack"]]
@@ -148,7 +155,7 @@ def undefended_accuracy(bench: Bench) -> Iterator[Check]:
                 f"{row['attack']} on the bare classifier",
                 f"{rounded(p['accuracy'])} of {p['n']} right",
                 f"{rounded(low)} to {rounded(high)} within its interval",
-                p["low"] <= high and p["high"] >= low,
+                p["low"] <= high and p["high"] >= low if row["attack"] in usual else None,
             )
 
 
@@ -246,7 +253,7 @@ def gradient_health(bench: Bench) -> Iterator[Check]:
     noise = first.noise("trust finite differences")
     name = "exact gradient against finite differences, soft mask"
     yield exactness(name, bench, lambda x: margin(soft(x, noise), first.y))
-    if victim.backward.mode in WITH_PENALTY:
+    if victim.backward.mode in WITH_PENALTY and ours(bench.target).cfg.composite:
         yield hiding_gradient(bench)
     cosine = steadiness(gradients(bench, victim, SPREAD_DRAWS, "trust steadiness"), attack.eot * attack.averaged_steps)
     remembered = f" of {attack.averaged_steps:.0f} steps" if attack.averaged_steps > 1 else ""

@@ -16,6 +16,7 @@ from diffender.attacks.expectation import Attacked, Task, Victim
 from diffender.attacks.patch import to_8bit
 from diffender.evaluation.metrics import map_auc, mask_scores, mcnemar, proportion
 from diffender.pipeline import Defended, Purified
+from diffender.utils.errors import InputError
 from diffender.utils.files import short
 from diffender.utils.images import load_png, save_png, save_stages, stretch
 
@@ -182,7 +183,13 @@ def file_names(ids: Sequence[str]) -> list[str]:
 
 
 def load_attacked(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The attacked images (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names."""
+    """The attacked images (B, 3, S, S) and masks (B, 1, S, S) that a run saved under these names. Raises InputError
+    where one is gone."""
+    if gone := [name for name in names if not (folder / f"{name}.png").is_file()]:
+        raise InputError(
+            f"{folder / gone[0]}.png is gone, and checks, curves and controls need it; run anew under "
+            "another --name, or leave them out by --trust off --curves off"
+        )
     image = torch.stack([load_png(folder / f"{name}.png") for name in names])
     mask = torch.stack([load_png(folder / f"{name}_mask.png")[:1] for name in names])
     return image, mask

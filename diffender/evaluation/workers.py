@@ -3,7 +3,7 @@
 Images of an evaluation do not depend on each other, nor does their noise, so processes share nothing but a folder:
 each does its shard, and the first writes the table when all have done theirs. A run that lost a worker is resumed like
 any other, by the same command and with any number of them. Tuning splits each batch and adds up the gradients of the
-context vectors, some 8 KiB. gloo carries all that on CPUs and GPUs alike.
+context vectors, 8 KiB for the embedded model and 96 for SD1.5. gloo carries all that on CPUs and GPUs alike.
 """
 
 import atexit

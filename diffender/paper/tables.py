@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from diffender.classifiers.dataset import digest_of_all, list_photographs
 from diffender.evaluation.metrics import counted, discordant, mcnemar, proportion
 from diffender.evaluation.options import Options, kinds, with_preset
 from diffender.evaluation.plan import describe, method_of
@@ -35,7 +36,7 @@ from diffender.utils.errors import InputError, nearest
 from diffender.utils.files import digest, write_text
 from diffender.utils.formats import as_csv, as_latex, table
 from diffender.utils.options import change, flagged
-from diffender.utils.provenance import command, machine
+from diffender.utils.provenance import command, machine, shortened
 
 NAMES = {
     "undefended": "Undefended", "resize": "control: resize round trip", "vae": "control: VAE round trip",
@@ -76,11 +77,9 @@ Row = tuple[str, dict]  # a key of NAMES and QUOTED, and how the options change
 
 
 def chosen_rows(number: int, opts: Options) -> list[Row]:
-    """The rows of a table, or those of them that --rows names, also as the table does. Raises InputError for others."""
+    """The rows of a table, or those of them that --rows names. Raises InputError for others."""
     keys = ROWS[number]
-    titles = {NAMES[key]: key for key in keys}
-    named = [] if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
-    wanted = [titles.get(name, name) for name in named] or keys
+    wanted = keys if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
     if unknown := [name for name in wanted if name not in keys]:
         raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
     return [(key, changes(number, key, opts)) for key in keys if key in wanted]
@@ -102,7 +101,9 @@ def retuned(opts: Options, without: str) -> str:
     given |= vars(target.defense.model) | {"seed": opts.run.seed, "without": without}
     given |= {k: v for k, v in method_of(opts).items() if k in ("noise_ratio", "theta", "sampler", "guidance")}
     flags = [word for k, v in given.items() for word in flag(k, v)] + TUNING.get(opts.preset, "").split()
-    told = [flags, hashes_of(target.defense.model, classifier=target.classifier_weights)]
+    told = {k: v for k, v in given.items() if k not in ("data", "micro_batch", "keep")}
+    told |= {"sha256": hashes_of(target.defense.model, classifier=target.classifier_weights)}
+    told |= {"photographs": digest_of_all(list_photographs(opts.tuning_data)), "budget": TUNING.get(opts.preset, "")}
     key = f"{target.classifier}-without-{without}-{digest({}, told)[:8]}"
     path = Path("runs") / "tables" / f"{key}.safetensors"
     if not path.is_file() and is_first():
@@ -223,8 +224,8 @@ def run_rows(rows: Sequence[Row], opts: Options, controlled: bool = False) -> li
         others += [line._replace(verdicts=v, reading=name) for name, v in mine.items() if name in shown]
     beside = [Line(classifier, "undefended", undefended(experiments[-1], batch.ids))]
     if controlled:
-        columns, folder = [plan.name for plan in ours.plans], experiments[-1].folder
-        masked = controls(ours.target, folder, columns, batch, opts.run.seed, opts.run.quiet)
+        names, folder = [plan.name for plan in ours.plans], experiments[-1].folder
+        masked = controls(ours.target, folder, names, batch, opts.run.seed, opts.run.quiet)
         beside += [Line(classifier, key, verdicts) for key, verdicts in masked.items()]
     return [*beside, *lines, *others]
 
@@ -358,9 +359,7 @@ def made_on(made: Sequence[dict]) -> str:
     """The days on which the images of these records were attacked, and by what code; or that records do not say it."""
     if not all(r.get("date") for r in made):
         return f"finished on {time.strftime('%Y-%m-%d')}; not all records name their day and commit"
-    code = " and ".join(commit[:7] for commit in made_in(made, "commit"))
-    commits = f", commit {code}" if code else ""
-    return f"{' and '.join(made_in(made, 'date'))}{commits}"
+    return f"{' and '.join(made_in(made, 'date'))}{shortened(made_in(made, 'commit'))}"
 
 
 def cost(made: Sequence[dict]) -> str:

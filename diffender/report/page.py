@@ -171,7 +171,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
         return Answer(names[c], c == label, confidence)
 
     def row(name: str, found: dict, variant: str = "") -> dict:
-        alone, sure = found.get("confidence", (None, None))
+        alone, sure = found["confidence"]
         seen = found["defended"]
         restored = answer(seen[0], sure)
         told = {"attacked": answer(found["undefended"], alone), "restored": restored}
@@ -181,7 +181,7 @@ def card(record: dict, folder: Path, names: Sequence[str]) -> dict:
         verdict = restored._replace(agree=seen.count(seen[0]), votes=len(seen))
         return {"name": name, "figures": shown, "before": before if "restored" in files else None, "verdict": verdict}
 
-    clean, _ = record.get("confidence", (None, None))
+    clean, _ = record["confidence"]
     photograph = stage_files(folder, record).get("clean")
     rows = [row("no patch", record), *(row(name, a, name) for name, a in record["attacks"].items())]
     return {

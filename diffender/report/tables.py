@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diffender.evaluation.metrics import bounded, counted, percent
 from diffender.utils.formats import as_csv, table
+from diffender.utils.provenance import shortened
 
 
 def accuracies(results: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -68,9 +69,7 @@ def cost(results: dict) -> str:
     took = f"{results['seconds']:.0f} s{energy} and {results['unet_evaluations']} UNet evaluations"
     if "forecast" in results:
         took += f" (attacks and verdicts {results['seconds_attacked']:.0f} s, forecast {results['forecast']:.0f} s)"
-    code = " and ".join(commit[:7] for commit in results.get("commits", []))
-    commits = f", commit {code}" if code else ""
-    return f"{took} on {results['machine']}, {results['date']}{commits}"
+    return f"{took} on {results['machine']}, {results['date']}{shortened(results.get('commits', []))}"
 
 
 def trust_table(checks: Sequence[dict]) -> str:

@@ -22,7 +22,7 @@ from diffender.utils.files import digest
 PLAIN = (int, float, complex, str, bytes, type(None), type(...), range, slice, PurePath, torch.dtype, torch.device)
 HELD = ("__func__", "__self__", "__wrapped__", "fget", "func", "args", "keywords")  # where wrappers hold functions
 EVERY = vars(nn.Module()).keys()  # attributes that every module has
-OURS, STANDARD = "diffender", sys.stdlib_module_names
+PACKAGE, STANDARD = "diffender", sys.stdlib_module_names
 
 
 def code_digest(victim: nn.Module, *attacks: type) -> str:
@@ -75,7 +75,7 @@ def inside(value: Any) -> Iterator[Any]:
             yield {k: v for k, v in vars(value).items() if isinstance(v, FunctionType) or not k.startswith("__")}
     elif isinstance(value, nn.Module):
         yield type(value)
-        if top(type(value)) == OURS:
+        if top(type(value)) == PACKAGE:
             yield [getattr(value, name, None) for name in ("cfg", "size", "purify", "random", "cleanser")]
         else:
             yield {k: v for k, v in vars(value).items() if k not in EVERY and not k.startswith("_torchdynamo")}
@@ -118,4 +118,4 @@ def version(module: str) -> str | None:
     name = module.partition(".")[0]
     package = sys.modules.get(name)
     installed = re.search(r"[/\\](site|dist)-packages[/\\]", getattr(package, "__file__", None) or "")
-    return f"{name} {getattr(package, '__version__', '')}" if installed or name in (OURS, *STANDARD) else None
+    return f"{name} {getattr(package, '__version__', '')}" if installed or name in (PACKAGE, *STANDARD) else None

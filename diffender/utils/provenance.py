@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKOUT = Path(__file__).parents[2]
+CHANGED = "-changed"
 
 
 def command(from_here: bool = False) -> str:
@@ -65,9 +67,16 @@ def origin() -> dict:
 
 @cache
 def commit() -> str | None:
-    """The commit that this checkout was at when this process first asked: its code is no later one. None where there
-    is no checkout, or no git."""
-    git = ["git", f"--git-dir={CHECKOUT / '.git'}", "rev-parse", "--verify", "--quiet", "HEAD"]
+    """The commit that this checkout was at when this process first asked: its code is no later one. It ends in CHANGED
+    where files of the commit were edited. None where there is no checkout, or no git."""
+    git = ["git", f"--git-dir={CHECKOUT / '.git'}", f"--work-tree={CHECKOUT}"]
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]  # the whole hash, no tag
     with suppress(OSError):
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run([*git, *describe], capture_output=True, text=True).stdout.strip() or None
     return None
+
+
+def shortened(commits: Sequence[str]) -> str:
+    """Commits as documents name them, ", commit a6c33fd and 4f81cdb"; nothing where there are none."""
+    short = (c[:7] + (" with changes" if c.endswith(CHANGED) else "") for c in commits)
+    return f", commit {' and '.join(short)}" if commits else ""
