@@ -103,6 +103,25 @@ class DIFFender(nn.Module):
         noise = sample_noise(shape, (self.cfg.draws, steps), seed, image_ids, purpose, k)
         return Noise(*(n.to(self.model.alphas_cumprod) for n in noise))
 
+    def check_noise(self, x: Tensor, noise: Noise | None) -> None:
+        """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, and for this defence."""
+        noise, latent = require_noise(noise), tuple(self.blank[0, 1:].shape)
+        if not isinstance(noise, Noise):
+            raise InputError(f"the noise is a {type(noise).__name__}; draw it by this defence's sample_noise")
+        if (shape := tuple(noise.image.shape[1:])) != latent:
+            raise InputError(f"noise for latents {shape}; here they are {latent}: draw it by this defence's own")
+        if len(noise.image) != len(x):
+            raise InputError(
+                f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
+            )
+        draws, steps = noise.draws.shape[1], noise.steps.shape[1]
+        steps_taken = self.cfg.steps if self.cfg.eta > 0 else 0
+        if draws != self.cfg.draws or steps < steps_taken:
+            raise InputError(
+                f"noise of {draws} draws and {steps} steps; with its settings this defence takes {self.cfg.draws} and "
+                f"{steps_taken}: draw it by its own sample_noise"
+            )
+
     def twin(self) -> "DIFFender":
         """The same defence, with whatever a subclass has changed. Networks are shared; contexts and size may be set."""
         other = copy(self)
@@ -128,7 +147,7 @@ class DIFFender(nn.Module):
 
         Raises InputError for noise that does not fit, and NonFinite for NaN or infinity in the map.
         """
-        check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
+        self.check_noise(x, noise)
         z0 = self.model.latents(posterior or self.posterior(x), noise.image)
         heatmap = difference_map(*predict_pair(self.model, z0, self.contexts, noise, self.cfg, self.blank))
         check_finite("difference map", heatmap)
@@ -338,25 +357,3 @@ def require_noise(noise: Drawn | None) -> Drawn:
             "diffender.WithFreshNoise"
         )
     return noise
-
-
-def check_noise(x: Tensor, noise: Noise | None, cfg: DIFFenderConfig, latent: Sequence[int]) -> None:
-    """Raises InputError unless the noise is for as many images as x (B, 3, H, W) holds, for these settings and for
-    latents of this shape (4, h, w)."""
-    noise = require_noise(noise)
-    if not isinstance(noise, Noise):
-        raise InputError(f"the noise is a {type(noise).__name__}; draw it by this defence's sample_noise")
-    if noise.image.shape[1:] != tuple(latent):
-        shapes = tuple(noise.image.shape[1:]), tuple(latent)
-        raise InputError(f"noise for latents {shapes[0]}; here they are {shapes[1]}: draw it by this defence's own")
-    if len(noise.image) != len(x):
-        raise InputError(
-            f"noise for {len(noise.image)} images with {len(x)} images; sample_noise takes an id for each image"
-        )
-    draws, steps = noise.draws.shape[1], noise.steps.shape[1]
-    steps_taken = cfg.steps if cfg.eta > 0 else 0
-    if draws != cfg.draws or steps < steps_taken:
-        raise InputError(
-            f"noise of {draws} draws and {steps} steps; with its settings this defence takes {cfg.draws} and "
-            f"{steps_taken}: draw it by its own sample_noise"
-        )

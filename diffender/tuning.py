@@ -110,16 +110,10 @@ def attacked_anew(target: Defended, every: Shots, images: Tensor) -> Shots:
 
 def mixed(versions: Sequence[Shots], rows: Tensor, rounds: int) -> Shots:
     """The shots with these indices. Where they were attacked several times, the versions take turns over the rounds."""
-    if len(versions) == 1:
-        return versions[0].part(rows)
-    ones = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]  # of one image each
-    ids = [one.ids[0] for one in ones]
-    clean = torch.cat([one.clean for one in ones])
-    attacked = torch.cat([one.attacked for one in ones])
-    mask = torch.cat([one.mask for one in ones])
-    posterior = Posterior(*map(torch.cat, zip(*(one.posterior for one in ones), strict=True)))
-    features = [torch.cat(layer) for layer in zip(*(one.features for one in ones), strict=True)]
-    return Shots(ids, clean, attacked, mask, posterior, features)
+    turns = [versions[(rounds + int(i)) % len(versions)].part(i[None]) for i in rows]  # of one image each
+    posterior = Posterior(*map(torch.cat, zip(*(one.posterior for one in turns), strict=True)))
+    attacked = torch.cat([one.attacked for one in turns])
+    return versions[0].part(rows)._replace(attacked=attacked, posterior=posterior)
 
 
 def contexts_of(target: Defended, prompts: PromptPair) -> Contexts:

@@ -91,7 +91,7 @@ class AdvP(GradientAttack):
         velocity, course = torch.zeros_like(patch), Course()
 
         def share(sample: Sample) -> Tensor:
-            return self.carried(sample.gradient, sample.mask, home)
+            return relocated(sample.gradient, sample.mask, home)
 
         for step in range(self.iters):
             seen = expect(task, self.draw(task, patch, home, step, key), self.eot, self.eot_batch, share)
@@ -110,7 +110,7 @@ class AdvP(GradientAttack):
         mask = self.place(task, "verdict", 0, home)
         judged = judgements(task, self.eot, least, moving=self.location == "eot")
         queries = torch.full((len(x),), self.eot * self.iters + judged * len(states), device=x.device)
-        image = apply_patch(x, self.carried(self.rounded(patch), home, mask), mask)
+        image = apply_patch(x, relocated(self.rounded(patch), home, mask), mask)
         return Attacked(image, mask, torch.cat([patch, home], dim=1), queries, *course.curves(x))
 
     def step_size(self, step: int) -> float:
@@ -135,7 +135,7 @@ class AdvP(GradientAttack):
 
         def at(k: int) -> Tensor:
             place = self.place(task, purpose, k, home)
-            return apply_patch(x, self.carried(patch, home, place), place)
+            return apply_patch(x, relocated(patch, home, place), place)
 
         return at if self.location == "eot" else at(0)
 
@@ -148,10 +148,6 @@ class AdvP(GradientAttack):
         """Masks (B, 1, S, S) of the k-th sample."""
         return masks_for(task, f"{purpose}/{k}", self.area, self.shape) if self.location == "eot" else home
 
-    def carried(self, content: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """`relocated`, where the patch moves at all."""
-        return relocated(content, source, target) if self.location == "eot" else content * target
-
     def draw(self, task: Task, patch: Tensor, home: Tensor, step: int, key: str) -> Draw:
         """The samples of a step: the patch pasted, and fresh noise of the victim."""
         purpose = f"attack {0 if self.fixed_noise else step}{key}"
@@ -159,7 +155,7 @@ class AdvP(GradientAttack):
 
         def sample(k: int):  # noqa: ANN202
             mask = self.place(task, purpose, k, home)
-            return apply_patch(task.x, self.carried(pixels, home, mask), mask), mask, task.noise(purpose, k)
+            return apply_patch(task.x, relocated(pixels, home, mask), mask), mask, task.noise(purpose, k)
 
         return sample
 

@@ -52,8 +52,10 @@ def apply_patch(x: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
 def relocated(content: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """The pixels of `content` (B, C, S, S) inside mask `source`, moved to mask `target`; 0 elsewhere.
 
-    Both masks (B, 1, S, S) have the same shape at different places.
+    Both masks (B, 1, S, S) have the same shape, at the same or at different places.
     """
+    if source is target:
+        return content * target
     here, there = (mask.expand_as(content) == 1 for mask in (source, target))
     return torch.zeros_like(content).masked_scatter(there, content[here])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffender.config import FULL, Backward
 from diffender.defenses.patchcleanser import PatchCleanser
 from diffender.noise import Noise
-from diffender.pipeline import DIFFender, Purified, check_noise
+from diffender.pipeline import DIFFender, Purified
 from diffender.restore import composite
 from diffender.stable_diffusion.vae import Posterior
 from diffender.utils.errors import InputError
@@ -44,7 +44,7 @@ class Hardened(DIFFender):
         if backward.mode == "bpda":  # comes back here, without gradient
             return super().forward(x, noise, backward, posterior)
         check_images(x, self.blank.dtype)
-        check_noise(x, noise, self.cfg, self.blank[0, 1:].shape)
+        self.check_noise(x, noise)
         images, place = x.detach().unique(dim=0, return_inverse=True)  # a verdict repeats its image
         windows = [self.window(image) for image in images]  # None where they do not agree
         agreed = torch.tensor([window is not None for window in windows], device=x.device)[place].view(-1, 1, 1, 1)
