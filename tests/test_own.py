@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -550,6 +550,17 @@ def test_what_tensors_do_not_tell_of_a_model_counts(classifier):
     told = [code_digest(v) for v in victims]
     assert len(set(told)) == len(told)
     assert told == [code_digest(v) for v in victims]
+
+
+@dataclass(slots=True)
+class Gain:
+    by: float
+
+
+def test_attributes_in_slots_count():
+    one, two, again = (Scaled(1) for _ in range(3))
+    one.gain, two.gain, again.gain = Gain(1.0), Gain(2.0), Gain(1.0)
+    assert code_digest(one) == code_digest(again) != code_digest(two)
 
 
 def scaled_by(k):

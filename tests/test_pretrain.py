@@ -39,7 +39,7 @@ from diffender.stable_diffusion.schedule import noise_timestep
 from diffender.stable_diffusion.text import TextTransformer, tokenizer
 from diffender.stable_diffusion.vae import AutoencoderKL, Posterior, VAEConfig
 from diffender.utils.errors import InputError
-from diffender.utils.files import read_header, save_checked, save_state
+from diffender.utils.files import read_header, save_atomic, save_checked, save_state
 from diffender.weights.loading import WEIGHTS, load_model
 from tests.cases import small_model_file
 
@@ -54,7 +54,8 @@ def folder(tmp_path_factory):
     with (root / "captions.csv").open("w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["file", "caption"])
-        writer.writerows([item.path.name, f"class {item.label}"] for item in items)
+        writer.writerows([item.path.name, f"class {item.label}"] for item in items[1:])
+        writer.writerow([items[0].path.name, "class 7."])
     return root
 
 
@@ -185,6 +186,19 @@ def test_memory_is_pinned_for_a_training_on_a_gpu_alone(monkeypatch):
     for device, pinned in (("cpu", False), ("cuda:1", True)):
         recipe = Recipe(stage="vae", device=torch.device(device))
         assert corpus.batches([0, 1], range(2), 1, recipe).pin_memory == pinned
+
+
+def test_a_vae_with_other_latents_is_refused(tmp_path, model):
+    """The decoder may have been trained on; the encoder makes the latents that the UNet knows."""
+    state, shipped = model.vae.state_dict(), WEIGHTS / "tiny.safetensors"
+    numbers = {"stage": "unet", "device": "cpu", "out": tmp_path, "init": shipped}
+    for name, refused in (("decoder.conv_out.bias", False), ("encoder.conv_in.bias", True)):
+        save_atomic(state | {name: state[name] + 1}, tmp_path / "vae.safetensors", {"steps": 7})
+        if refused:
+            with pytest.raises(InputError, match="vae.safetensors has other latents than .*tiny.safetensors"):
+                stages.first_stage(Recipe(**numbers))
+        else:
+            assert stages.first_stage(Recipe(**numbers))[1]["steps"] == 7
 
 
 @pytest.fixture
@@ -492,6 +506,7 @@ def test_a_packed_file_needs_no_tokenizer_and_no_classifier(folder, packed):
     captions = sorted({c for c in read_header(packed)["captions"] if c})
     for text in [*STATES, *captions, *(f"{c}, {s}" for c in captions for s in STATES), ""]:
         assert tokens(text) == tokenizer().encode(text), text
+    assert "class 7." in captions, "whose comma is no token of its own"
     ours, whole = early_layers(packed), early_layers(folder)
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for a, b in zip(early(ours, x), early(whole, x), strict=True):

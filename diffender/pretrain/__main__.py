@@ -16,10 +16,10 @@ again, it goes on. From the UNet's first minute on, --out holds the model as it 
 
 A stage resumes from its checkpoint in --out and leaves `vae.safetensors` or `tiny.safetensors` there, with an image
 and a log of its losses. It may then have other --steps, --minutes, --lr and --ema; all other settings of its training
-must be the same. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and trains on them, as a CPU can;
-without, it makes new ones all the time, and uses each --reuse times on average. `decoder` trains the VAE's decoder on,
-alone, on whole images: the latents stay what they are, and so does the UNet. With --init weights/tiny.safetensors,
-`decoder` and `unet` train a whole model on, from its first step.
+must be the same. `unet` needs the VAE of the first stage. With --samples it encodes that many images once and trains
+on them, as a CPU can; without, it makes new ones all the time, and uses each --reuse times on average. `decoder` trains
+the VAE's decoder on, alone, on whole images: the latents stay what they are, and so does the UNet. With --init
+weights/tiny.safetensors, `decoder` and `unet` train a whole model on, from its first step.
 The other stages take options of their own (`python -m diffender pretrain jedi --help`):
 
     python -m diffender pretrain jedi --data PHOTOS                                runs/jedi.safetensors

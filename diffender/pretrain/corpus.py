@@ -98,13 +98,14 @@ def pack(root: Path, out: Path, extras: dict[str, Tensor], encode: Callable[[str
         captions.append(caption)
     tensors = {"photographs": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
     tensors |= {k: v.half() for k, v in extras.items()}
-    texts = {*captions, *STATES, ",", ""}
+    texts = {*captions, *(f"{caption}," for caption in captions), *STATES, ""}
     save_atomic(tensors, out, {"captions": captions, "tokens": {text: encode(text) for text in sorted(texts)}})
     print(f"{len(parts)} photographs, {out.stat().st_size / 1e6:.1f} MB in {out}")
 
 
 class PackedTokens(NamedTuple):
-    """Token ids of the captions that a packed file can make: an object, a comma and a state, or one of both."""
+    """Token ids of the captions that a packed file can make: an object, a comma and a state, or one of both. The comma
+    belongs to the object: after other punctuation it is no token of its own."""
 
     ids: dict[str, list[int]]
 
@@ -112,7 +113,7 @@ class PackedTokens(NamedTuple):
         if text in self.ids:
             return self.ids[text]
         words, _, state = text.rpartition(", ")
-        return [*self.ids[words], *self.ids[","], *self.ids[state]]
+        return [*self.ids[f"{words},"], *self.ids[state]]
 
 
 def randint(low: int, high: int, g: Generator) -> int:

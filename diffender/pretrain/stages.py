@@ -115,10 +115,18 @@ def pack_all(data: Path, out: Path) -> None:
 def first_stage(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
     """Weights of the trained VAE, from --out or else from --init, and how they came about."""
     path = recipe.out / "vae.safetensors"
+    first = load_model("tiny", recipe.init).vae.state_dict() if recipe.init else None
     if path.is_file():
-        return load_tensors(path), read_header(path)
-    if recipe.init:
-        return load_model("tiny", recipe.init).vae.state_dict(), read_header(recipe.init)["training"]["vae"]
+        trained = load_tensors(path)
+        encoding = [name for name in first or {} if name.startswith(("encoder", "quant_conv"))]
+        if first and not all(torch.equal(trained[name], first[name]) for name in encoding):
+            raise InputError(
+                f"{path} has other latents than {recipe.init}, on which the UNet was trained; give another --out, or "
+                "leave out --init"
+            )
+        return trained, read_header(path)
+    if first:
+        return first, read_header(recipe.init)["training"]["vae"]
     raise InputError(f"no {path}: run the vae stage first, or start from a whole model with --init")
 
 
@@ -228,7 +236,8 @@ def train_unet(recipe: Recipe, on_save: Callable[[], None] = lambda: None) -> No
 def save_tiny(trainer: Trainer, vae_card: dict) -> None:
     """Write the averaged model with its card: how it came about, and the settings that suit it."""
     recipe = trainer.recipe
-    losses = [json.loads(line)["mse"] for line in trainer.log.read_text().splitlines()[-10:]] or [float("nan")]
+    logged = trainer.log.read_text().splitlines() if trainer.log.is_file() else []
+    losses = [json.loads(line)["mse"] for line in logged[-10:]] or [float("nan")]
     card = {
         "steps": trainer.step,
         "batch": recipe.batch,

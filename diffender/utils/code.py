@@ -90,6 +90,8 @@ def inside(value: Any) -> Iterator[Any]:
             yield from (getattr(value, name, None) for name in HELD)
         if top(type(value)) not in (*STANDARD, "torch") or isinstance(value, Namespace | SimpleNamespace):
             yield getattr(value, "__dict__", {})
+            slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())]
+            yield {name: getattr(value, name, None) for name in slots if not name.startswith("__")}
 
 
 def globals_of(function: FunctionType) -> Iterator[Any]:
