@@ -800,7 +800,7 @@ def test_other_code_is_told_where_a_run_goes_on(monkeypatch, capsys):
     made = [{"commit": "1" * 40}, {"commit": "1" * 40}, {}]
     for now, told in (
         ("1" * 40, ""),
-        ("2" * 40, "made before, commit 1111111; the code is now at commit 2222222."),
+        ("2" * 40, "made at commit 1111111; the code is now at commit 2222222."),
         ("1" * 40 + CHANGED, "the code is now at commit 1111111 with changes."),
         (None, ""),
     ):

@@ -189,9 +189,10 @@ def tell_of_other_code(records: Sequence[dict]) -> None:
     now = commit()
     made = [r["commit"] for r in records if r.get("commit")]
     if now and (now.endswith(CHANGED) and made or set(made) - {now}):
+        before, today = (shortened(commits).removeprefix(", ") for commits in (sorted(set(made)), [now]))
         print(
-            f"{len(made)} results are kept that were made before{shortened(sorted(set(made)))}; the code is now at "
-            f"{shortened([now]).removeprefix(', ')}. For new ones move the folder away, or choose another --name"
+            f"{len(made)} results are kept that were made at {before}; the code is now at {today}. For new ones move "
+            "the folder away, or choose another --name"
         )
 
 

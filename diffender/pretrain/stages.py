@@ -119,7 +119,7 @@ def first_stage(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
     if path.is_file():
         trained = load_tensors(path)
         encoding = [name for name in first or {} if name.startswith(("encoder", "quant_conv"))]
-        if first and not all(torch.equal(trained[name], first[name]) for name in encoding):
+        if not all(name in trained and torch.equal(trained[name], first[name]) for name in encoding):
             raise InputError(
                 f"{path} has other latents than {recipe.init}, on which the UNet was trained; give another --out, or "
                 "leave out --init"
