@@ -229,6 +229,8 @@ def test_a_run_with_two_readings_costs_once(tmp_path, monkeypatch):
     usual = line("diffender", 1)._replace(run=tmp_path)
     monkeypatch.setattr(tables, "run_block", lambda *_: [usual, usual._replace(reading="bpda")])
     assert ", 1.0 h in all processes together and 5 UNet evaluations on " in run_table(3, Options())
+    run_table(3, change(Options(), rows="NR, diffender"))
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"table3-laptop", "table3-laptop-NR+diffender"}
 
 
 def test_a_folder_is_named_by_its_settings():

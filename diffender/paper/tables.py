@@ -33,7 +33,7 @@ from diffender.report.chart import WITHIN, draw_knowledge
 from diffender.report.folder import write_report
 from diffender.report.page import table_page
 from diffender.utils.errors import InputError, nearest
-from diffender.utils.files import digest, write_text
+from diffender.utils.files import digest, short, write_text
 from diffender.utils.formats import as_csv, as_latex, table
 from diffender.utils.options import change, flagged
 from diffender.utils.provenance import command, machine, shortened
@@ -163,7 +163,8 @@ def run_table(number: int, opts: Options) -> str:
     where = " and ".join(made_in(made, "machine")) or machine(pick_device(opts.run.device))
     took = f"{cost(made)} on {where}, {made_on(made)}"
     text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
-    folder = Path("runs") / f"table{number}-{opts.preset}"
+    part = "" if opts.rows is None else "-" + "+".join(name.strip().replace(" ", "-") for name in opts.rows.split(","))
+    folder = Path("runs") / short(f"table{number}-{opts.preset}{part}")  # some rows do not replace the whole table
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", csv_table(lines))
