@@ -25,8 +25,8 @@ class Purifier(nn.Module):
 
     Mode bpda is the identity. Every other mode (auto) takes the function's own gradient; each file of this folder says
     what has none. A function with a method `sample_noise` takes that noise as its second argument. `random`: the
-    function draws from torch's global generator, which is seeded for each image. Raises InputError for both of these. A
-    call raises it for images, noise or results that do not fit.
+    function draws from torch's global generator, which is seeded for each image. Raises InputError where a function has
+    both. A call raises it for images, noise or results that do not fit.
     """
 
     def __init__(self, purify: Purify, model: LatentDiffusion | None = None, random: bool = False):

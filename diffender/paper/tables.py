@@ -76,10 +76,15 @@ TRANSFER_TO = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 Row = tuple[str, dict]  # a key of NAMES and QUOTED, and how the options change
 
 
+def asked_rows(opts: Options) -> list[str]:
+    """The rows that --rows names; none without it."""
+    return [] if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
+
+
 def chosen_rows(number: int, opts: Options) -> list[Row]:
     """The rows of a table, or those of them that --rows names. Raises InputError for others."""
     keys = ROWS[number]
-    wanted = keys if opts.rows is None else [name.strip() for name in opts.rows.split(",")]
+    wanted = asked_rows(opts) or keys
     if unknown := [name for name in wanted if name not in keys]:
         raise InputError(f"--rows {unknown[0]}: table {number} has {', '.join(keys)}{nearest(unknown[0], keys)}")
     return [(key, changes(number, key, opts)) for key in keys if key in wanted]
@@ -163,8 +168,8 @@ def run_table(number: int, opts: Options) -> str:
     where = " and ".join(made_in(made, "machine")) or machine(pick_device(opts.run.device))
     took = f"{cost(made)} on {where}, {made_on(made)}"
     text = markdown(number, lines) + f"\n{notes(number, opts, lines, took)}{paired(number, lines)}"
-    part = "" if opts.rows is None else "-" + "+".join(name.strip().replace(" ", "-") for name in opts.rows.split(","))
-    folder = Path("runs") / short(f"table{number}-{opts.preset}{part}")  # some rows do not replace the whole table
+    some = ["+".join(asked_rows(opts)).replace(" ", "-")] if opts.rows else []  # they do not replace the whole table
+    folder = Path("runs") / short("-".join([f"table{number}", opts.preset, *some]))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", csv_table(lines))
